@@ -1,0 +1,278 @@
+"""Configuration: frozen dataclasses read from YAML files that are diffs over one `base:`, plus dotted overrides.
+
+Loads no TensorFlow. Every key that a file or an override may set is a field below; anything else is refused with the
+nearest valid name. Numbers that belong to the data (class names and counts) are not here: they come with the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from polarmask_tf.errors import InputError
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    block: typing.Literal["basic", "bottleneck"] = "basic"
+    blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3)
+    width: int = 24  # channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64
+    stride_in: typing.Literal["3x3", "1x1"] = "3x3"  # "pytorch" or "caffe" placement of a bottleneck's stride
+    norm: typing.Literal["batch", "group"] = "batch"
+
+
+@dataclass(frozen=True)
+class FPNConfig:
+    channels: int = 64
+    levels: tuple[int, ...] = (3, 4, 5)  # consecutive; level l has stride 2**l; the lowest is 2 or more
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    channels: int = 64
+    convs: int = 2  # 3x3 convolutions in each of the two towers
+    norm: typing.Literal["group", "none"] = "group"
+    ray_unit: typing.Literal["pixel", "stride"] = "stride"  # rays = exp(.) as released, or stride * exp(.)
+    ray_bias: float = 0.0  # initial bias of the ray convolution: rays start at exp(ray_bias) units
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    rays: int = 36
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    fpn: FPNConfig = field(default_factory=FPNConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, subtracted from 0..255 pixels in the graph
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""  # directory made by `polarmask convert`
+    val: str = ""
+    size: tuple[int, int] = (128, 128)  # height and width of the network's input, multiples of 32
+    batch: int = 16  # images a step, over all replicas
+    flip: bool = True
+    scale: tuple[float, float] = (1.0, 1.0)  # scale jitter, times the scale that fits the image into `size`
+    max_instances: int = 100  # padding of a training image; an image with more keeps its largest
+    shuffle: int = 2048  # images in the shuffle buffer
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    radius: float = 1.5  # center sampling, in strides
+    ranges: tuple[float, ...] = ()  # upper bounds of max(l, t, r, b) between levels; () = 64, 128, ... * input / 800
+    center: typing.Literal["mass", "box"] = "mass"
+    parts: typing.Literal["largest", "all"] = "largest"  # which polygons of an instance give center and rays
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    focal_gamma: float = 2.0
+    focal_alpha: float = 0.25
+    class_weight: float = 1.0
+    ray_weight: float = 1.0
+    centerness_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class PostprocessConfig:
+    score_threshold: float = 0.05
+    candidates: int = 1000  # a level, before NMS
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    multi_label: bool = True  # candidates are (location, class) pairs; False: each location's best class only
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 600
+    seed: int = 0
+    optimizer: typing.Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 0.01
+    warmup_steps: int = 50
+    schedule: typing.Literal["cosine", "step"] = "cosine"
+    final_rate: float = 0.02  # cosine: fraction of learning_rate at the last step
+    decay_steps: tuple[int, ...] = ()  # step: learning rate is divided by 10 at each of these
+    weight_decay: float = 1e-4
+    momentum: float = 0.9  # sgd
+    clip_norm: float = 10.0  # 0 = off
+    checkpoint_every: int = 200
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def configs_dir() -> Path:
+    """Where the shipped YAML files are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return next((d for d in (package / "configs", package.parent / "configs") if d.is_dir()), package / "configs")
+
+
+def find(name: str | os.PathLike) -> Path:
+    """A config file by path, or a shipped one by name ("shapes" or "shapes.yaml"). InputError if there is none."""
+    path = Path(name)
+    shipped = configs_dir() / path.name
+    candidates = [path, shipped, shipped.with_name(path.name + ".yaml")]
+    for candidate in candidates if path.parent == Path(".") or path.parts[:1] == ("configs",) else [path]:
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.stem for p in configs_dir().glob("*.yaml")))
+    raise InputError(f"no config file {str(name)!r}; give a path, or one of: {known}")
+
+
+def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Config:
+    """Config from a YAML file (path or shipped name) and overrides like "train.steps=600".
+
+    Raises InputError for an unknown file or key (naming the nearest valid one), a value of the wrong type, a cycle of
+    bases, or settings that contradict each other.
+    """
+    path = find(name)
+    values = _read(path, ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"override {override!r}: write it as key=value, for example train.steps=600")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    config = _build(Config, values, "", str(path))
+    check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """YAML text that `load` turns into an equal config, without a base."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def check(config: Config) -> None:
+    """InputError for values that no single field's type can refuse."""
+    model, data = config.model, config.data
+    levels = model.fpn.levels
+    rules = [
+        (model.rays >= 4, f"model.rays is {model.rays}: at least 4 rays are needed"),
+        (levels and levels == tuple(range(levels[0], levels[0] + len(levels))) and 2 <= levels[0] <= 5,
+         f"model.fpn.levels is {list(levels)}: consecutive levels are needed, from 2, 3, 4 or 5 up"),
+        (len(model.backbone.blocks) == 4 and min(model.backbone.blocks) >= 1,
+         f"model.backbone.blocks is {list(model.backbone.blocks)}: four numbers of at least 1 are needed (C2 to C5)"),
+        (len(model.mean) == len(model.std) == 3 and min(model.std) > 0, "model.mean and model.std are three numbers, std positive"),
+        (all(s > 0 and s % 32 == 0 for s in data.size), f"data.size is {list(data.size)}: multiples of 32 are needed"),
+        (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
+        (0 < data.scale[0] <= data.scale[1], f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed"),
+        (config.targets.radius > 0, "targets.radius must be positive"),
+        (not config.targets.ranges or len(config.targets.ranges) == len(levels) - 1,
+         f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"),
+        (list(config.targets.ranges) == sorted(config.targets.ranges), "targets.ranges must be ascending"),
+        (config.train.steps >= 1, f"train.steps is {config.train.steps}: at least 1 is needed"),
+        (config.train.checkpoint_every >= 1, "train.checkpoint_every must be at least 1"),
+        (0 <= config.postprocess.score_threshold < 1, "postprocess.score_threshold must be in [0, 1)"),
+        (config.postprocess.max_detections >= 1, "postprocess.max_detections must be at least 1"),
+    ]
+    for ok, message in rules:
+        if not ok:
+            raise InputError(message)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    path = path.resolve()
+    if path in seen:
+        raise InputError(f"{path}: the chain of `base:` comes back to this file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); is it a YAML file?") from None
+    except yaml.YAMLError as e:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    base_path = path.parent / str(base)
+    if not base_path.is_file():
+        raise InputError(f"{path}: base {base!r} does not exist beside it")
+    return _merge(_read(base_path, (*seen, path)), values)
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _build(cls, values, prefix: str, source: str):
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: {prefix.rstrip('.')} is a section with keys of its own, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = _nearest(str(key), prefix)
+            raise InputError(f"{source}: unknown key {prefix}{key}" + (f"; did you mean {near}?" if near else ""))
+    return cls(**{
+        key: _build(hints[key], value, f"{prefix}{key}.", source) if dataclasses.is_dataclass(hints[key])
+        else _convert(hints[key], value, prefix + key, source)
+        for key, value in values.items()
+    })
+
+
+def _all_keys(cls, prefix: str = "") -> list[str]:
+    keys = []
+    for key, hint in typing.get_type_hints(cls).items():
+        keys += [prefix + key, *(_all_keys(hint, f"{prefix}{key}.") if dataclasses.is_dataclass(hint) else [])]
+    return keys
+
+
+def _nearest(key: str, prefix: str) -> str | None:
+    """The valid dotted key that the user most likely meant: here by spelling, or the same name in another section."""
+    keys = _all_keys(Config)
+    same_name = [k for k in keys if k.rpartition(".")[2] == key]
+    return next(iter(same_name or difflib.get_close_matches(prefix + key, keys, n=1, cutoff=0.5)), None)
+
+
+def _convert(hint, value, key: str, source: str):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{source}: {key} takes a list, not {value!r}")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise InputError(f"{source}: {key} takes {len(args)} values, not {len(value)}")
+        return tuple(_convert(args[0], v, key, source) for v in value)
+    if origin is typing.Literal:
+        if value not in args:
+            raise InputError(f"{source}: {key} is one of {', '.join(map(str, args))}, not {value!r}")
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-2 (without a point) as text
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise InputError(f"{source}: {key} takes {names[hint]}, not {value!r}")
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,54 @@
+"""Records to batches that the training step takes."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from polarmask_tf import geometry
+from polarmask_tf.config import Config
+from polarmask_tf.data import records, transforms
+
+
+def prepare(record: dict, config: Config, max_edges: int, seed) -> tuple[tf.Tensor, dict]:
+    """One training example: decode, place image and vertices on the canvas, list the instances.
+
+    Returns:
+      uint8 [H, W, 3] and the instances, see targets.encode. A pure function of the record and `seed` (int [2]).
+    """
+    data, size = config.data, config.data.size
+    image = tf.io.decode_image(record["image/encoded"], channels=3, expand_animations=False)
+    image = tf.ensure_shape(image, [None, None, 3])
+    height, width = record["height"], record["width"]
+    placement = transforms.sample(height, width, size, flip=data.flip, scale=data.scale, seed=seed)
+    xy = transforms.place_points(record["xy"], placement, height, width)
+    instances = transforms.instances(
+        record, xy, placement["window"], max_edges=max_edges, max_instances=data.max_instances,
+        parts=config.targets.parts, center=config.targets.center,
+    )
+    points = tf.concat([geometry.locations(*size, 2**level) for level in config.model.fpn.levels], axis=0)
+    instances["ignore"] = transforms.crowd_locations(record, xy, points, max_edges)
+    return transforms.place_image(image, placement, size), instances
+
+
+def training_batches(info: records.DatasetInfo, config: Config, *, seed: int = 0, start_step: int = 0) -> tf.data.Dataset:
+    """Endless batches (images uint8 [B, H, W, 3], instances), shuffled and augmented.
+
+    Batch k is a function of seed and k alone: every epoch has its own permutation and every example its own random
+    numbers. Starting at a later step skips serialized records, before anything is decoded.
+    """
+    data = config.data
+    paths = [str(path) for path in info.shard_paths]
+
+    def epoch(number):
+        order = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths), seed=number + seed * 1000, reshuffle_each_iteration=False)
+        examples = order.interleave(tf.data.TFRecordDataset, cycle_length=min(4, len(paths)), deterministic=True)
+        return examples.shuffle(data.shuffle, seed=number + seed * 1000, reshuffle_each_iteration=False)
+
+    examples = tf.data.Dataset.range(2**40).flat_map(epoch).enumerate().skip(start_step * data.batch)
+    examples = examples.map(
+        lambda index, serialized: prepare(
+            records.parse(serialized), config, info.max_edges, tf.stack([tf.constant(seed, tf.int64), index])
+        ),
+        num_parallel_calls=tf.data.AUTOTUNE, deterministic=True,
+    )
+    return examples.batch(data.batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)

@@ -1,0 +1,140 @@
+"""Augmentation: one scale-and-shift of the image and of the vertices; masks are never touched.
+
+Cropping is exact without clipping polygons: the vertices keep their places outside, geometry.clip gives area, center and
+box of the visible part, and geometry.ray_lengths cuts rays at the window.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from polarmask_tf import geometry
+
+
+def sample(height, width, size, *, flip: bool, scale: tuple[float, float], seed) -> dict:
+    """A random placement of an image on the canvas, a pure function of `seed` (int [2]).
+
+    The image is scaled by the factor that fits it into `size`, times a uniform number from `scale`. What then does not fit
+    is cropped at a random place; what does is put top-left, like the letterbox at inference.
+
+    Returns:
+      {"flip": bool [], "scaled": int32 [2] (height, width after scaling), "offset": int32 [2] (rows and columns cut away
+      at the top and left), "window": int32 [2] (height and width of the visible part)}.
+    """
+    size = tf.constant(size, tf.int32)
+    source = tf.cast(tf.stack([height, width]), tf.float32)
+    noise = tf.random.stateless_uniform([4], seed)
+    factor = tf.reduce_min(tf.cast(size, tf.float32) / source) * (scale[0] + noise[0] * (scale[1] - scale[0]))
+    scaled = tf.maximum(tf.cast(tf.round(source * factor), tf.int32), 1)
+    room = tf.cast(tf.maximum(scaled - size, 0), tf.float32)
+    return {
+        "flip": noise[1] < 0.5 if flip else tf.constant(False),
+        "scaled": scaled,
+        "offset": tf.cast(tf.floor(noise[2:] * (room + 1)), tf.int32),
+        "window": tf.minimum(scaled, size),
+    }
+
+
+def place_image(image: tf.Tensor, placement: dict, size: tuple[int, int]) -> tf.Tensor:
+    """uint8 [h, w, 3] to uint8 [*size, 3]: bilinear with antialiasing, zeros outside the image."""
+    image = tf.cond(placement["flip"], lambda: image[:, ::-1], lambda: image)
+    ratio = tf.cast(placement["scaled"], tf.float32) / tf.cast(tf.shape(image)[:2], tf.float32)
+    shift = -tf.cast(placement["offset"], tf.float32)
+    image = tf.raw_ops.ScaleAndTranslate(
+        images=image[tf.newaxis], size=size, scale=ratio, translation=shift, kernel_type="triangle", antialias=True
+    )[0]
+    return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
+
+
+def place_points(xy: tf.Tensor, placement: dict, height, width) -> tf.Tensor:
+    """The same for points, float32 [..., 2] as x, y in pixels; points outside the canvas stay where they fall."""
+    source = tf.cast(tf.stack([width, height]), tf.float32)
+    mirrored = tf.stack([source[0] - xy[..., 0], xy[..., 1]], axis=-1)
+    xy = tf.where(placement["flip"], mirrored, xy)
+    return xy * (tf.cast(placement["scaled"][::-1], tf.float32) / source) - tf.cast(placement["offset"][::-1], tf.float32)
+
+
+def ring_edges(xy: tf.Tensor, ring_lengths: tf.Tensor) -> tf.Tensor:
+    """Edges [V, 4] of closed rings whose vertices [V, 2] follow one another; edge i starts at vertex i."""
+    ends = tf.cumsum(ring_lengths)
+    is_last = tf.scatter_nd((ends - 1)[:, tf.newaxis], tf.ones_like(ends), tf.shape(xy)[:1]) > 0
+    first = tf.repeat(ends - ring_lengths, ring_lengths)
+    following = tf.where(is_last, first, tf.range(tf.shape(xy)[0]) + 1)
+    return tf.concat([xy, tf.gather(xy, following)], axis=-1)
+
+
+def _group(edges, groups, count, max_edges):
+    """Edges [V, 4] with ascending group numbers [V] to [count, max_edges, 4], padded with zeros."""
+    ragged = tf.RaggedTensor.from_value_rowids(edges, groups, nrows=tf.cast(count, groups.dtype), validate=False)
+    return ragged.to_tensor(shape=[None, max_edges, 4])
+
+
+def instances(record: dict, xy: tf.Tensor, window, *, max_edges: int, max_instances: int, parts: str, center: str) -> dict:
+    """Padded instances of one placed image, in the form that targets.encode takes (without "ignore").
+
+    Args:
+      record: what data.records.parse returns.
+      xy: float32 [V, 2], its vertices after place_points.
+      window: int32 [2], height and width of the visible part.
+      max_edges: E, at least the most edges of one instance (DatasetInfo.max_edges).
+      max_instances: N; an image with more keeps those with the largest visible area.
+      parts, center: see TargetConfig.
+
+    Instances of crowds, without polygon, or with a visible area of at most one pixel are left out.
+    """
+    count = tf.shape(record["labels"])[0]
+    edges = ring_edges(xy, record["ring_lengths"])
+    of_ring = record["ring_instance"]
+    rings = tf.shape(of_ring)[0]
+    vertex_ring = tf.repeat(tf.range(rings), record["ring_lengths"])
+    by_ring = _group(edges, vertex_ring, rings, max_edges)
+    cut, ring_boxes = geometry.clip(by_ring, window[1], window[0])
+    ring_area, ring_center = geometry.area_and_centroid(cut)
+    seen = ring_area > 0
+    big = tf.float32.max
+    low = tf.math.unsorted_segment_min(tf.where(seen[:, tf.newaxis], ring_boxes[:, :2], big), of_ring, count)
+    high = tf.math.unsorted_segment_max(tf.where(seen[:, tf.newaxis], ring_boxes[:, 2:], -big), of_ring, count)
+    if parts == "largest":
+        best_area = tf.math.unsorted_segment_max(ring_area, of_ring, count)
+        is_best = ring_area >= tf.gather(best_area, of_ring)
+        chosen = tf.math.unsorted_segment_min(tf.where(is_best, tf.range(rings), rings), of_ring, count)
+        has_ring = chosen < rings
+        chosen = tf.where(has_ring, chosen, 0)
+        # A row of zeros stands in where there is no ring at all to gather from.
+        pick = lambda values: tf.gather(tf.pad(values, [[0, 1]] + [[0, 0]] * (values.shape.rank - 1)), chosen)  # noqa: E731
+        polygon, area, middle = pick(by_ring), tf.where(has_ring, pick(ring_area), 0.0), pick(ring_center)
+    else:
+        polygon = _group(edges, tf.gather(of_ring, vertex_ring), count, max_edges)
+        area, middle = geometry.area_and_centroid(geometry.clip(polygon, window[1], window[0])[0])
+    boxes = tf.concat([low, high], axis=-1)
+    if center == "box":
+        middle = (low + high) / 2
+    keep = (area > 1.0) & ~record["is_crowd"]
+    order = tf.argsort(tf.where(keep, area, -1.0), direction="DESCENDING", stable=True)
+    order = order[: tf.minimum(tf.reduce_sum(tf.cast(keep, tf.int32)), max_instances)]
+
+    def pad(values, fill=0):
+        values = tf.gather(values, order)
+        rest = max_instances - tf.shape(order)[0]
+        padded = tf.pad(values, [[0, rest]] + [[0, 0]] * (values.shape.rank - 1), constant_values=fill)
+        return tf.ensure_shape(padded, [max_instances, *values.shape[1:]])
+
+    return {
+        "boxes": pad(boxes),
+        "centers": pad(middle),
+        "classes": pad(record["labels"], -1),
+        "edges": pad(polygon),
+        "window": tf.cast(window[::-1], tf.float32),
+    }
+
+
+def crowd_locations(record: dict, xy: tf.Tensor, points: tf.Tensor, max_edges: int) -> tf.Tensor:
+    """Which of the locations [L, 2] lie in a crowd region: bool [L]. They are neither background nor anything else."""
+    if_none = tf.zeros(tf.shape(points)[:1], tf.bool)
+
+    def search():
+        groups = tf.gather(record["ring_instance"], tf.repeat(tf.range(tf.shape(record["ring_lengths"])[0]), record["ring_lengths"]))
+        polygons = _group(ring_edges(xy, record["ring_lengths"]), groups, tf.shape(record["labels"])[0], max_edges)
+        return tf.reduce_any(geometry.contains(tf.boolean_mask(polygons, record["is_crowd"]), points), axis=0)
+
+    return tf.cond(tf.reduce_any(record["is_crowd"]), search, lambda: if_none)

@@ -1,0 +1,169 @@
+"""Rays, locations and polygons: tensors in, tensors out.
+
+Coordinates are continuous pixels: x to the right, y down, the pixel (0, 0) covers [0, 1) x [0, 1), as in COCO polygons.
+Ray k of n points at the angle 2 pi k / n, from +x towards +y. A polygon (several parts and holes are one polygon) is its
+edges, float32 [..., E, 4] as x1, y1, x2, y2; edges of zero length are padding and change nothing. Insides are even-odd.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+EPSILON = 1e-6  # length of a ray that meets no contour (section 3.2)
+MAX_RAY_LOGIT = 10.0  # exp(10) = 22,026 units: no ray is longer, and no polygon has an infinite coordinate
+
+
+def ray_directions(n: int) -> np.ndarray:
+    """Unit vectors (cos, sin) of n uniformly spaced rays, float32 [n, 2] (equations 1 and 2)."""
+    angles = 2 * np.pi * np.arange(n) / n
+    # Rounded so that the rays along the axes are exactly along them.
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).round(12).astype(np.float32)
+
+
+def locations(height, width, stride: int) -> tf.Tensor:
+    """Centers of the cells of a feature map over a height x width image, float32 [h * w, 2] as x, y, row by row.
+
+    There are h = ceil(height / stride) rows and w = ceil(width / stride) columns; sizes may be ints or tensors.
+    """
+    rows, columns = -(-height // stride), -(-width // stride)
+    y = (tf.cast(tf.range(rows), tf.float32) + 0.5) * stride
+    x = (tf.cast(tf.range(columns), tf.float32) + 0.5) * stride
+    return tf.reshape(tf.stack(tf.meshgrid(x, y), axis=-1), [-1, 2])
+
+
+def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tensor | None = None) -> tf.Tensor:
+    """Distance from each point to the farthest intersection of each ray with the contour of the point's polygon.
+
+    Args:
+      points: float32 [P, 2].
+      edges: float32 [P, E, 4], the polygon that each point belongs to.
+      rays: number of rays n.
+      window: float32 [P, 4] as x1, y1, x2, y2, or None. With it, the polygons are cut by this box, which must contain
+        the points, without being clipped: where a ray leaves the window inside the polygon, the contour is there.
+
+    Returns:
+      float32 [P, n]; 1e-6 where a ray meets nothing. A ray that runs exactly along an edge may stop at either end of it.
+
+    Source: "Distance Regression" in section 3.2, intersections computed exactly.
+    """
+    directions = ray_directions(rays)
+    normals = np.stack([-directions[:, 1], directions[:, 0]])  # [2, n]
+    start = edges[..., :2] - points[:, tf.newaxis]
+    end = edges[..., 2:] - points[:, tf.newaxis]
+    along = end - start
+    # In the ray's frame (point = origin) an edge's ends lie `side` beside the ray. Where the signs differ, the ray's line
+    # crosses the edge at (start x along) / (along . normal), whose numerator does not depend on the ray.
+    above_start = tf.tensordot(start, normals, 1) > 0  # [P, E, n]
+    above_end = tf.tensordot(end, normals, 1) > 0
+    cross = start[..., 0] * along[..., 1] - start[..., 1] * along[..., 0]
+    distance = cross[..., tf.newaxis] / tf.tensordot(along, normals, 1)
+    distance = tf.where(tf.not_equal(above_start, above_end), distance, 0.0)
+    if window is None:
+        longest = tf.reduce_max(distance, axis=1)
+    else:
+        leave = _distance_to_border(points, window, directions)
+        beyond = distance > leave[:, tf.newaxis]
+        crossings = tf.reduce_sum(tf.cast(beyond, tf.float32), axis=1)
+        longest = tf.reduce_max(tf.where(beyond, 0.0, distance), axis=1)
+        longest = tf.where(tf.math.floormod(crossings, 2.0) == 1.0, leave, longest)
+    # Rounding cannot lengthen a ray past the farthest vertex (an edge almost parallel to a ray).
+    farthest = tf.sqrt(tf.reduce_max(tf.reduce_sum(start**2, axis=-1), axis=-1, keepdims=True))
+    return tf.maximum(tf.minimum(longest, farthest), EPSILON)
+
+
+def _distance_to_border(points, window, directions):
+    """Distance [P, n] from points inside boxes [P, 4] to the box's border in each direction [n, 2]."""
+    to_low, to_high = window[:, tf.newaxis, :2] - points[:, tf.newaxis], window[:, tf.newaxis, 2:] - points[:, tf.newaxis]
+    safe = np.where(directions == 0, 1, directions)
+    distance = tf.where(directions > 0, to_high / safe, tf.where(directions < 0, to_low / safe, np.float32(np.inf)))
+    return tf.maximum(tf.reduce_min(distance, axis=-1), 0.0)
+
+
+def area_and_centroid(edges: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Area [...] and mass center [..., 2] of polygons [..., E, 4] by the shoelace formula; holes turn the other way.
+
+    A polygon without area gets the mean of its edges' middles, weighted by their lengths, as mass center.
+    """
+    start, end = edges[..., :2], edges[..., 2:]
+    length = tf.norm(end - start, axis=-1)[..., tf.newaxis]
+    # Relative to a point on the contour: squares of image coordinates would cost float32 its digits.
+    origin = tf.math.divide_no_nan(tf.reduce_sum(length * (start + end), -2), 2 * tf.reduce_sum(length, -2))
+    start, end = start - origin[..., tf.newaxis, :], end - origin[..., tf.newaxis, :]
+    cross = start[..., 0] * end[..., 1] - start[..., 1] * end[..., 0]
+    area = tf.reduce_sum(cross, axis=-1) / 2
+    moment = tf.reduce_sum(cross[..., tf.newaxis] * (start + end), axis=-2) / 6
+    flat = tf.abs(area) < 1e-6
+    offset = tf.where(flat[..., tf.newaxis], 0.0, moment / tf.where(flat, 1.0, area)[..., tf.newaxis])
+    return tf.abs(area), origin + offset
+
+
+def clip(edges: tf.Tensor, width, height) -> tuple[tf.Tensor, tf.Tensor]:
+    """Polygons cut by the window [0, width] x [0, height], for their area, mass center and box.
+
+    Every edge is split where it meets the lines of the window's sides, and the pieces outside are pressed onto the
+    window's border, where they enclose no area; so area_and_centroid of the result is exact.
+
+    Args:
+      edges: float32 [N, E, 4].
+      width, height: scalars.
+
+    Returns:
+      The cut edges, float32 [N, 5 E, 4], and the tight boxes of what is visible, float32 [N, 4] as x1, y1, x2, y2
+      (zeros where nothing is).
+    """
+    limit = tf.stack([tf.cast(width, tf.float32), tf.cast(height, tf.float32)])
+    start, along = edges[..., :2], edges[..., 2:] - edges[..., :2]
+    cuts = tf.concat([tf.math.divide_no_nan(-start, along), tf.math.divide_no_nan(limit - start, along)], -1)
+    cuts = tf.sort(tf.clip_by_value(cuts, 0.0, 1.0), axis=-1)  # [N, E, 4]
+    ones = tf.ones_like(cuts[..., :1])
+    t = tf.concat([0 * ones, cuts, ones], axis=-1)[..., tf.newaxis]  # [N, E, 6, 1]
+    nodes = start[..., tf.newaxis, :] + t * along[..., tf.newaxis, :]
+    middle = (nodes[..., 1:, :] + nodes[..., :-1, :]) / 2
+    inside = tf.reduce_all((middle >= 0) & (middle <= limit), axis=-1, keepdims=True)
+    inside &= (t[..., 1:, :] > t[..., :-1, :]) & tf.reduce_any(along != 0, axis=-1)[..., tf.newaxis, tf.newaxis]
+    pressed = tf.clip_by_value(nodes, 0.0, limit)
+    pieces = tf.concat([pressed[..., :-1, :], pressed[..., 1:, :]], axis=-1)  # [N, E, 5, 4]
+    shape = tf.shape(edges)
+    # The visible part's extreme points are ends of visible pieces, or corners of the window inside the polygon.
+    corners = limit * tf.constant([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    corner_inside = contains(edges, corners)[..., tf.newaxis]  # [N, 4, 1]
+    big = tf.float32.max
+
+    def extreme(reduce, fill):
+        ends = tf.where(inside, reduce(tf.stack([pieces[..., :2], pieces[..., 2:]]), 0), fill)
+        return reduce(tf.concat([tf.reshape(ends, [shape[0], -1, 2]), tf.where(corner_inside, corners, fill)], 1), 1)
+
+    low, high = extreme(tf.reduce_min, big), extreme(tf.reduce_max, -big)
+    boxes = tf.where(tf.reduce_any(low > high, -1, keepdims=True), 0.0, tf.concat([low, high], -1))
+    return tf.reshape(pieces, [shape[0], shape[1] * 5, 4]), boxes
+
+
+def contains(edges: tf.Tensor, points: tf.Tensor) -> tf.Tensor:
+    """Whether polygons [N, E, 4] contain points [P, 2], by even-odd crossings: bool [N, P]."""
+    start, end = edges[:, :, tf.newaxis, :2], edges[:, :, tf.newaxis, 2:]
+    x, y = points[:, 0], points[:, 1]
+    crosses = tf.not_equal(start[..., 1] > y, end[..., 1] > y)
+    slope = tf.math.divide_no_nan(end[..., 0] - start[..., 0], end[..., 1] - start[..., 1])
+    right = start[..., 0] + (y - start[..., 1]) * slope > x
+    return tf.reduce_sum(tf.cast(crosses & right, tf.int32), axis=1) % 2 == 1
+
+
+def rays_from_logits(logits: tf.Tensor, unit: float) -> tf.Tensor:
+    """Ray lengths in pixels, unit * exp(logits), float32; logits are clamped so that every ray is positive and finite."""
+    return unit * tf.exp(tf.clip_by_value(tf.cast(logits, tf.float32), -MAX_RAY_LOGIT, MAX_RAY_LOGIT))
+
+
+def assemble(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
+    """Polygon [..., n, 2] from a center [..., 2] and ray lengths [..., n] (equations 1 and 2)."""
+    return centers[..., tf.newaxis, :] + rays[..., tf.newaxis] * ray_directions(rays.shape[-1])
+
+
+def polygon_boxes(polygons: tf.Tensor) -> tf.Tensor:
+    """Smallest boxes [..., 4] as x1, y1, x2, y2 around polygons given by their vertices [..., n, 2]."""
+    return tf.concat([tf.reduce_min(polygons, axis=-2), tf.reduce_max(polygons, axis=-2)], axis=-1)
+
+
+def polar_centerness(rays: tf.Tensor) -> tf.Tensor:
+    """sqrt(min / max) over the rays [..., n] of a location (equation 3): [...], in (0, 1]."""
+    return tf.sqrt(tf.reduce_min(rays, axis=-1) / tf.reduce_max(rays, axis=-1))

@@ -1,0 +1,117 @@
+"""The whole network with its losses: what `fit` trains and what the exporter closes over."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+import tf_keras
+
+from polarmask_tf import geometry, losses, postprocess, targets
+from polarmask_tf.config import Config
+from polarmask_tf.modeling.fpn import FPN
+from polarmask_tf.modeling.head import PolarHead
+from polarmask_tf.modeling.resnet import ResNet
+
+PARTS = ("class", "ray", "centerness")
+
+
+class PolarMask(tf_keras.Model):
+    """PolarMask for one config and a number of classes.
+
+    Images are uint8 or float RGB [B, H, W, 3] in 0..255, H and W multiples of 32; normalisation is part of the network.
+    Compile it with an optimizer alone: the losses are computed from instances, see `compute_loss`.
+    """
+
+    def __init__(self, config: Config, num_classes: int, **kwargs):
+        super().__init__(**kwargs)
+        model = config.model
+        self.config = config
+        self.num_classes = num_classes
+        self.backbone = ResNet(model.backbone, name="backbone")
+        self.fpn = FPN(model.fpn, name="fpn")
+        self.head = PolarHead(model.head, model.fpn.levels, num_classes, model.rays, name="head")
+        strided = model.head.ray_unit == "stride"
+        self.ray_units = {level: float(2**level if strided else 1) for level in model.fpn.levels}
+        self.trackers = {name: tf_keras.metrics.Mean(name=name) for name in ("loss", *PARTS)}
+
+    def call(self, images, training=False):
+        """Head outputs {level: {"classes", "centerness", "rays"}}, float32 logits; see PolarHead."""
+        x = (tf.cast(images, tf.float32) - list(self.config.model.mean)) / list(self.config.model.std)
+        x = tf.cast(x, self.compute_dtype)
+        return self.head(self.fpn(self.backbone(x, training=training)), training=training)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        """Sum of the weighted losses of this replica's images, divided by counts over all replicas.
+
+        `y` holds the instances, see targets.encode. `fit` adds the gradients of the replicas, so the total is that of one
+        device with the whole batch: focal loss / positives, ray loss weighted by centerness / sum of centerness,
+        centerness loss / positives.
+        """
+        config = self.config
+        encoded = targets.encode(
+            y, rays=config.model.rays, levels=config.model.fpn.levels, size=tuple(x.shape[1:3]),
+            radius=config.targets.radius, ranges=config.targets.ranges,
+        )
+        parts, counts = self._local_losses(y_pred, encoded)
+        counts = _sum_over_replicas(counts)
+        parts = [part / tf.maximum(count, 1.0 if i != 1 else 1e-3) for i, (part, count) in enumerate(zip(parts, counts, strict=True))]
+        weights = (config.loss.class_weight, config.loss.ray_weight, config.loss.centerness_weight)
+        loss = tf.add_n([weight * part for weight, part in zip(weights, parts, strict=True)])
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        for name, value in zip(("loss", *PARTS), (loss, *parts), strict=True):
+            # Mean metrics average over replicas, and each replica holds only its share of the sum.
+            self.trackers[name].update_state(value * replicas)
+        return loss
+
+    def _local_losses(self, outputs, encoded):
+        """(class, ray, centerness) sums over this replica, and what each is to be divided by."""
+        logits = _flat(outputs, "classes")
+        class_loss = losses.focal(
+            logits, encoded.labels, gamma=self.config.loss.focal_gamma, alpha=self.config.loss.focal_alpha
+        )
+        at = encoded.positives
+        units = tf.concat(
+            [tf.fill([maps["rays"].shape[1] * maps["rays"].shape[2]], self.ray_units[level]) for level, maps in sorted(outputs.items())], 0
+        )
+        rays = geometry.rays_from_logits(
+            tf.gather_nd(_flat(outputs, "rays"), at), tf.gather(units, at[:, 1])[:, tf.newaxis]
+        )
+        ray_loss = tf.reduce_sum(losses.polar_iou(rays, encoded.rays) * encoded.centerness)
+        predicted = tf.gather_nd(_flat(outputs, "centerness"), at)[:, 0]
+        centerness_loss = tf.reduce_sum(losses.centerness(predicted, encoded.centerness))
+        positives = tf.cast(tf.shape(at)[0], tf.float32)
+        return (class_loss, ray_loss, centerness_loss), (positives, tf.reduce_sum(encoded.centerness), positives)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight):
+        return self.get_metrics_result()
+
+    def detect(self, images, **overrides) -> dict:
+        """Detections of a batch of equally sized images, with a batch dimension before what postprocess.detect returns.
+
+        `overrides` replace values of config.postprocess, like score_threshold=0.3.
+        """
+        outputs = self(images, training=False)
+        options = {**vars(self.config.postprocess), **overrides}
+        size = tuple(images.shape[1:3])
+
+        def one(maps):
+            return postprocess.detect(maps, size, self.ray_units, **options)
+
+        if images.shape[0] == 1:  # no loop in the graph of the .tflite
+            detections = one(tf.nest.map_structure(lambda t: t[0], outputs))
+            return {name: value[tf.newaxis] for name, value in detections.items()}
+        floats = {"detection_scores", "detection_boxes", "detection_polygons"}
+        names = ("num_detections", "detection_classes", *sorted(floats))
+        return tf.map_fn(one, outputs, fn_output_signature={n: tf.float32 if n in floats else tf.int32 for n in names})
+
+
+def _flat(outputs: dict, name: str) -> tf.Tensor:
+    """One output of all levels as [B, L, channels], in the order of targets.assign."""
+    maps = [outputs[level][name] for level in sorted(outputs)]
+    return tf.concat([tf.reshape(m, [tf.shape(m)[0], m.shape[1] * m.shape[2], m.shape[3]]) for m in maps], axis=1)
+
+
+def _sum_over_replicas(values):
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return values
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, list(values))

@@ -1,0 +1,70 @@
+"""ResNet as a subclassed model: any width and depth, basic or bottleneck blocks, either placement of the stride."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+import tf_keras
+
+from polarmask_tf.config import BackboneConfig
+from polarmask_tf.modeling.layers import Conv, norm
+
+
+class Block(tf_keras.layers.Layer):
+    """Residual block: two 3x3 convolutions ("basic"), or 1x1, 3x3 and 1x1 to 4 times the width ("bottleneck")."""
+
+    def __init__(self, config: BackboneConfig, width: int, stride: int, project: bool, **kwargs):
+        super().__init__(**kwargs)
+        basic = config.block == "basic"
+        out = width if basic else 4 * width
+        early = config.stride_in == "1x1"
+        plan = (
+            [(width, 3, stride), (width, 3, 1)] if basic
+            else [(width, 1, stride if early else 1), (width, 3, 1 if early else stride), (out, 1, 1)]
+        )
+        self.convs = [Conv(filters, kernel, s, name=f"conv{i + 1}") for i, (filters, kernel, s) in enumerate(plan)]
+        self.norms = [norm(config.norm, filters, name=f"norm{i + 1}") for i, (filters, _, _) in enumerate(plan)]
+        self.shortcut = Conv(out, 1, stride, name="shortcut") if project else None
+        self.shortcut_norm = norm(config.norm, out, name="shortcut_norm") if project else None
+
+    def call(self, x, training=False):
+        y = x
+        for i, (conv, normalize) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = normalize(conv(tf.nn.relu(y) if i else y), training=training)
+        if self.shortcut is not None:
+            x = self.shortcut_norm(self.shortcut(x), training=training)
+        return tf.nn.relu(x + y)
+
+
+class ResNet(tf_keras.Model):
+    """Images [B, H, W, 3] to features {2: C2, ..., 5: C5}, C_l of stride 2**l; H and W multiples of 32.
+
+    ResNet-50 is blocks (3, 4, 6, 3), bottleneck, width 64. Source: He et al., "Deep Residual Learning", table 1.
+    """
+
+    def __init__(self, config: BackboneConfig, **kwargs):
+        super().__init__(**kwargs)
+        self.stem = Conv(config.width, 7, 2, name="stem")
+        self.stem_norm = norm(config.norm, config.width, name="stem_norm")
+        self.pool_pad = tf_keras.layers.ZeroPadding2D(1)  # zeros lose against the ReLU's output: no need for -inf
+        self.pool = tf_keras.layers.MaxPool2D(3, 2)
+        expansion = 1 if config.block == "basic" else 4
+        self.stages, channels = [], config.width
+        for stage, blocks in enumerate(config.blocks):
+            width = config.width * 2**stage
+            layers = []
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                project = stride > 1 or channels != width * expansion
+                layers.append(Block(config, width, stride, project, name=f"stage{stage + 2}_block{block + 1}"))
+                channels = width * expansion
+            self.stages.append(layers)
+
+    def call(self, images, training=False):
+        x = tf.nn.relu(self.stem_norm(self.stem(images), training=training))
+        x = self.pool(self.pool_pad(x))
+        features = {}
+        for stage, blocks in enumerate(self.stages):
+            for block in blocks:
+                x = block(x, training=training)
+            features[stage + 2] = x
+        return features

@@ -1,0 +1,125 @@
+"""From the instances of a batch to what every location should predict.
+
+Positives are found first and from the instances' side (each has at most a handful of locations near its center), so the
+cost grows with instances, not with instances times locations, and rays are computed for positives alone.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+
+import tensorflow as tf
+
+from polarmask_tf import geometry
+
+BACKGROUND, IGNORED = -1, -2
+
+
+class Targets(typing.NamedTuple):
+    """What the losses compare with; L locations over all levels, P positives in the batch, n rays."""
+
+    labels: tf.Tensor  # int32 [B, L]: class, BACKGROUND, or IGNORED (crowd regions)
+    positives: tf.Tensor  # int32 [P, 2]: image, location
+    rays: tf.Tensor  # float32 [P, n], pixels
+    centerness: tf.Tensor  # float32 [P]
+
+
+def level_ranges(levels: typing.Sequence[int], size: tuple[int, int], bounds: typing.Sequence[float] = ()) -> list:
+    """(low, high) of max(l, t, r, b) in pixels for each level, inclusive at both ends as released.
+
+    Without `bounds` they are the published 64, 128, 256, 512 between P3 to P7, scaled by the shorter input side / 800:
+    the size that they were published for.
+    """
+    if not bounds:
+        bounds = [2.0 ** (level + 3) * min(size) / 800 for level in levels[:-1]]
+    edges = [-1.0, *bounds, 1e8]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def unreachable_levels(levels, size, bounds=()) -> list[int]:
+    """Levels to which no box inside an image of this size can be assigned: max(l, t, r, b) is at most the longer side."""
+    ranges = level_ranges(levels, size, bounds)
+    return [level for level, (low, _) in zip(levels, ranges, strict=True) if low >= max(size)]
+
+
+def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=()) -> tf.Tensor:
+    """The instance that each location is a center sample of.
+
+    A location is a candidate of an instance if it lies strictly inside the square of `radius` strides around the
+    instance's center, clipped to its box, and max(l, t, r, b) from the location to the box is in its level's range; of
+    several instances the one with the smallest box wins, of equals the first.
+
+    Args:
+      boxes: float32 [B, N, 4] as x1, y1, x2, y2 in pixels of the padded image.
+      centers: float32 [B, N, 2].
+      valid: bool [B, N]; False rows are padding.
+      levels: pyramid levels, level l with stride 2**l.
+      size: height and width of the padded image.
+      radius, ranges: see TargetConfig.
+
+    Returns:
+      int32 [B, L]: index of the instance, or -1.
+
+    Source: "Center Samples" in section 3.2; FCOS for levels and ambiguity.
+    """
+    batch, instances = tf.unstack(tf.shape(boxes)[:2])
+    low, high = boxes[..., tf.newaxis, :2], boxes[..., tf.newaxis, 2:]
+    reach = math.ceil(2 * radius) + 1  # one more than can lie strictly inside: rounding then loses none
+    steps = tf.range(reach, dtype=tf.float32)
+    grid = tf.reshape(tf.stack(tf.meshgrid(steps, steps), -1), [-1, 2])
+    indices, first = [], 0
+    for level, (smallest, largest) in zip(levels, level_ranges(levels, size, ranges), strict=True):
+        stride = 2**level
+        rows, columns = -(-size[0] // stride), -(-size[1] // stride)
+        cells = tf.floor(centers / stride - radius - 0.5)[..., tf.newaxis, :] + grid  # [B, N, K, 2]
+        points = (cells + 0.5) * stride
+        around = centers[..., tf.newaxis, :]
+        ok = points > tf.maximum(around - radius * stride, low)
+        ok &= points < tf.minimum(around + radius * stride, high)
+        ok &= (cells >= 0) & (cells < [columns, rows])
+        distance = tf.reduce_max(tf.concat([points - low, high - points], -1), -1)
+        ok = tf.reduce_all(ok, -1) & (distance >= smallest) & (distance <= largest) & valid[..., tf.newaxis]
+        cells = tf.cast(cells, tf.int32)
+        indices.append(tf.where(ok, first + cells[..., 1] * columns + cells[..., 0], -1))
+        first += rows * columns
+    location = tf.concat(indices, axis=-1)  # [B, N, levels * K]
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    order = tf.argsort(area, axis=-1, stable=True)  # smallest first
+    rank = tf.argsort(order, axis=-1)
+    image = tf.range(batch)[:, tf.newaxis, tf.newaxis]
+    winner = tf.math.unsorted_segment_min(
+        tf.broadcast_to(rank[..., tf.newaxis], tf.shape(location)),
+        tf.where(location >= 0, location + image * first, -1),
+        batch * first,
+    )
+    winner = tf.reshape(winner, [batch, first])
+    taken = winner < instances
+    return tf.where(taken, tf.gather(order, tf.where(taken, winner, 0), batch_dims=1), -1)
+
+
+def encode(instances: dict, *, rays: int, levels, size, radius=1.5, ranges=()) -> Targets:
+    """Targets of a batch.
+
+    Args:
+      instances: what the pipeline gives: boxes float32 [B, N, 4], centers float32 [B, N, 2], classes int32 [B, N]
+        (-1 = padding), edges float32 [B, N, E, 4], window float32 [B, 2] (width and height of the part of the padded
+        image that holds the picture), ignore bool [B, L].
+      rays: number of rays.
+      levels, size, radius, ranges: see `assign`.
+    """
+    owner = assign(
+        instances["boxes"], instances["centers"], instances["classes"] >= 0,
+        levels=levels, size=size, radius=radius, ranges=ranges,
+    )
+    positives = tf.cast(tf.where(owner >= 0), tf.int32)
+    image, location = positives[:, 0], positives[:, 1]
+    points = tf.concat([geometry.locations(*size, 2**level) for level in levels], axis=0)
+    chosen = tf.stack([image, tf.gather_nd(owner, positives)], axis=-1)
+    window = tf.gather(instances["window"], image)
+    lengths = geometry.ray_lengths(
+        tf.gather(points, location), tf.gather_nd(instances["edges"], chosen), rays, tf.concat([0 * window, window], -1)
+    )
+    labels = tf.gather(instances["classes"], tf.maximum(owner, 0), batch_dims=1)
+    labels = tf.where(owner >= 0, labels, tf.where(instances["ignore"], IGNORED, BACKGROUND))
+    return Targets(labels, positives, lengths, geometry.polar_centerness(lengths))
