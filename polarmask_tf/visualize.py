@@ -1,0 +1,154 @@
+"""Pictures: an image with its instances, a sheet of ground truth beside prediction. NumPy and Pillow only."""
+
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+PAPER, INK, FAINT = (250, 249, 246), (32, 33, 36), (110, 110, 114)
+SHEET_SIDE = 384  # longer side of a picture in a sheet
+
+
+def color(index):
+    """The index-th of endlessly many colours (R, G, B): neighbours differ clearly, and each is always the same."""
+    hue = (0.56 + index * 0.61803398875) % 1  # golden-ratio steps never come close to a recent hue
+    saturation, value = ((0.85, 0.95), (0.65, 1.0), (0.95, 0.8))[index % 3]
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def colors_for(classes, num_classes):
+    """A colour an instance: its class's, or its own where there is only one class to tell apart."""
+    return [color(int(index)) for index in (classes if num_classes > 1 else range(len(classes)))]
+
+
+def _rings(shape):
+    """The rings of an instance: one array [R, 2] or a list of them; those too short to be drawn are left out."""
+    rings = [shape] if isinstance(shape, np.ndarray) else shape
+    return [ring for ring in rings if len(ring) >= 3 and np.isfinite(ring).all()]
+
+
+def _paint_rings(layer, rings, scale, rgb, width):
+    pen = ImageDraw.Draw(layer)
+    for ring in rings:
+        points = [tuple(point) for point in (np.asarray(ring, np.float64) * scale).tolist()]
+        pen.polygon(points, fill=(*rgb, 90))
+        pen.line([*points, points[0], points[1]], fill=(*rgb, 255), width=width, joint="curve")
+
+
+def _paint_mask(layer, mask, scale, rgb, width):
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return
+    top, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
+    part = Image.fromarray(np.uint8(mask[top : rows[-1] + 2, left : columns[-1] + 2]) * 255)
+    size = (round(part.width * scale), round(part.height * scale))
+    part = part.resize(size, Image.Resampling.BILINEAR).point(lambda value: 255 * (value > 127))
+    inner = part.filter(ImageFilter.MinFilter(2 * (width // 2) + 1))
+    corner = (round(left * scale), round(top * scale))
+    layer.paste((*rgb, 255), corner, part)
+    layer.paste((*rgb, 90), corner, inner)
+
+
+def draw(image, shapes, labels=None, scores=None, colors=None, *, fit=None):
+    """A uint8 [h, w, 3] image with its instances filled translucently, outlined and labelled -> PIL.Image (RGB).
+
+    shapes: an instance each: a polygon [R, 2] (x, y in pixels), a list of such rings, or a bool mask [h, w].
+    labels: a text each; scores: a number each, written behind it. Earlier instances lie on top, and their labels
+    win the space. colors: (R, G, B) each; default: one for each instance. The picture's longer side is `fit` pixels;
+    without `fit` it has the image's size, times the whole number (at most 8) that brings its shorter side to 384.
+    """
+    height, width = image.shape[:2]
+    scale = fit / max(height, width) if fit else min(8, max(1, -(-384 // min(height, width))))
+    picture = Image.fromarray(image)
+    if scale != 1:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    colors = [color(index) for index in range(len(shapes))] if colors is None else colors
+    stroke = max(2, round(min(picture.size) / 240))
+    # Pillow draws hard edges: draw larger and shrink. Huge pictures need it less and could not pay for it.
+    pixels = picture.width * picture.height
+    finer = 3 if pixels <= 1_000_000 else 2 if pixels <= 6_000_000 else 1
+    layer = Image.new("RGBA", (picture.width * finer, picture.height * finer), (0, 0, 0, 0))
+    for shape, rgb in reversed(list(zip(shapes, colors, strict=True))):
+        if _is_mask(shape):
+            _paint_mask(layer, shape, scale * finer, rgb, stroke * finer)
+        else:
+            _paint_rings(layer, _rings(shape), scale * finer, rgb, stroke * finer)
+    if finer > 1:
+        layer = layer.resize(picture.size, Image.Resampling.BOX)
+    picture = Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
+    labels = [""] * len(shapes) if labels is None else labels
+    numbers = [""] * len(shapes) if scores is None else [f"{score:.2f}" for score in scores]
+    texts = [(f"{label} {number}".strip(), number) for label, number in zip(labels, numbers, strict=True)]
+    _write_labels(picture, [_box(shape, scale) for shape in shapes], texts, colors)
+    return picture
+
+
+def _is_mask(shape):
+    return isinstance(shape, np.ndarray) and shape.dtype == bool
+
+
+def _box(shape, scale):
+    """xmin, ymin, xmax, ymax of an instance in the picture, None if there is nothing of it."""
+    points = np.argwhere(shape)[:, ::-1] if _is_mask(shape) else np.concatenate([np.zeros((0, 2)), *_rings(shape)])
+    return np.concatenate([points.min(axis=0), points.max(axis=0)]) * scale if len(points) else None
+
+
+def _write_labels(picture, boxes, texts, colors):
+    """Each instance's text, or its shorter form, at its top left corner, unless it would cover another one."""
+    font = ImageFont.load_default(max(11, min(26, round(min(picture.size) / 30))))
+    pen = ImageDraw.Draw(picture)
+    taken = np.zeros((0, 4))
+    crowded = len(boxes) > 20
+    for box, forms, rgb in zip(boxes, texts, colors, strict=True):
+        for text in filter(None, forms if box is not None else ()):
+            left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+            wide, high = right - left + 6, bottom - top + 6
+            if crowded and (wide > 1.3 * (box[2] - box[0]) or high > 0.6 * (box[3] - box[1])):
+                continue
+            x = float(np.clip(box[0], 0, max(0, picture.width - wide - 1)))
+            y = float(np.clip(box[1] - high - 1, 0, max(0, picture.height - high - 1)))
+            if ((taken[:, 0] < x + wide) & (x < taken[:, 2]) & (taken[:, 1] < y + high) & (y < taken[:, 3])).any():
+                continue
+            taken = np.vstack([taken, (x, y, x + wide, y + high)])
+            pen.rounded_rectangle((x, y, x + wide, y + high), radius=3, fill=rgb)
+            bright = np.dot(rgb, (0.299, 0.587, 0.114)) > 140
+            pen.text((x + 3 - left, y + 3 - top), text, font=font, fill=INK if bright else (255, 255, 255))
+            break
+
+
+def _fit(picture, side):
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def sheet(pairs, *, title="", side=SHEET_SIDE):
+    """Pairs (ground truth PIL.Image, prediction PIL.Image, caption) -> one PIL.Image, a pair a cell, side by side."""
+    columns = 1 if len(pairs) <= 2 else 2 if len(pairs) <= 8 else 3
+    rows = -(-len(pairs) // columns)
+    gap, between, line = 28, 6, 24
+    head = 96 if title else 56
+    pairs = [(_fit(truth, side), _fit(prediction, side), caption) for truth, prediction, caption in pairs]
+    high = [max(truth.height for truth, _, _ in pairs[r * columns : (r + 1) * columns]) for r in range(rows)]
+    wide = gap + columns * (2 * side + between + gap)
+    canvas = Image.new("RGB", (wide, head + sum(high) + rows * (line + gap)), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    if title:
+        pen.text((gap, 24), title, font=ImageFont.load_default(26), fill=INK)
+    small, tiny = ImageFont.load_default(16), ImageFont.load_default(15)
+    y = head
+    for column in range(min(columns, len(pairs))):
+        x = gap + column * (2 * side + between + gap)
+        pen.text((x, y - 26), "ground truth", font=small, fill=INK)
+        pen.text((x + side + between, y - 26), "prediction", font=small, fill=INK)
+    for row in range(rows):
+        for column, (truth, prediction, caption) in enumerate(pairs[row * columns : (row + 1) * columns]):
+            x = gap + column * (2 * side + between + gap)
+            canvas.paste(truth, (x, y))
+            canvas.paste(prediction, (x + side + between, y))
+            while caption and pen.textlength(caption, font=tiny) > 2 * side + between:
+                caption = caption[:-2].rstrip("…") + "…" if len(caption) > 2 else ""
+            pen.text((x, y + truth.height + 4), caption, font=tiny, fill=FAINT)
+        y += high[row] + line + gap
+    return canvas
