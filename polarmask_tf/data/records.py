@@ -1,4 +1,4 @@
-"""The record schema, both ways: one tf.train.Example an image under Model Garden's key names, and `dataset.json` beside.
+"""The record schema, both ways: one tf.train.Example an image with Model Garden's key names, `dataset.json` beside.
 
 The writer needs no TensorFlow (importing it takes seconds in each process of `convert`): an Example is four nested
 protobuf messages and a TFRecord is a length, the bytes and two checksums. The readers import TensorFlow when called.
@@ -37,30 +37,25 @@ class Instance(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """`dataset.json` of a converted data set; `shards` are absolute paths, `class_names[label]` and
-    `category_ids[label]` belong to the 0-based label."""
+    """`dataset.json` of a converted data set. `classes[label]` is {"name": str, "category_id": int} of the 0-based label,
+    `max_instances` counts the non-crowd instances of one image, `max_edges` the polygon edges of one instance."""
 
     directory: Path
     name: str
     num_images: int
     num_instances: int
     num_crowd: int
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    classes: list[dict]
     max_instances: int
     max_edges: int
-    shards: tuple[Path, ...]
+    shard_paths: list[Path]
     skipped: dict[str, int]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
 
 def encode_example(
     *, encoded: bytes, format: str, file_name: str, image_id: int, height: int, width: int, instances: list[Instance]
 ) -> bytes:
-    """A serialised tf.train.Example of one image. `encoded` are the bytes of a JPEG or PNG file, `format` says which."""
+    """A serialised tf.train.Example of one image. `encoded`: the bytes of a JPEG or PNG file, `format` says which."""
     boxes = np.array([i.box for i in instances], np.float64).reshape(-1, 4) / (width, height, width, height)
     rings = [(index, ring) for index, instance in enumerate(instances) for ring in instance.rings]
     features = {
@@ -90,10 +85,8 @@ def encode_example(
 
 
 def _serialize(features: dict) -> bytes:
-    """Example{1: Features{1: map<1: name, 2: Feature>}}; Feature{1: bytes, 2: float, 3: int64 list}, each {1: values}."""
-    entries = b"".join(
-        _field(1, _field(1, name.encode()) + _field(2, _feature(values))) for name, values in features.items()
-    )
+    """Example{1: Features{1: map<1: name, 2: Feature>}}; Feature{1: bytes, 2: float, 3: int64 list} of {1: values}."""
+    entries = b"".join(_field(1, _field(1, name.encode()) + _field(2, _feature(values))) for name, values in features.items())
     return _field(1, entries)
 
 
@@ -197,20 +190,19 @@ def load_dataset_info(path) -> DatasetInfo:
             num_images=int(content["num_images"]),
             num_instances=int(content["num_instances"]),
             num_crowd=int(content["num_crowd"]),
-            class_names=tuple(str(c["name"]) for c in content["classes"]),
-            category_ids=tuple(int(c["category_id"]) for c in content["classes"]),
+            classes=[{"name": str(c["name"]), "category_id": int(c["category_id"])} for c in content["classes"]],
             max_instances=int(content["max_instances"]),
             max_edges=int(content["max_edges"]),
-            shards=tuple(directory / Path(name).name for name in content["shards"]),
+            shard_paths=[directory / Path(name).name for name in content["shards"]],
             skipped={str(reason): int(count) for reason, count in content["skipped"].items()},
         )
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: broken ({type(error).__name__}: {error}); {again} anew") from error
-    missing = [shard.name for shard in info.shards if not shard.is_file()]
-    if missing or not info.shards:
-        raise InputError(f"{path}: {len(missing)} shards missing, first {missing[:1]}; {again} anew")
+    missing = [shard.name for shard in info.shard_paths if not shard.is_file()]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of {len(info.shard_paths)} shards missing, first {missing[0]}; {again} anew")
     return info
 
 
@@ -269,7 +261,7 @@ def iter_images(path) -> Iterator[tuple[int, bytes]]:
 def read_ground_truth(path) -> dict:
     """The COCO dict that the shards were made from, for pycocotools; images are not decoded.
 
-    Category ids, annotation ids, areas and masks (compressed RLE) are the original ones; boxes are those of the records.
+    Category ids, annotation ids, areas and masks (compressed RLE) are the original ones; boxes are the records'.
     """
     info = load_dataset_info(path)
     images, annotations = [], []
@@ -282,9 +274,7 @@ def read_ground_truth(path) -> dict:
         }
         images.append(image)
         annotations += _annotations(features, image, info)
-    categories = [
-        {"id": number, "name": name} for number, name in zip(info.category_ids, info.class_names, strict=True)
-    ]
+    categories = [{"id": c["category_id"], "name": c["name"]} for c in info.classes]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
@@ -298,7 +288,7 @@ def _annotations(features, image, info):
         {
             "id": annotation_id,
             "image_id": image["id"],
-            "category_id": info.category_ids[label - 1],
+            "category_id": info.classes[label - 1]["category_id"],
             "area": area,
             "bbox": [float(v) for v in (xmin[i], ymin[i], xmax[i] - xmin[i], ymax[i] - ymin[i])],
             "iscrowd": is_crowd,
@@ -320,17 +310,21 @@ def _annotations(features, image, info):
 def _iter_features(info: DatasetInfo):
     """Yields the feature map of each record; InputError for a shard that is cut short, damaged or not ours."""
     import tensorflow as tf
+    from google.protobuf.message import DecodeError
 
     count = 0
-    for shard in info.shards:
+    for shard in info.shard_paths:
         mend = "run `polarmask convert` again to rewrite the data set"
         try:
             for data in tf.data.TFRecordDataset(str(shard)).as_numpy_iterator():
                 count += 1
-                yield tf.train.Example.FromString(data).features.feature
+                features = tf.train.Example.FromString(data).features.feature
+                if "image/object/rle" not in features:
+                    raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {mend}")
+                yield features
         except tf.errors.OpError as error:
             raise InputError(f"{shard}: damaged or cut short ({error.message.splitlines()[0]}); {mend}") from error
-        except (IndexError, ValueError) as error:
-            raise InputError(f"{shard}: a record does not follow the schema ({error}); {mend}") from error
+        except DecodeError as error:
+            raise InputError(f"{shard}: holds something else than tf.train.Example; {mend}") from error
     if count != info.num_images:
         raise InputError(f"{info.directory}: {count} records, dataset.json says {info.num_images}; {mend}")

@@ -17,9 +17,7 @@ _SUPERSAMPLE = 4
 _MARGIN = 2.0  # pixels kept free between a shape and the image border
 
 
-def make_shapes(
-    out: Path, *, train: int = 1000, val: int = 150, size: int = 128, seed: int = 0, progress: bool = True
-) -> None:
+def make_shapes(out: Path, *, train: int = 1000, val: int = 150, size: int = 128, seed: int = 0, progress: bool = True) -> None:
     """Writes OUT/{train,val}/images/*.png and OUT/{train,val}/annotations.json (COCO, polygons).
 
     Images are RGB, `size` x `size`, with 1 to 4 shapes that never cover one another, so that each polygon (x, y in
