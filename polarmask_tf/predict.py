@@ -125,17 +125,20 @@ def _load_saved_model(path):
 
 
 def _load_run(path, score_threshold, max_detections):
+    import tensorflow as tf
+
     from polarmask_tf.train import load_run
 
     overrides = {"score_threshold": score_threshold, "max_detections": max_detections}
     model = load_run(path, **{key: value for key, value in overrides.items() if value is not None})
     height, width = model.input_size
+    detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, height, width, 3), tf.uint8)])
 
     def run(images):
         if not images:
             return []
         canvases, backs = zip(*(lite.letterbox(image, height, width) for image in images), strict=True)
-        outputs = {name: np.asarray(tensor) for name, tensor in model.detect(np.stack(canvases)).items()}
+        outputs = {name: tensor.numpy() for name, tensor in detect(np.stack(canvases)).items()}
         return [
             lite.unpack(outputs, row, width * back[0], height * back[1], *image.shape[:2])
             for row, (image, back) in enumerate(zip(images, backs, strict=True))

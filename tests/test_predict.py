@@ -1,0 +1,265 @@
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from test_lite import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
+
+from polarmask_tf import lite, predict
+from polarmask_tf.errors import InputError
+from polarmask_tf.predict import Detections, Predictor, load_predictor
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    return make_exports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run directory whose load_run gives the hexagon model, and the overrides that it was loaded with."""
+    calls = []
+
+    def load_run(path, **overrides):
+        calls.append(overrides)
+        return types.SimpleNamespace(classes=CLASSES, input_size=(HEIGHT, WIDTH), detect=hexagon_around_brightest)
+
+    monkeypatch.setitem(sys.modules, "polarmask_tf.train", types.SimpleNamespace(load_run=load_run))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    return tmp_path / "run", calls
+
+
+IMAGES = [spot(64, 96, 60, 20, 2), spot(32, 48, 10, 11, 1), spot(64, 96, 4, 50, 2)]
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        for field in ("scores", "classes", "boxes", "polygons"):
+            np.testing.assert_allclose(getattr(a, field), getattr(b, field), atol=1e-3)
+
+
+def test_a_tflite_file_is_lite(exports):
+    predictor = load_predictor(exports["tflite"])
+    assert (predictor.kind, predictor.classes, predictor.input_size) == ("tflite", CLASSES, (HEIGHT, WIDTH))
+    model = lite.PolarMaskLite(exports["tflite"])
+    assert_same(predictor(IMAGES), [Detections(**model(image)) for image in IMAGES])
+
+
+def test_a_run_sees_letterboxed_images_and_gives_pixels(run, exports):
+    predictor = load_predictor(run[0])
+    assert (predictor.kind, predictor.classes, predictor.input_size) == ("run", CLASSES, (HEIGHT, WIDTH))
+    assert_same(predictor(IMAGES), load_predictor(exports["tflite"])(IMAGES))
+    assert predictor([]) == []
+
+
+def test_a_saved_model_takes_images_of_several_sizes_in_one_call(exports):
+    predictor = load_predictor(exports["saved_model"])
+    assert (predictor.kind, predictor.classes, predictor.input_size) == ("saved_model", CLASSES, (HEIGHT, WIDTH))
+    found = predictor(IMAGES)
+    centers = [(60, 20), (10, 11), (4, 50)]  # this test model marks the first brightest pixel of the image itself
+    for detections, center in zip(found, centers, strict=True):
+        assert detections.scores == pytest.approx([0.9, 0.4])
+        assert detections.polygons[0, 0] == pytest.approx((center[0] + 0.5 + RADIUS, center[1] + 0.5), abs=1e-3)
+        left, right = max(0, center[0] + 0.5 - RADIUS), center[0] + 0.5 + RADIUS
+        assert detections.boxes[0, [0, 2]] == pytest.approx([left, right], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["tflite", "saved_model"])
+def test_overrides_filter_what_an_export_gives(exports, kind):
+    assert load_predictor(exports[kind], score_threshold=0.5)(IMAGES)[0].scores == pytest.approx([0.9])
+    assert load_predictor(exports[kind], max_detections=1)(IMAGES)[1].polygons.shape == (1, 6, 2)
+    assert load_predictor(exports[kind], score_threshold=0.95)(IMAGES)[2].boxes.shape == (0, 4)
+    with pytest.raises(InputError, match="at most 3 detections, not 4"):
+        load_predictor(exports[kind], max_detections=4)
+
+
+def test_overrides_go_to_a_run(run):
+    path, calls = run
+    load_predictor(path)
+    load_predictor(path, score_threshold=0.25, max_detections=1000)
+    assert calls == [{}, {"score_threshold": 0.25, "max_detections": 1000}]
+
+
+def test_what_is_no_model_is_refused(tmp_path, exports):
+    (tmp_path / "text.tflite").write_text("no model")
+    (tmp_path / "notes.txt").write_text("no model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "assets.extra").mkdir(parents=True)
+    (tmp_path / "broken" / "saved_model.pb").write_bytes(b"garbage")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "saved_model.pb").write_bytes((exports["saved_model"] / "saved_model.pb").read_bytes())
+    metadata = (exports["saved_model"] / "assets.extra" / "metadata.json").read_text()
+    (tmp_path / "broken" / "assets.extra" / "metadata.json").write_text(metadata)
+    expected = {
+        "text.tflite": "not a TFLite model",
+        "notes.txt": "is none of these: a run directory",
+        "empty": "is none of these",
+        "missing": "does not exist",
+        "bare": "assets.extra/metadata.json: missing",
+        "broken": "TensorFlow cannot load it",
+    }
+    for name, text in expected.items():
+        with pytest.raises(InputError, match=text) as error:
+            load_predictor(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_predictor_refuses_what_is_no_image(exports):
+    with pytest.raises(InputError, match="uint8 array"):
+        load_predictor(exports["tflite"])([np.zeros((4, 4))])
+
+
+def test_read_image_raises_input_errors(tmp_path):
+    for path in damaged_images(tmp_path):
+        with pytest.raises(InputError) as error:
+            predict.read_image(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    Image.fromarray(spot(64, 96, 60, 20, 2)).save(source / "12.png")
+    Image.fromarray(spot(40, 40, 20, 20, 2)).save(source / "moon.png")
+    Image.fromarray(spot(96, 64, 20, 20, 2)).save(source / "known.png")
+    (source / "notes.txt").write_text("no image")
+    return source
+
+
+def truth_of(path):
+    square = [20, 20, 22, 20, 22, 22, 20, 22]
+    whole = coco_mask.encode(np.asfortranarray(np.ones((96, 64), np.uint8)))
+    stripes = {"size": [96, 64], "counts": [64, 96, 96 * 64 - 160]}
+    content = {
+        "images": [{"id": 5, "file_name": "deep/known.png", "height": 96, "width": 64}],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 3, "segmentation": [square], "area": 4, "iscrowd": 0},
+            {"id": 2, "image_id": 5, "category_id": 7, "segmentation": stripes, "area": 96, "iscrowd": 0},
+            {"id": 3, "image_id": 5, "category_id": 7, "segmentation": stripes, "area": 96, "iscrowd": 1},
+            {
+                "id": 4,
+                "image_id": 5,
+                "category_id": 7,
+                "segmentation": {"size": [96, 64], "counts": whole["counts"].decode()},
+                "area": 96 * 64,
+            },
+        ],
+        "categories": [{"id": 3, "name": "moon"}, {"id": 7, "name": "sun"}],
+    }
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_predict_writes_overlays_and_coco_results(exports, folder, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    done = predict.predict(load_predictor(exports["tflite"]), folder, out, score_threshold=0.0, progress=False)
+    assert (done["images"], done["detections"], list(done["skipped"])) == (3, 6, ["notes.txt"])
+    assert "notes.txt" in done["skipped"]["notes.txt"] and done["sheet"] is None
+    assert "skipped 1 of 4 files: notes.txt" in capsys.readouterr().err
+    assert sorted(path.name for path in out.rglob("*")) == ["12.png", "known.png", "moon.png", "overlays", "results.json"]
+    results = json.loads(done["results"].read_text())
+    assert {result["image_id"] for result in results} == {12, "moon.png", "known.png"}
+    assert Image.open(out / "overlays" / "12.png").size == (96 * 6, 64 * 6)
+
+    coco = COCO()  # the results load as pycocotools wants them, and the masks are where the model saw the spot
+    coco.dataset = {"images": [{"id": i} for i in (12, "moon.png", "known.png")], "categories": [], "annotations": []}
+    coco.createIndex()
+    loaded = coco.loadRes(str(done["results"]))
+    first = loaded.imgToAnns[12][0]
+    assert first["category_id"] == 3 and first["score"] == pytest.approx(0.9)
+    assert first["bbox"] == pytest.approx([61 - 8, 21 - 4 * np.sqrt(3), 16, 8 * np.sqrt(3)], abs=0.01)
+    mask = coco_mask.decode(first["segmentation"])
+    assert mask.shape == (64, 96) and mask[21, 61] and not mask[21, 75]
+    assert mask.sum() == pytest.approx(3 * np.sqrt(3) / 2 * 8**2, rel=0.05)
+
+
+def test_predict_with_truth_takes_its_ids_and_draws_a_sheet(exports, folder, tmp_path):
+    truth_of(tmp_path / "truth.json")
+    predictor, out = load_predictor(exports["tflite"]), tmp_path / "out"
+    done = predict.predict(predictor, folder, out, score_threshold=0.5, truth=tmp_path / "truth.json", progress=False)
+    results = json.loads(done["results"].read_text())
+    assert {result["image_id"] for result in results} == {12, "moon.png", 5}
+    assert done["detections"] == len(results) == 3
+    sheet = np.asarray(Image.open(done["sheet"]))
+    assert sheet.shape[1] > 2 * 384 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 50
+
+
+def test_predict_takes_one_file_and_draws_only_what_is_sure(exports, folder, tmp_path):
+    done = predict.predict(load_predictor(exports["tflite"]), folder / "12.png", tmp_path, score_threshold=0.5, progress=False)
+    assert (done["images"], done["detections"]) == (1, 1)
+    drawn = np.asarray(Image.open(tmp_path / "overlays" / "12.png")).astype(int)
+    assert np.ptp(drawn[21 * 6, 53 * 6 - 3 : 53 * 6 + 4]) > 50  # the outline's left corner, at (53, 21)
+
+
+def test_files_that_share_a_stem_keep_apart(exports, tmp_path):
+    for name in ("1.png", "1.bmp", "01.png"):
+        Image.fromarray(IMAGES[0]).save(tmp_path / name)
+    done = predict.predict(load_predictor(exports["tflite"]), tmp_path, tmp_path / "out", progress=False)
+    assert {result["image_id"] for result in json.loads(done["results"].read_text())} == {"1.png", "1.bmp", "01.png"}
+    names = sorted(path.name for path in (tmp_path / "out" / "overlays").iterdir())
+    assert names == ["01.png", "1.bmp.png", "1.png.png"]
+
+
+def test_nothing_readable_is_an_error(exports, tmp_path):
+    predictor = load_predictor(exports["tflite"])
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for source, text in (("text.jpg", "no image to predict on"), ("empty", "no files"), ("missing", "no such file")):
+        with pytest.raises(InputError, match=text):
+            predict.predict(predictor, tmp_path / source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_an_error(exports, folder, tmp_path, monkeypatch):
+    predictor = load_predictor(exports["tflite"])
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot make this directory"):
+        predict.predict(predictor, folder, tmp_path / "file", progress=False)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict.os, "replace", full)
+    with pytest.raises(InputError, match="No space left"):
+        predict.predict(predictor, folder, tmp_path / "out", progress=False)
+    assert list((tmp_path / "out" / "overlays").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("no json", "not JSON"),
+        ("[]", 'no list "images"'),
+        ('{"images": []}', 'no list "annotations"'),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r'images\[0\] has no "height"'),
+    ],
+)
+def test_a_wrong_truth_is_an_error(exports, folder, tmp_path, text, expected):
+    (tmp_path / "truth.json").write_text(text)
+    predictor = load_predictor(exports["tflite"])
+    with pytest.raises(InputError, match=expected):
+        predict.predict(predictor, folder, tmp_path / "out", truth=tmp_path / "truth.json", progress=False)
+
+
+def test_the_sheet_takes_a_dozen_spread_over_all(tmp_path, monkeypatch):
+    images = [{"id": i, "file_name": f"{i:02}.png", "height": 8, "width": 8} for i in range(30)]
+    for image in images:
+        Image.new("RGB", (8, 8)).save(tmp_path / image["file_name"])
+    truth = tmp_path / "truth" / "truth.json"
+    truth.parent.mkdir()
+    truth.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    nothing = {"scores": np.zeros(0), "classes": np.zeros(0, int), "boxes": np.zeros((0, 4)), "polygons": np.zeros((0, 4, 2))}
+    predictor = Predictor("run", [{"name": "a", "category_id": 1}], (8, 8), 1, lambda images: [nothing for _ in images])
+    captions = []
+    draw_sheet = predict.visualize.sheet
+    monkeypatch.setattr(
+        predict.visualize, "sheet", lambda pairs, **kw: captions.extend(c for *_, c in pairs) or draw_sheet(pairs, **kw)
+    )
+    predict.predict(predictor, tmp_path, tmp_path / "out", truth=truth, progress=False)
+    assert len(captions) == 12 and captions[0].startswith("00.png: 0 true, 0 found") and captions[-1].startswith("29.png")
