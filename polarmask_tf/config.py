@@ -61,7 +61,7 @@ class DataConfig:
     flip: bool = True
     scale: tuple[float, float] = (1.0, 1.0)  # scale jitter, times the scale that fits the image into `size`
     max_instances: int = 100  # padding of a training image; an image with more keeps its largest
-    shuffle: int = 2048  # images in the shuffle buffer
+    shuffle: int = 2048  # images are shuffled in blocks of this many (and so are the shards)
 
 
 @dataclass(frozen=True)

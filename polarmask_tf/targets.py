@@ -6,6 +6,7 @@ cost grows with instances, not with instances times locations, and rays are comp
 
 from __future__ import annotations
 
+import itertools
 import math
 import typing
 
@@ -34,7 +35,7 @@ def level_ranges(levels: typing.Sequence[int], size: tuple[int, int], bounds: ty
     if not bounds:
         bounds = [2.0 ** (level + 3) * min(size) / 800 for level in levels[:-1]]
     edges = [-1.0, *bounds, 1e8]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def unreachable_levels(levels, size, bounds=()) -> list[int]:

@@ -39,10 +39,15 @@ def training_batches(info: records.DatasetInfo, config: Config, *, seed: int = 0
     data = config.data
     paths = [str(path) for path in info.shard_paths]
 
+    def shuffled(values, *key):
+        return tf.data.Dataset.from_tensor_slices(tf.random.experimental.stateless_shuffle(values, tf.stack(key)))
+
     def epoch(number):
-        order = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths), seed=number + seed * 1000, reshuffle_each_iteration=False)
-        examples = order.interleave(tf.data.TFRecordDataset, cycle_length=min(4, len(paths)), deterministic=True)
-        return examples.shuffle(data.shuffle, seed=number + seed * 1000, reshuffle_each_iteration=False)
+        # Not Dataset.shuffle: its order hangs on the global seed and on how often it was iterated before.
+        key = tf.constant(seed, tf.int64) * 1_000_003 + number
+        examples = shuffled(paths, key, tf.constant(-1, tf.int64)).interleave(tf.data.TFRecordDataset, cycle_length=4)
+        blocks = examples.batch(data.shuffle).enumerate()
+        return blocks.flat_map(lambda block, serialized: shuffled(serialized, key, block))
 
     examples = tf.data.Dataset.range(2**40).flat_map(epoch).enumerate().skip(start_step * data.batch)
     examples = examples.map(

@@ -104,7 +104,7 @@ def instances(record: dict, xy: tf.Tensor, window, *, max_edges: int, max_instan
         pick = lambda values: tf.gather(tf.pad(values, [[0, 1]] + [[0, 0]] * (values.shape.rank - 1)), chosen)  # noqa: E731
         polygon, area, middle = pick(by_ring), tf.where(has_ring, pick(ring_area), 0.0), pick(ring_center)
     else:
-        polygon = _group(edges, tf.gather(of_ring, vertex_ring), count, max_edges)
+        polygon = _group(edges, tf.repeat(of_ring, record["ring_lengths"]), count, max_edges)
         area, middle = geometry.area_and_centroid(geometry.clip(polygon, window[1], window[0])[0])
     boxes = tf.concat([low, high], axis=-1)
     if center == "box":
@@ -133,7 +133,7 @@ def crowd_locations(record: dict, xy: tf.Tensor, points: tf.Tensor, max_edges: i
     if_none = tf.zeros(tf.shape(points)[:1], tf.bool)
 
     def search():
-        groups = tf.gather(record["ring_instance"], tf.repeat(tf.range(tf.shape(record["ring_lengths"])[0]), record["ring_lengths"]))
+        groups = tf.repeat(record["ring_instance"], record["ring_lengths"])
         polygons = _group(ring_edges(xy, record["ring_lengths"]), groups, tf.shape(record["labels"])[0], max_edges)
         return tf.reduce_any(geometry.contains(tf.boolean_mask(polygons, record["is_crowd"]), points), axis=0)
 

@@ -1,0 +1,62 @@
+"""From a run directory to files that take an image and return polygons."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import shutil
+import time
+from pathlib import Path
+
+from polarmask_tf import lite
+from polarmask_tf.errors import InputError
+
+PARITY_IMAGES = 8
+
+
+def export(run: Path, out: Path, *, images: Path | None = None, **overrides) -> dict:
+    """Writes out/saved_model, out/model.tflite and out/lite.py, and compares both with the Keras model.
+
+    Args:
+      run: run directory.
+      out: directory to make or to fill.
+      images: converted data whose first images the comparison takes; default: the run's validation or training data.
+      overrides: of config.postprocess, fixed in the exports; None values are ignored.
+
+    Returns:
+      Rows of parity.compare by export. Raises InputError if `run` cannot be exported or `out` cannot be written.
+    """
+    from polarmask_tf.data import records
+    from polarmask_tf.export import parity
+    from polarmask_tf.export.saved_model import export_saved_model
+    from polarmask_tf.export.tflite import export_tflite
+    from polarmask_tf.predict import load_predictor
+    from polarmask_tf.train import load_run
+
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    model = load_run(run, **overrides)
+    data = next((d for d in (images, model.config.data.val, model.config.data.train) if d and Path(d).is_dir()), None)
+    if images and data != images:
+        raise InputError(f"{images}: not a directory of converted data")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, function in (("saved_model", export_saved_model), ("model.tflite", export_tflite)):
+            began = time.monotonic()
+            path = function(model, model.classes, out / name)
+            size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
+            print(f"{path}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
+        shutil.copyfile(lite.__file__, out / "lite.py")
+    except OSError as e:
+        raise InputError(f"{out}: cannot be written: {e.strerror}") from None
+    rows = {}
+    if data is None:
+        print("no comparison with Keras: the run's data is not here; give --images DATA")
+    else:
+        encoded = [encoded for _, encoded in itertools.islice(records.iter_images(data), PARITY_IMAGES)]
+        pictures = [lite.read_image(io.BytesIO(content)) for content in encoded]
+        keras = load_predictor(run, **overrides)
+        for name in ("saved_model", "model.tflite"):
+            rows[name] = parity.compare(keras, load_predictor(out / name), pictures)
+        print(parity.format_table(rows))
+    print(f"next: python {out / 'lite.py'} {out / 'model.tflite'} IMAGE")
+    return rows

@@ -23,14 +23,14 @@ class FPN(tf_keras.layers.Layer):
         self.levels = config.levels
         # Laterals reach down from the backbone's last level even where P5 itself is not asked for.
         self.merged = [level for level in range(config.levels[0], last + 1)]
-        self.laterals = {str(l): Conv(config.channels, 1, bias=True, init=init, name=f"lateral{l}") for l in self.merged}
+        self.laterals = {str(n): Conv(config.channels, 1, bias=True, init=init, name=f"lateral{n}") for n in self.merged}
         self.outputs = {
-            str(l): Conv(config.channels, 3, bias=True, init=init, name=f"output{l}")
-            for l in self.merged if l in self.levels or l == last
+            str(n): Conv(config.channels, 3, bias=True, init=init, name=f"output{n}")
+            for n in self.merged if n in self.levels or n == last
         }
         self.extras = {
-            str(l): Conv(config.channels, 3, 2, bias=True, init=init, name=f"extra{l}")
-            for l in range(last + 1, self.levels[-1] + 1)
+            str(n): Conv(config.channels, 3, 2, bias=True, init=init, name=f"extra{n}")
+            for n in range(last + 1, self.levels[-1] + 1)
         }
 
     def call(self, features):
@@ -47,9 +47,12 @@ class FPN(tf_keras.layers.Layer):
 
 
 def _double(x: tf.Tensor) -> tf.Tensor:
-    """Nearest x2 by broadcasting: unlike tf.image.resize to a dynamic size, it has a gradient under XLA."""
+    """Nearest x2 by writing pixels and then rows twice.
+
+    Unlike tf.image.resize to a dynamic size it has a gradient under XLA, and TFLite has builtins for all of it.
+    """
     _, height, width, channels = x.shape
-    shape = tf.shape(x)
-    height, width = height or shape[1], width or shape[2]
-    x = tf.tile(x[:, :, tf.newaxis, :, tf.newaxis], [1, 1, 2, 1, 2, 1])
-    return tf.reshape(x, [shape[0], 2 * height, 2 * width, channels])
+    batch, dynamic_height, dynamic_width, _ = tf.unstack(tf.shape(x))
+    height, width = height or dynamic_height, width or dynamic_width
+    x = tf.reshape(tf.concat([x, x], axis=3), [batch, height, 2 * width, channels])
+    return tf.reshape(tf.concat([x, x], axis=2), [batch, 2 * height, 2 * width, channels])

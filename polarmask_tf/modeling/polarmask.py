@@ -53,7 +53,8 @@ class PolarMask(tf_keras.Model):
         )
         parts, counts = self._local_losses(y_pred, encoded)
         counts = _sum_over_replicas(counts)
-        parts = [part / tf.maximum(count, 1.0 if i != 1 else 1e-3) for i, (part, count) in enumerate(zip(parts, counts, strict=True))]
+        # Without positives the sums of the last two are zero too; their counts only must not be.
+        parts = [part / tf.maximum(count, 1e-3) for part, count in zip(parts, counts, strict=True)]
         weights = (config.loss.class_weight, config.loss.ray_weight, config.loss.centerness_weight)
         loss = tf.add_n([weight * part for weight, part in zip(weights, parts, strict=True)])
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -69,9 +70,8 @@ class PolarMask(tf_keras.Model):
             logits, encoded.labels, gamma=self.config.loss.focal_gamma, alpha=self.config.loss.focal_alpha
         )
         at = encoded.positives
-        units = tf.concat(
-            [tf.fill([maps["rays"].shape[1] * maps["rays"].shape[2]], self.ray_units[level]) for level, maps in sorted(outputs.items())], 0
-        )
+        shapes = {level: maps["rays"].shape for level, maps in outputs.items()}
+        units = tf.concat([tf.fill([s[1] * s[2]], self.ray_units[level]) for level, s in sorted(shapes.items())], 0)
         rays = geometry.rays_from_logits(
             tf.gather_nd(_flat(outputs, "rays"), at), tf.gather(units, at[:, 1])[:, tf.newaxis]
         )
@@ -79,7 +79,8 @@ class PolarMask(tf_keras.Model):
         predicted = tf.gather_nd(_flat(outputs, "centerness"), at)[:, 0]
         centerness_loss = tf.reduce_sum(losses.centerness(predicted, encoded.centerness))
         positives = tf.cast(tf.shape(at)[0], tf.float32)
-        return (class_loss, ray_loss, centerness_loss), (positives, tf.reduce_sum(encoded.centerness), positives)
+        counts = (tf.maximum(positives, 1.0), tf.reduce_sum(encoded.centerness), positives)
+        return (class_loss, ray_loss, centerness_loss), counts
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()

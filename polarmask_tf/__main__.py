@@ -1,0 +1,5 @@
+import sys
+
+from polarmask_tf.cli import main
+
+sys.exit(main())

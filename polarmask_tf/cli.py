@@ -1,0 +1,157 @@
+"""The `polarmask` command. Knows arguments and nothing else; loads TensorFlow only for what needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from polarmask_tf import __version__
+from polarmask_tf.errors import InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="polarmask", description="PolarMask instance segmentation: COCO JSON in, polygons out.",
+        epilog="Each command has its own --help. Typical order: convert, train, evaluate, export, predict.",
+    )
+    root.add_argument("--version", action="version", version=f"polarmask_tf {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, function, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("shapes", shapes, "draw the quickstart's data: images of simple shapes with COCO annotations")
+    sub.add_argument("out", type=Path, help="directory to make; gets train/ and val/")
+    sub.add_argument("--train", type=int, default=1000, help="training images (default %(default)s)")
+    sub.add_argument("--val", type=int, default=150, help="validation images (default %(default)s)")
+    sub.add_argument("--size", type=int, default=128, help="pixels a side (default %(default)s)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("convert", convert, "COCO JSON and images to TFRecord shards")
+    sub.add_argument("annotations", type=Path, help="COCO JSON file")
+    sub.add_argument("images", type=Path, help="directory of the images")
+    sub.add_argument("out", type=Path, help="directory to write: shards and dataset.json")
+    sub.add_argument("--shards", type=int, help="number of shards (default: one for every 256 images)")
+    sub.add_argument("--processes", type=int, help="worker processes (default: one for each CPU)")
+    sub.add_argument("--masks", action="store_true", help="also write PNG masks, for Model Garden's own models")
+    sub.add_argument("--verify", action="store_true", help="decode every image instead of checking header and end")
+    sub.add_argument("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
+    sub.add_argument("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
+
+    sub = command("train", train, "train a model with model.fit; goes on where an interrupted run stopped")
+    sub.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, like shapes")
+    sub.add_argument("--data", help="converted training data (data.train)")
+    sub.add_argument("--out", type=Path, required=True, help="run directory")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like train.steps=100")
+    sub.add_argument("--restart", action="store_true", help="start over, deleting the run's checkpoints")
+
+    sub = command("evaluate", evaluate, "COCO mask AP of a run directory, a SavedModel or a .tflite file")
+    sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
+    sub.add_argument("--data", type=Path, required=True, help="converted data")
+    sub.add_argument("--max-detections", type=int, default=100, help="an image (default %(default)s)")
+    sub.add_argument("--score-threshold", type=float, help="drop detections below (default: the model's own)")
+    sub.add_argument("--limit", type=int, help="only the first images")
+    sub.add_argument("--per-class", action="store_true", help="AP of every class as well")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
+
+    sub = command("predict", predict, "draw what a model finds in images, and write COCO results")
+    sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
+    sub.add_argument("images", type=Path, help="image file, or directory of images")
+    sub.add_argument("--out", type=Path, required=True, help="directory for overlays/ and results.json")
+    sub.add_argument("--score-threshold", type=float, default=0.3, help="draw detections from this score on (default %(default)s)")
+    sub.add_argument("--truth", type=Path, metavar="JSON", help="COCO annotations: adds sheet.png, truth beside prediction")
+
+    sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
+    sub.add_argument("run", type=Path, help="run directory")
+    sub.add_argument("--out", type=Path, required=True, help="directory for saved_model/, model.tflite and lite.py")
+    sub.add_argument("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
+    sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
+    sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
+    return root
+
+
+def shapes(args):
+    from polarmask_tf.data.shapes import make_shapes
+
+    make_shapes(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
+
+
+def convert(args):
+    from polarmask_tf.data.convert import convert
+
+    convert(
+        args.annotations, args.images, args.out, shards=args.shards, processes=args.processes, masks=args.masks,
+        verify=args.verify, strict=args.strict, max_edges=args.max_edges,
+    )
+
+
+def train(args):
+    from polarmask_tf import config
+
+    data = [f"data.train={json.dumps(args.data)}"] if args.data else []
+    settings = config.load(args.config, [*data, *args.set])
+    from polarmask_tf.train import train
+
+    train(settings, args.out, restart=args.restart)
+    print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
+
+
+def evaluate(args):
+    from polarmask_tf import evaluate
+    from polarmask_tf.predict import load_predictor
+
+    predictor = load_predictor(
+        args.model, score_threshold=args.score_threshold,
+        max_detections=args.max_detections if args.max_detections != 100 else None,
+    )
+    metrics = evaluate.evaluate(
+        predictor, args.data, max_detections=args.max_detections, per_class=args.per_class, limit=args.limit
+    )
+    print(evaluate.format_table(metrics))
+    if args.json:
+        beside = args.json.with_name(args.json.name + ".tmp")
+        beside.write_text(json.dumps(metrics.to_dict(), indent=1))
+        os.replace(beside, args.json)
+
+
+def predict(args):
+    from polarmask_tf.predict import load_predictor, predict
+
+    predictor = load_predictor(args.model)
+    done = predict(predictor, args.images, args.out, score_threshold=args.score_threshold, truth=args.truth)
+    print(f"{done['detections']} detections in {done['images']} images; pictures in {args.out / 'overlays'}, {done['results']}")
+
+
+def export(args):
+    from polarmask_tf.export import export
+
+    export(
+        args.run, args.out, images=args.images, score_threshold=args.score_threshold, max_detections=args.max_detections
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    # Before anything imports TensorFlow: its start-up lines (cuInit, oneDNN, ...) tell a user nothing.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    args = parser().parse_args(argv)
+    try:
+        args.function(args)
+    except InputError as error:
+        print(f"polarmask: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("polarmask: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `polarmask ... | head`
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"polarmask: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,234 @@
+"""`fit` with checkpoints, resuming and a readable progress line, in a run directory; and the way back from one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import tensorflow as tf
+import tf_keras
+import yaml
+from tqdm import tqdm
+
+from polarmask_tf import config as configs
+from polarmask_tf import targets
+from polarmask_tf.config import Config, TrainConfig
+from polarmask_tf.data import pipeline, records
+from polarmask_tf.errors import InputError
+from polarmask_tf.modeling.polarmask import PARTS, PolarMask
+
+
+class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from a third of the rate, then cosine to `final_rate` of it, or a tenth after each decay step."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def __call__(self, step):
+        c = self.config
+        step = tf.cast(step, tf.float32)
+        warm = 1 / 3 + 2 / 3 * tf.minimum(step / max(c.warmup_steps, 1), 1.0) if c.warmup_steps else 1.0
+        if c.schedule == "cosine":
+            done = tf.clip_by_value((step - c.warmup_steps) / max(c.steps - c.warmup_steps, 1), 0.0, 1.0)
+            factor = c.final_rate + (1 - c.final_rate) * (1 + tf.cos(math.pi * done)) / 2
+        else:
+            factor = 0.1 ** tf.add_n([0.0, *(tf.cast(step >= at, tf.float32) for at in c.decay_steps)])
+        return c.learning_rate * warm * factor
+
+    def get_config(self):
+        return dataclasses.asdict(self.config)
+
+
+def optimizer(config: TrainConfig) -> tf_keras.optimizers.Optimizer:
+    """AdamW, or SGD with momentum, with decoupled weight decay on convolution kernels only."""
+    common = {
+        "learning_rate": Schedule(config), "global_clipnorm": config.clip_norm or None, "weight_decay": config.weight_decay,
+    }
+    made = (
+        tf_keras.optimizers.AdamW(**common) if config.optimizer == "adamw"
+        else tf_keras.optimizers.SGD(momentum=config.momentum, **common)
+    )
+    made.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
+    return made
+
+
+def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
+    """Trains a model into the directory `run`, or goes on where it was interrupted.
+
+    The directory holds config.yaml, dataset.json (class names and category ids), checkpoints/ and TensorBoard events.
+    Raises InputError if `run` holds another config's or another data set's training (restart=True starts over), or the
+    data cannot be read.
+    """
+    if not config.data.train:
+        raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
+    info = records.load_dataset_info(config.data.train)
+    _prepare_run(config, info, run, restart)
+    lost = targets.unreachable_levels(config.model.fpn.levels, config.data.size, config.targets.ranges)
+    if lost:
+        names = ", ".join(f"P{level}" for level in lost)
+        size = " x ".join(map(str, config.data.size))
+        print(f"warning: {names} can get no object in images of {size}; shorten model.fpn.levels", file=sys.stderr)
+
+    tf_keras.utils.set_random_seed(config.train.seed)
+    model = PolarMask(config, len(info.classes))
+    model.build((None, *config.data.size, 3))
+    model.compile(optimizer=optimizer(config.train))
+    model.optimizer.build(model.trainable_variables)
+    manager = _checkpoints(model, run)
+    if manager.latest_checkpoint:
+        _restore(manager, complete=True)
+    done, steps = int(model.optimizer.iterations), config.train.steps
+    if done >= steps:
+        print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
+        return model
+    if done:
+        print(f"{run}: going on after step {done}")
+
+    batches = pipeline.training_batches(info, config, seed=config.train.seed, start_step=done)
+    # An epoch, to Keras, is the time from one checkpoint to the next.
+    every = config.train.checkpoint_every
+    try:
+        model.fit(
+            batches, steps_per_epoch=every, initial_epoch=done // every, epochs=math.ceil(steps / every), verbose=0,
+            callbacks=[Progress(run, done, steps), Checkpoints(manager, every, steps)],
+        )
+    except tf.errors.DataLossError as e:
+        raise InputError(f"{config.data.train}: a shard is damaged, convert the data again ({e.message.splitlines()[0]})") from None
+    return model
+
+
+class Progress(tf_keras.callbacks.Callback):
+    """A tqdm line with the losses since the last checkpoint and images/s, and TensorBoard scalars every 20 steps."""
+
+    def __init__(self, run: Path, done: int, steps: int):
+        super().__init__()
+        self.run, self.done, self.steps = run, done, steps
+
+    def on_train_begin(self, logs=None):
+        self.bar = tqdm(total=self.steps, initial=self.done, unit="step", desc="train", mininterval=1.0, smoothing=0.05)
+        self.writer = tf.summary.create_file_writer(str(self.run))
+        self.since = (time.monotonic(), self.done)
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = int(self.model.optimizer.iterations)
+        self.bar.update(step - self.bar.n)
+        if step % 20 and step != self.steps:
+            return
+        now = time.monotonic()
+        speed = (step - self.since[1]) * self.model.config.data.batch / max(now - self.since[0], 1e-9)
+        self.since = (now, step)
+        self.bar.set_postfix_str(
+            " ".join(f"{name} {logs[name]:.3f}" for name in ("loss", *PARTS)) + f", {speed:.0f} images/s", refresh=False
+        )
+        with self.writer.as_default(step):
+            for name in ("loss", *PARTS):
+                tf.summary.scalar(name, logs[name])
+            tf.summary.scalar("learning_rate", self.model.optimizer.lr)
+            tf.summary.scalar("images_per_second", speed)
+
+    def on_train_end(self, logs=None):
+        self.bar.close()
+        self.writer.close()
+
+
+class Checkpoints(tf_keras.callbacks.Callback):
+    """Saves model and optimizer every `every` steps and at the last step, and ends the training there."""
+
+    def __init__(self, manager: tf.train.CheckpointManager, every: int, steps: int):
+        super().__init__()
+        self.manager, self.every, self.steps = manager, every, steps
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = int(self.model.optimizer.iterations)
+        if step % self.every == 0 or step >= self.steps:
+            try:
+                self.manager.save(step)
+            except tf.errors.OpError as e:
+                raise InputError(f"{self.manager.directory}: cannot write the checkpoint: {e.message.splitlines()[0]}") from None
+        self.model.stop_training = step >= self.steps
+
+
+def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
+    """The trained model of a run directory, at its newest checkpoint.
+
+    `overrides` replace values of config.postprocess, like score_threshold=0.3. model.classes is a list of {"name",
+    "category_id"}, model.input_size is (height, width). Raises InputError if `run` is not a run directory or holds no checkpoint.
+    """
+    run = Path(run)
+    config, classes = read_run(run)
+    config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
+    model = PolarMask(config, len(classes))
+    model.build((None, *config.data.size, 3))
+    model.classes, model.input_size = classes, config.data.size
+    manager = _checkpoints(model, run)
+    if not manager.latest_checkpoint:
+        raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run})")
+    _restore(manager, complete=False)
+    return model
+
+
+def read_run(run: Path) -> tuple[Config, list]:
+    """Config and classes of a run directory, without loading weights."""
+    if not (run / "config.yaml").is_file() or not (run / "dataset.json").is_file():
+        raise InputError(f"{run}: not a run directory (config.yaml and dataset.json are expected in it)")
+    try:
+        classes = json.loads((run / "dataset.json").read_text())["classes"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{run / 'dataset.json'}: damaged; copy dataset.json from the training data") from None
+    return configs.load(run / "config.yaml"), classes
+
+
+def _prepare_run(config: Config, info, run: Path, restart: bool) -> None:
+    """Makes the run directory, or refuses one that belongs to something else. Lengthening a training is allowed."""
+    if (run / "config.yaml").is_file() and not restart:
+        before, classes = read_run(run)
+        if classes != info.classes:
+            raise InputError(f"{run}: was trained on other classes than {config.data.train}; choose another --out, or --restart")
+        old, new = (_flatten(yaml.safe_load(configs.dump(c))) for c in (before, config))
+        changed = [key for key in new if old[key] != new[key] and key not in ("train.steps", "train.checkpoint_every")]
+        if changed:
+            key = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise InputError(
+                f"{run}: holds a training with {key}={old[key]}, now {new[key]}{more}; choose another --out, or --restart"
+            )
+    elif run.is_dir() and any(run.iterdir()) and not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: exists and is not a run directory; choose another --out")
+    try:
+        if restart and (run / "config.yaml").is_file():
+            for old_file in [*run.glob("checkpoints/*"), *run.glob("events.out.tfevents.*")]:
+                old_file.unlink()
+        run.mkdir(parents=True, exist_ok=True)
+        dataset = {"classes": info.classes, "name": info.name, "num_images": info.num_images}
+        for name, text in (("dataset.json", json.dumps(dataset, indent=1)), ("config.yaml", configs.dump(config))):
+            (run / f"{name}.tmp").write_text(text)
+            os.replace(run / f"{name}.tmp", run / name)
+    except OSError as e:
+        raise InputError(f"{run}: cannot be written: {e.strerror}") from None
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _checkpoints(model: PolarMask, run: Path) -> tf.train.CheckpointManager:
+    optimizer_part = {"optimizer": model.optimizer} if getattr(model, "optimizer", None) else {}
+    checkpoint = tf.train.Checkpoint(model=model, **optimizer_part)
+    return tf.train.CheckpointManager(checkpoint, str(run / "checkpoints"), max_to_keep=2, checkpoint_name="step")
+
+
+def _restore(manager: tf.train.CheckpointManager, complete: bool) -> None:
+    try:
+        status = manager.checkpoint.restore(manager.latest_checkpoint)
+        status.assert_consumed() if complete else status.assert_existing_objects_matched().expect_partial()
+    except (tf.errors.OpError, AssertionError, ValueError) as e:
+        reason = str(e).splitlines()[0][:200]
+        raise InputError(f"{manager.latest_checkpoint}: damaged, or of another model; delete it to use the one before ({reason})") from None
