@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -154,19 +156,13 @@ def _annotation(entry):
     crowd, area = entry.get("iscrowd", 0), entry.get("area")
     if crowd not in (0, 1):
         raise Unusable("malformed annotation ('iscrowd' is neither 0 nor 1)")
-    if area is not None and not (_is_number(area) and math.isfinite(area) and 0 <= area < 1e30):
+    if area is not None and not (type(area) in (int, float) and 0 <= area < 1e30):  # NaN is neither
         raise Unusable("malformed annotation ('area' is not a number >= 0)")
     return {"id": entry["id"], "iscrowd": int(crowd), "area": area, "segmentation": entry.get("segmentation")}
 
 
 def _is_integer(value):
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _is_number(value):
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63  # a longer one does not even become a float
-    return isinstance(value, float)
 
 
 def _is_text(value):
@@ -176,13 +172,16 @@ def _is_text(value):
         return False
 
 
-def region(segmentation, height: int, width: int, max_edges: int) -> tuple[dict, list[np.ndarray], float, bool]:
+def region(
+    segmentation, height: int, width: int, max_edges: int, *, coarse: bool = False
+) -> tuple[dict, list[np.ndarray], float, bool]:
     """The mask and the rings of one annotation's segmentation.
 
     Returns the compressed RLE of the original, as pycocotools' annToRLE makes it; the rings, float64 [V, 2] in pixels,
     with at most `max_edges` vertices in all; their IoU with the original; and whether a degenerate part was left out.
-    Polygons are kept as they are, also beyond the border, unless they have too many vertices; masks are traced.
-    Raises Unusable.
+    Polygons are kept as they are, also beyond the border, unless they have too many vertices; masks are traced, at a
+    lower resolution where their outline is far more intricate than `max_edges` can follow, or where `coarse` says that
+    an approximation will do (a crowd, which training only ignores). Raises Unusable.
     """
     if isinstance(segmentation, list):
         return _polygons(segmentation, height, width, max_edges)
@@ -191,26 +190,73 @@ def region(segmentation, height: int, width: int, max_edges: int) -> tuple[dict,
         if not coco_mask.area(rle):
             raise Unusable("empty mask")
         x, y, w, h = (int(v) for v in coco_mask.toBbox(rle))
-        rings = [ring + np.array([x, y]) for ring in contours.trace(coco_mask.decode(rle)[y : y + h, x : x + w])]
-        rings, iou = contours.simplify(rings, max_edges, tolerance=_STAIRCASE)
-        return rle, rings, iou, False
+        mask = _columns(rle, x, x + w)[:, y : y + h].T
+        rings = _traced(mask, max_edges * (2 if coarse else 16))
+        rings = [ring + np.array([x, y]) for ring in rings]
+        if coarse:
+            return rle, contours.simplify(rings, max_edges, min_iou=0.0, tolerance=_STAIRCASE)[0], 1.0, False
+        return rle, *contours.simplify(rings, max_edges, tolerance=_STAIRCASE), False
     raise Unusable("annotation without segmentation" if segmentation is None else "malformed segmentation")
 
 
+def _columns(rle, first, last):
+    """The columns from `first` to `last` - 1 of a mask, as uint8 [last - first, height]: no need to unpack all of it."""
+    height = rle["size"][0]
+    ends = np.cumsum(_decompress(rle["counts"].decode()))
+    lengths = np.diff(np.clip(ends, first * height, last * height), prepend=first * height)
+    return np.repeat(np.arange(len(ends), dtype=np.uint8) & 1, lengths).reshape(last - first, height)
+
+
+def _traced(mask, max_corners):
+    """The outline of a mask at the finest of the resolutions 1, 1/2, 1/4, ... that gives at most `max_corners`."""
+    scale = 1
+    while sum(map(len, rings := contours.trace(mask))) > max_corners and max(mask.shape) > 16:
+        h, w = mask.shape
+        padded = np.zeros((h + h % 2, w + w % 2), np.uint8)
+        padded[:h, :w] = mask
+        mask = padded[0::2, 0::2] + padded[0::2, 1::2] + padded[1::2, 0::2] + padded[1::2, 1::2] >= 2
+        scale *= 2
+    return [ring * scale for ring in rings]
+
+
+def mask_png(rle: dict) -> bytes:
+    """A PNG of a mask that decodes to 0 and 1 in 8 bits, which is what Model Garden reads.
+
+    It holds one bit a pixel and a palette of two grays: an eighth of the bytes to pack, unpack and store.
+    """
+    height, width = rle["size"]
+    x, y, w, h = (int(v) for v in coco_mask.toBbox(rle))
+    first, last = x // 8, -(-(x + w) // 8)
+    rows = np.zeros((height, 1 + -(-width // 8)), np.uint8)  # a filter byte (0: none) and the pixels
+    if w and h:
+        columns = np.zeros((8 * (last - first), h), np.uint8)
+        columns[x - 8 * first : x - 8 * first + w] = _columns(rle, x, x + w)[:, y : y + h]
+        rows[y : y + h, 1 + first : 1 + last] = np.packbits(np.ascontiguousarray(columns.T), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, 1, 3, 0, 0, 0)  # bit depth 1, palette
+    chunks = ((b"IHDR", header), (b"PLTE", b"\0\0\0\1\1\1"), (b"IDAT", zlib.compress(rows.tobytes(), 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
 def _polygons(parts, height, width, max_edges):
-    if not all(isinstance(part, list) and len(part) % 2 == 0 and all(map(_is_number, part)) for part in parts):
-        raise Unusable("malformed polygon (not lists of x, y, x, y, ...)")
-    parts = [np.array(part, np.float64).reshape(-1, 2) for part in parts if part]
+    malformed = Unusable("malformed polygon (not lists of x, y, x, y, ...)")
+    if not all(isinstance(part, list) and len(part) % 2 == 0 and set(map(type, part)) <= {int, float} for part in parts):
+        raise malformed
+    try:
+        parts = [np.array(part, np.float64).reshape(-1, 2) for part in parts if part]
+    except OverflowError:  # an integer of hundreds of digits
+        raise malformed from None
     if not parts:
         raise Unusable("empty polygon")
     points = np.concatenate(parts)
-    if not np.isfinite(points).all():
+    (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    if not math.isfinite(left + top + right + bottom):
         raise Unusable("polygon with NaN or infinite coordinates")
-    low, high = points.min(axis=0), points.max(axis=0)
-    if (high <= 0).any() or low[0] >= width or low[1] >= height:
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
         raise Unusable("polygon outside the image")
     # pycocotools walks every edge pixel by pixel: memory without end for an absurd coordinate.
-    if max(*-low, *high) > 10 * max(height, width) + 1000:
+    if max(-left, -top, right, bottom) > 10 * max(height, width) + 1000:
         raise Unusable("polygon with absurd coordinates (beyond ten times the image)")
     drawable = [part for part in parts if len(part) > 2]
     if not drawable:
@@ -230,7 +276,10 @@ def _polygons(parts, height, width, max_edges):
 
 
 def _without_repeats(ring):
-    return ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)]
+    different = np.empty(len(ring), bool)
+    different[1:] = (ring[1:] != ring[:-1]).any(axis=1)
+    different[0] = (ring[0] != ring[-1]).any()
+    return ring if different.all() else ring[different]
 
 
 def _oriented(ring):
@@ -244,41 +293,38 @@ def _checked_rle(segmentation, height, width):
     if size != [height, width]:
         raise Unusable("RLE of the wrong size")
     if isinstance(counts, list):
-        if not all(_is_integer(run) and run >= 0 for run in counts):
+        if not (set(map(type, counts)) == {int} and min(counts) >= 0):
             raise Unusable("malformed RLE ('counts' are not integers >= 0)")
-        runs = counts
+        total = sum(counts)
     elif isinstance(counts, str):
-        runs = _decompress(counts)
+        total = int(_decompress(counts).sum())
     else:
         raise Unusable("malformed RLE (no 'counts')")
-    if sum(runs) != height * width:
+    if total != height * width:
         raise Unusable("RLE of the wrong size")
     if isinstance(counts, list):
         return coco_mask.frPyObjects({"size": size, "counts": counts}, height, width)
     return {"size": size, "counts": counts.encode()}
 
 
-def _decompress(text):
+def _decompress(text: str) -> np.ndarray:
     """Run lengths of compressed counts. pycocotools would read past the end of a broken string, so it is never given one.
 
     Five bits a character (48 is zero), bit 5 for "more follows", the last one's bit 4 is the sign; from the fourth run on
     the difference to the run before the last (pycocotools/common/maskApi.c, rleToString).
     """
-    runs, value, shift = [], 0, 0
-    for code in text.encode():
-        code -= 48
-        if not 0 <= code < 64 or shift > 30:
-            raise Unusable("malformed RLE (broken 'counts')")
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            if code & 16:
-                value -= 1 << shift
-            run = value + (runs[-2] if len(runs) > 2 else 0)
-            if run < 0:
-                raise Unusable("malformed RLE (broken 'counts')")
-            runs.append(run)
-            value = shift = 0
-    if shift:
+    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
+        raise Unusable("malformed RLE (broken 'counts')")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
+    if shifts.max() > 30:  # runs have 32 bits
+        raise Unusable("malformed RLE (broken 'counts')")
+    runs = np.add.reduceat((codes & 31) << shifts, starts)
+    runs -= np.where(codes[ends] & 16, 32 << shifts[ends], 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if runs.min() < 0:
         raise Unusable("malformed RLE (broken 'counts')")
     return runs

@@ -17,7 +17,9 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     The rings enclose exactly the pixels that are set. Pixels that touch diagonally belong together (8-neighbours), so
     such a ring passes through the point where they touch twice.
     """
-    padded = np.pad(np.asarray(mask, bool), 1)
+    mask = np.asarray(mask, bool)
+    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), bool)
+    padded[1:-1, 1:-1] = mask
     # Four kinds of boundary edge, with the inside on the right hand (y points down): top edges of set pixels run east,
     # right edges south, bottom edges west, left edges north. Straight runs of one kind become one segment.
     below, above = padded[1:, 1:-1], padded[:-1, 1:-1]
@@ -54,9 +56,10 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
 
 def _runs(edges):
     """The runs of True along the rows of a bool [L, N]: row, first, last + 1 of each run."""
-    steps = np.diff(np.pad(edges, ((0, 0), (1, 1))).view(np.int8), axis=1)
-    line, first = np.nonzero(steps > 0)
-    return line, first, np.nonzero(steps < 0)[1]
+    padded = np.zeros((edges.shape[0], edges.shape[1] + 2), bool)
+    padded[:, 1:-1] = edges
+    line, first = np.nonzero(padded[:, 1:] & ~padded[:, :-1])
+    return line, first, np.nonzero(padded[:, :-1] & ~padded[:, 1:])[1]
 
 
 def simplify(
@@ -146,37 +149,35 @@ def _offsets(rings):
 
 def _merged_vertex(a, b, c, d):
     """The vertex E for which a-E-d encloses what a-b-c-d does: (area that it displaces, x, y of E)."""
+    # Relative to a. Cross products with d are heights over the line a-d, times |d|; E lies at `height`, twice the area.
     ax, ay = a
-    dx, dy = d[0] - ax, d[1] - ay
-    one = _on_first_line(b[0] - ax, b[1] - ay, c[0] - ax, c[1] - ay, dx, dy)
-    other = _on_first_line(c[0] - d[0], c[1] - d[1], b[0] - d[0], b[1] - d[1], -dx, -dy)
-    return (one[0], ax + one[1], ay + one[2]) if one[0] <= other[0] else (other[0], d[0] + other[1], d[1] + other[2])
-
-
-def _on_first_line(bx, by, cx, cy, dx, dy):
-    """The same with a = (0, 0) and E on the line from a through b; infinite cost where that does not work out."""
-    height = bx * cy - by * cx + cx * dy - cy * dx  # twice the area; E lies at this height (times |d|) over a-d
-    height_b = bx * dy - by * dx
+    bx, by, cx, cy, dx, dy = b[0] - ax, b[1] - ay, c[0] - ax, c[1] - ay, d[0] - ax, d[1] - ay
+    height_b, height_c = bx * dy - by * dx, cx * dy - cy * dx
+    height = bx * cy - by * cx + height_c
+    # E goes onto the line a-b or c-d, whichever leaves less displaced: that of the farther vertex if b and c lie on one
+    # side, else that of the vertex on the side of E.
+    onto_ab = height * height_b > 0 if height_b * height_c < 0 else abs(height_b) >= abs(height_c)
+    if not onto_ab:
+        bx, by, cx, cy, dx, dy = cx - dx, cy - dy, bx - dx, by - dy, -dx, -dy
+        height, height_b = -height, -height_c
+        ax, ay = d
     flat = 1e-12 * (dx * dx + dy * dy + bx * bx + by * by)
-    if abs(height) <= flat:
-        ex, ey = 0.0, 0.0  # E may lie anywhere on a-d: for the cost at a, in the end halfway
-        if abs(height_b) <= flat:
-            return 0.0, dx / 2, dy / 2
+    level = abs(height) <= flat  # then any point of a-d does: the cost is that of E at a, the choice the middle
+    if level:
+        ex = ey = 0.0
     elif height * height_b <= 0:
         return math.inf, 0.0, 0.0
     else:
         ex, ey = bx * height / height_b, by * height / height_b
-    # E-d crosses b-c at F; the triangles E-b-F and F-c-d are equal and together what is displaced.
-    ux, uy, vx, vy = cx - bx, cy - by, dx - ex, dy - ey
-    turn = ux * vy - uy * vx
-    if turn == 0:
-        return math.inf, 0.0, 0.0
-    along_ed = ((bx - ex) * uy - (by - ey) * ux) / -turn
-    along_bc = ((bx - ex) * vy - (by - ey) * vx) / -turn
-    if not (0 <= along_ed <= 1 and 0 <= along_bc <= 1):
-        return math.inf, 0.0, 0.0
-    cost = abs(along_ed * ((bx - ex) * vy - (by - ey) * vx))
-    return (cost, dx / 2, dy / 2) if abs(height) <= flat else (cost, ex, ey)
+    # E-d crosses b-c at F; the triangles E-b-F and F-c-d are equal, and together they are what is displaced.
+    ux, uy, vx, vy, wx, wy = cx - bx, cy - by, dx - ex, dy - ey, bx - ex, by - ey
+    turn = vx * uy - vy * ux
+    if abs(turn) <= flat:  # b, c, d and E on one line
+        cost = 0.0 if abs(wx * uy - wy * ux) <= flat else math.inf
+    else:
+        along_ed, along_bc = (wx * uy - wy * ux) / turn, (wx * vy - wy * vx) / turn
+        cost = abs(along_ed * (wx * vy - wy * vx)) if -1e-9 < along_ed < 1 + 1e-9 and -1e-9 < along_bc < 1 + 1e-9 else math.inf
+    return (cost, ax + dx / 2, ay + dy / 2) if level else (cost, ax + ex, ay + ey)
 
 
 def shoelace(ring: np.ndarray) -> float:

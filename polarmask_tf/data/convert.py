@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -259,7 +260,9 @@ def _instances(image, task, report, where):
     for annotation in image["annotations"]:
         here = f"{where}, annotation {annotation['id']}"
         try:
-            rle, rings, iou, reduced = coco.region(annotation["segmentation"], height, width, task.max_edges)
+            rle, rings, iou, reduced = coco.region(
+                annotation["segmentation"], height, width, task.max_edges, coarse=bool(annotation["iscrowd"])
+            )
         except Unusable as reason:
             report.skip(str(reason), here)
             continue
@@ -271,8 +274,8 @@ def _instances(image, task, report, where):
         if area is None:
             report.note("annotation without 'area', which was taken from its mask", here)
             area = float(coco_mask.area(rle))
-        low = [max(min(ring[:, k].min() for ring in rings), 0) for k in (0, 1)]
-        high = [min(max(ring[:, k].max() for ring in rings), size) for k, size in ((0, width), (1, height))]
+        points = rings[0] if len(rings) == 1 else np.concatenate(rings)
+        (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
         found.append(
             records.Instance(
                 annotation_id=annotation["id"],
@@ -280,10 +283,10 @@ def _instances(image, task, report, where):
                 name=task.names[annotation["label"]],
                 is_crowd=bool(annotation["iscrowd"]),
                 area=float(area),
-                box=(*low, *high),
+                box=(max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))),
                 rings=rings,
                 rle=rle["counts"],
-                mask_png=_png(Image.fromarray(coco_mask.decode(rle))) if task.masks else None,
+                mask_png=coco.mask_png(rle) if task.masks else None,
             )
         )
     return found

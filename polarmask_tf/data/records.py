@@ -95,7 +95,8 @@ def _feature(values) -> bytes:
         return _field(2, _field(1, values.astype("<f4").tobytes()))
     if values and isinstance(values[0], bytes):
         return _field(1, b"".join(_field(1, value) for value in values))
-    return _field(3, _field(1, b"".join(map(_varint, values))))
+    small = not values or 0 <= min(values) <= max(values) < 128
+    return _field(3, _field(1, bytes(values) if small else b"".join(map(_varint, values))))
 
 
 def _field(number: int, payload: bytes) -> bytes:
