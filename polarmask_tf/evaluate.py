@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from polarmask_tf.data import records
+from polarmask_tf.data import coco, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.lite import read_image
 
@@ -73,34 +73,30 @@ def _quiet(function, *args):
         return function(*args)
 
 
-def _coco(images, categories, annotations):
+def _index(images, categories, annotations):
     """A COCO index of annotations whose ids are made 1, 2, ...: COCOeval takes a match with id 0 for none."""
-    coco = COCO()
+    index = COCO()
     for number, annotation in enumerate(annotations, 1):
         annotation["id"] = number
-    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
-    _quiet(coco.createIndex)
-    return coco
+    index.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    _quiet(index.createIndex)
+    return index
 
 
 def annotation_rle(annotation, size):
-    """The RLE of a COCO annotation in any of its three forms (rings, uncompressed and compressed RLE).
+    """The RLE of a COCO annotation in any of its forms (rings, uncompressed, compressed), as pycocotools' annToRLE makes it.
 
     Raises InputError if its segmentation is unusable or not of `size` ([height, width] of its image).
     """
     shape = annotation.get("segmentation")
+    if isinstance(shape, dict) and isinstance(shape.get("counts"), bytes):  # by pycocotools, not out of a JSON file
+        if list(shape["size"]) != size:
+            raise _bad_annotation(annotation, f"its mask is {list(shape['size'])}, the image is {size} (height, width)")
+        return shape
     try:
-        if isinstance(shape, list):
-            rle = coco_mask.merge(coco_mask.frPyObjects([np.asarray(ring, np.float64) for ring in shape], *size))
-        elif isinstance(shape["counts"], list):
-            rle = coco_mask.frPyObjects(shape, *shape["size"])
-        else:
-            rle = shape
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise _bad_annotation(annotation, f"its segmentation cannot be used ({error})") from None
-    if list(rle["size"]) != size:
-        raise _bad_annotation(annotation, f"its mask is {list(rle['size'])}, the image is {size} (height, width)")
-    return rle
+        return coco.region(shape, *size, max_edges=2**31)[0]
+    except coco.Unusable as reason:
+        raise _bad_annotation(annotation, str(reason)) from None
 
 
 def _bad_annotation(annotation, what):
@@ -114,14 +110,15 @@ def _ground_truth(dataset, iou_type):
         if annotation["image_id"] not in sizes:
             raise _bad_annotation(annotation, "the ground truth has no such image")
         annotation = {"iscrowd": 0, **annotation}
-        if iou_type == "segm" or "bbox" not in annotation or "area" not in annotation:
+        without_area = annotation.get("area") is None
+        if iou_type == "segm" or "bbox" not in annotation or without_area:
             rle = annotation["segmentation"] = annotation_rle(annotation, sizes[annotation["image_id"]])
-            if "area" not in annotation:
+            if without_area:
                 annotation["area"] = float(coco_mask.area(rle))
             if "bbox" not in annotation:
                 annotation["bbox"] = coco_mask.toBbox(rle).tolist()
         annotations.append(annotation)
-    return _coco(dataset["images"], dataset["categories"], annotations)
+    return _index(dataset["images"], dataset["categories"], annotations)
 
 
 def _results(truth, results, iou_type):
@@ -136,12 +133,13 @@ def _results(truth, results, iou_type):
             )
     results = [dict(result, iscrowd=0) for result in results]
     if iou_type == "segm":  # the mask's area says which size range a false positive belongs to
-        areas = coco_mask.area([result["segmentation"] for result in results]) if results else []
+        # One call each: under NumPy 2, pycocotools 2.0.11 fails on lists of more than 255 masks.
+        areas = [coco_mask.area(result["segmentation"]) for result in results]
     else:
         areas = [result["bbox"][2] * result["bbox"][3] for result in results]
     for result, area in zip(results, areas, strict=True):
         result["area"] = area
-    return _coco(truth.dataset["images"], truth.dataset["categories"], results)
+    return _index(truth.dataset["images"], truth.dataset["categories"], results)
 
 
 def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm", per_class=False):
@@ -208,22 +206,21 @@ def format_table(metrics):
 
 
 def read_coco(path):
-    """COCO JSON file -> dict with lists "images", "annotations" and "categories"; InputError for anything else."""
-    try:
-        dataset = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot read it: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    needed = {"images": "id height width", "annotations": "image_id category_id", "categories": "id name"}
-    for key, fields in needed.items():
-        if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
-            raise InputError(f'{path}: not a COCO annotation file: it has no list "{key}"')
-        for index, entry in enumerate(dataset[key]):
-            missing = [field for field in fields.split() if not isinstance(entry, dict) or field not in entry]
-            if missing:
-                raise InputError(f'{path}: {key}[{index}] has no "{missing[0]}"')
-    return dataset
+    """COCO JSON file -> COCO dict of its usable images and annotations; the others are counted and named on stderr.
+
+    Raises InputError if the file as a whole is not usable.
+    """
+    report = coco.Report()
+    images, classes = coco.read(Path(path), report)
+    for line in report.lines():
+        print(line, file=sys.stderr)
+    annotations = [
+        {**annotation, "image_id": image["id"], "category_id": classes[annotation["label"]]["category_id"]}
+        for image in images
+        for annotation in image["annotations"]
+    ]
+    categories = [{"id": entry["category_id"], "name": entry["name"]} for entry in classes]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _check_classes(classes, categories, data):

@@ -218,7 +218,7 @@ def _files(source):
 
 def _truth_entries(files, dataset):
     """File -> its entry of the truth's images, by the name as it stands there or else without its directory."""
-    images = [image for image in (dataset or {"images": []})["images"] if isinstance(image.get("file_name"), str)]
+    images = dataset["images"] if dataset else []
     by_name = {Path(image["file_name"]).name: image for image in images}
     by_name |= {image["file_name"]: image for image in images}
     return {file: by_name[file.name] for file in files if file.name in by_name}
@@ -260,7 +260,11 @@ def _draw_truth(image, entry, dataset, classes):
 
 
 def _truth_shape(annotation, image):
-    rle = annotation_rle(annotation, list(image.shape[:2]))  # also refuses what cannot be drawn
+    try:
+        rle = annotation_rle(annotation, list(image.shape[:2]))
+    except InputError as error:
+        print(f"not drawn: {error}", file=sys.stderr)
+        return []
     if isinstance(annotation["segmentation"], list):
         return [np.reshape(ring, (-1, 2)).astype(np.float64) for ring in annotation["segmentation"]]
     return coco_mask.decode(rle).astype(bool)

@@ -234,10 +234,10 @@ def test_an_output_that_cannot_be_written_is_an_error(exports, folder, tmp_path,
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("no json", "not JSON"),
-        ("[]", 'no list "images"'),
-        ('{"images": []}', 'no list "annotations"'),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', r'images\[0\] has no "height"'),
+        ("no json", "not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"images": []}', "no key 'annotations'"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', r"categories\[0\] needs"),
     ],
 )
 def test_a_wrong_truth_is_an_error(exports, folder, tmp_path, text, expected):
@@ -263,3 +263,13 @@ def test_the_sheet_takes_a_dozen_spread_over_all(tmp_path, monkeypatch):
     )
     predict.predict(predictor, tmp_path, tmp_path / "out", truth=truth, progress=False)
     assert len(captions) == 12 and captions[0].startswith("00.png: 0 true, 0 found") and captions[-1].startswith("29.png")
+
+
+def test_truth_that_cannot_be_drawn_is_named_and_left_out(exports, folder, tmp_path, capsys):
+    content = truth_of(tmp_path / "truth.json")
+    content["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    predictor = load_predictor(exports["tflite"])
+    done = predict.predict(predictor, folder, tmp_path / "out", truth=tmp_path / "truth.json", progress=False)
+    assert done["sheet"].exists()
+    assert "not drawn: annotation 1 of image 5: polygon with fewer than 3 points" in capsys.readouterr().err
