@@ -191,10 +191,10 @@ def region(
             raise Unusable("empty mask")
         x, y, w, h = (int(v) for v in coco_mask.toBbox(rle))
         mask = _columns(rle, x, x + w)[:, y : y + h].T
-        rings = _traced(mask, max_edges * (2 if coarse else 16))
-        rings = [ring + np.array([x, y]) for ring in rings]
+        outline = _traced(mask, 64 if coarse else 2**16, (2 if coarse else 16) * max_edges)
+        rings = [ring + np.array([x, y]) for ring in outline]
         if coarse:
-            return rle, contours.simplify(rings, max_edges, min_iou=0.0, tolerance=_STAIRCASE)[0], 1.0, False
+            return rle, contours.simplify(rings, max_edges, min_iou=0.0)[0], 1.0, False
         return rle, *contours.simplify(rings, max_edges, tolerance=_STAIRCASE), False
     raise Unusable("annotation without segmentation" if segmentation is None else "malformed segmentation")
 
@@ -207,16 +207,20 @@ def _columns(rle, first, last):
     return np.repeat(np.arange(len(ends), dtype=np.uint8) & 1, lengths).reshape(last - first, height)
 
 
-def _traced(mask, max_corners):
-    """The outline of a mask at the finest of the resolutions 1, 1/2, 1/4, ... that gives at most `max_corners`."""
+def _traced(mask, max_size, max_corners):
+    """The outline of a mask at the finest of the resolutions 1, 1/2, 1/4, ... that keeps to both maxima."""
     scale = 1
-    while sum(map(len, rings := contours.trace(mask))) > max_corners and max(mask.shape) > 16:
+    while True:
+        if max(mask.shape) <= max_size:
+            rings = contours.trace(mask)
+            if sum(map(len, rings)) <= max_corners or max(mask.shape) <= 16:
+                return [ring * scale for ring in rings]
         h, w = mask.shape
         padded = np.zeros((h + h % 2, w + w % 2), np.uint8)
         padded[:h, :w] = mask
-        mask = padded[0::2, 0::2] + padded[0::2, 1::2] + padded[1::2, 0::2] + padded[1::2, 1::2] >= 2
+        covered = padded[0::2, 0::2] + padded[0::2, 1::2] + padded[1::2, 0::2] + padded[1::2, 1::2]
+        mask = covered >= min(2, covered.max())  # a mask of specks must not vanish
         scale *= 2
-    return [ring * scale for ring in rings]
 
 
 def mask_png(rle: dict) -> bytes:
@@ -265,7 +269,8 @@ def _polygons(parts, height, width, max_edges):
     rings = [ring for ring in rings if len(ring) > 2 and contours.shoelace(ring) > 1e-6]
     if not rings:
         raise Unusable("polygon of zero area")
-    rle = coco_mask.merge(coco_mask.frPyObjects([part.ravel() for part in drawable], height, width))
+    rles = coco_mask.frPyObjects([part.ravel() for part in drawable], height, width)
+    rle = rles[0] if len(rles) == 1 else coco_mask.merge(rles)
     iou = 1.0
     if sum(map(len, rings)) > max_edges:
         before = rings

