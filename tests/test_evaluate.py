@@ -348,7 +348,7 @@ def test_an_image_that_cannot_be_decoded_is_named(records, monkeypatch):
 def test_records_and_source_json_give_equal_numbers(tmp_path):
     from polarmask_tf.data.convert import convert
 
-    truth, results = scene(5)
+    truth, _ = scene(5)
     truth = dict(truth, categories=CATEGORIES[:2])
     (tmp_path / "images").mkdir()
     for image in truth["images"]:
