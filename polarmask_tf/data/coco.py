@@ -14,7 +14,7 @@ from polarmask_tf.data import contours
 from polarmask_tf.errors import InputError
 
 # How far the boundary of a traced mask may move, in pixels, while its staircase turns into lines.
-_STAIRCASE = 0.25
+_STAIRCASE = 0.35
 
 
 class Unusable(Exception):
