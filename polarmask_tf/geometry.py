@@ -51,14 +51,13 @@ def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tenso
     normals = np.stack([-directions[:, 1], directions[:, 0]])  # [2, n]
     start = edges[..., :2] - points[:, tf.newaxis]
     end = edges[..., 2:] - points[:, tf.newaxis]
-    along = end - start
-    # In the ray's frame (point = origin) an edge's ends lie `side` beside the ray. Where the signs differ, the ray's line
-    # crosses the edge at (start x along) / (along . normal), whose numerator does not depend on the ray.
-    above_start = tf.tensordot(start, normals, 1) > 0  # [P, E, n]
-    above_end = tf.tensordot(end, normals, 1) > 0
-    cross = start[..., 0] * along[..., 1] - start[..., 1] * along[..., 0]
-    distance = cross[..., tf.newaxis] / tf.tensordot(along, normals, 1)
-    distance = tf.where(tf.not_equal(above_start, above_end), distance, 0.0)
+    # In the ray's frame (point = origin) an edge's ends lie `side` beside the ray and `along` it. Where the signs of the
+    # sides differ, the edge crosses the ray's line; interpolating between its ends keeps the crossing on the edge, however
+    # close to parallel the two are, and the divisor is never zero there.
+    start_side, end_side = tf.tensordot(start, normals, 1), tf.tensordot(end, normals, 1)  # [P, E, n]
+    crosses = tf.not_equal(start_side > 0, end_side > 0)
+    start_along, change = tf.tensordot(start, directions.T, 1), tf.tensordot(end - start, directions.T, 1)
+    distance = tf.where(crosses, start_along + change * (start_side / (start_side - end_side)), 0.0)
     if window is None:
         longest = tf.reduce_max(distance, axis=1)
     else:
@@ -67,9 +66,7 @@ def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tenso
         crossings = tf.reduce_sum(tf.cast(beyond, tf.float32), axis=1)
         longest = tf.reduce_max(tf.where(beyond, 0.0, distance), axis=1)
         longest = tf.where(tf.math.floormod(crossings, 2.0) == 1.0, leave, longest)
-    # Rounding cannot lengthen a ray past the farthest vertex (an edge almost parallel to a ray).
-    farthest = tf.sqrt(tf.reduce_max(tf.reduce_sum(start**2, axis=-1), axis=-1, keepdims=True))
-    return tf.maximum(tf.minimum(longest, farthest), EPSILON)
+    return tf.maximum(longest, EPSILON)
 
 
 def _distance_to_border(points, window, directions):
