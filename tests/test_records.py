@@ -1,0 +1,199 @@
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from polarmask_tf.data import records
+from polarmask_tf.errors import InputError
+
+
+def instance(**changes):
+    square = np.array([[1.0, 2], [9, 2], [9, 6.5], [1, 6.5]])
+    values = dict(annotation_id=7, label=1, name="größe", is_crowd=False, area=36.0, box=(1, 2, 9, 6.5), rings=[square])
+    return records.Instance(**(values | {"rle": b"abc"} | changes))
+
+
+def encode(instances, **changes):
+    values = dict(encoded=b"picture", format="png", file_name="a/b.png", image_id=5, height=10, width=20)
+    return records.encode_example(**(values | changes), instances=instances)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A data set written by hand: two shards, three images."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    images = [[encode([instance()]), encode([], image_id=6)], [encode([instance(), instance(annotation_id=-2)], image_id=8)]]
+    names = []
+    for number, shard in enumerate(images):
+        names.append(f"toy-{number:05d}-of-00002.tfrecord")
+        with open(folder / names[-1], "wb") as file:
+            for data in shard:
+                records.write_record(file, data)
+    content = {
+        "format": "polarmask_tf/1",
+        "name": "toy",
+        "num_images": 3,
+        "num_instances": 3,
+        "num_crowd": 0,
+        "classes": [{"name": "one", "category_id": 3}, {"name": "two", "category_id": 11}],
+        "max_instances": 2,
+        "max_edges": 4,
+        "shards": names,
+        "skipped": {"missing image": 2},
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("size", [4, 5, 7, 8, 9, 31, 64, 65, 1000, 70001])
+def test_crc32c_equals_the_bytewise_definition(size):
+    data = np.random.default_rng(size).bytes(size)
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    assert records.crc32c(data) == crc ^ 0xFFFFFFFF
+
+
+def test_crc32c_check_value():
+    assert records.crc32c(b"123456789") == 0xE3069283
+
+
+def test_tensorflow_reads_the_example_as_it_was_meant():
+    import tensorflow as tf
+
+    hole = np.array([[3.0, 3], [3, 4], [4, 4]])
+    two = instance(annotation_id=-(2**40), rings=[instance().rings[0], hole], is_crowd=True, mask_png=b"m2")
+    features = tf.train.Example.FromString(encode([instance(mask_png=b"m1"), two])).features.feature
+    ints = {key: list(f.int64_list.value) for key, f in features.items() if f.HasField("int64_list")}
+    assert ints == {
+        "image/height": [10],
+        "image/width": [20],
+        "image/object/class/label": [2, 2],
+        "image/object/is_crowd": [0, 1],
+        "image/object/annotation_id": [7, -(2**40)],
+        "image/object/polygon/ring_lengths": [4, 4, 3],
+        "image/object/polygon/ring_instance": [0, 1, 1],
+    }
+    texts = {key: list(f.bytes_list.value) for key, f in features.items() if f.HasField("bytes_list")}
+    assert texts == {
+        "image/encoded": [b"picture"],
+        "image/format": [b"png"],
+        "image/filename": [b"a/b.png"],
+        "image/source_id": [b"5"],
+        "image/object/class/text": ["größe".encode()] * 2,
+        "image/object/rle": [b"abc", b"abc"],
+        "image/object/mask": [b"m1", b"m2"],
+    }
+    floats = {key: list(f.float_list.value) for key, f in features.items() if f.HasField("float_list")}
+    assert floats["image/object/bbox/xmax"] == pytest.approx([0.45, 0.45])
+    assert floats["image/object/bbox/ymin"] == pytest.approx([0.2, 0.2])
+    assert floats["image/object/area"] == [36, 36]
+    assert floats["image/object/polygon/xy"][-6:] == [3, 3, 3, 4, 4, 4]
+
+
+def test_parse_gives_pixels_and_zero_based_labels():
+    hole = np.array([[3.0, 3], [3, 4], [4, 4]])
+    parsed = records.parse(encode([instance(), instance(rings=[hole], label=0, is_crowd=True)]))
+    dtypes = {key: (value.dtype.name, value.shape.as_list()) for key, value in parsed.items()}
+    assert dtypes == {
+        "image/encoded": ("string", []),
+        "height": ("int32", []),
+        "width": ("int32", []),
+        "source_id": ("string", []),
+        "boxes": ("float32", [2, 4]),
+        "labels": ("int32", [2]),
+        "is_crowd": ("bool", [2]),
+        "area": ("float32", [2]),
+        "xy": ("float32", [7, 2]),
+        "ring_lengths": ("int32", [2]),
+        "ring_instance": ("int32", [2]),
+    }
+    assert np.allclose(parsed["boxes"][0], [1, 2, 9, 6.5], atol=1e-5)
+    assert parsed["labels"].numpy().tolist() == [1, 0]
+    assert parsed["is_crowd"].numpy().tolist() == [False, True]
+    assert np.array_equal(parsed["xy"], np.concatenate([instance().rings[0], hole]))
+
+
+def test_parse_of_an_image_without_annotations_keeps_the_ranks():
+    parsed = records.parse(encode([]))
+    shapes = {key: parsed[key].shape.as_list() for key in ("boxes", "labels", "xy", "ring_lengths")}
+    assert shapes == {"boxes": [0, 4], "labels": [0], "xy": [0, 2], "ring_lengths": [0]}
+
+
+def test_ground_truth_and_images_come_back(dataset):
+    truth = records.read_ground_truth(dataset)
+    assert [(i["id"], i["height"], i["width"], i["file_name"]) for i in truth["images"]] == [
+        (number, 10, 20, "a/b.png") for number in (5, 6, 8)
+    ]
+    assert [(a["id"], a["image_id"], a["category_id"], a["area"], a["iscrowd"]) for a in truth["annotations"]] == [
+        (7, 5, 11, 36, 0),
+        (7, 8, 11, 36, 0),
+        (-2, 8, 11, 36, 0),
+    ]
+    assert truth["annotations"][0]["bbox"] == pytest.approx([1, 2, 8, 4.5], abs=1e-5)
+    assert truth["annotations"][0]["segmentation"] == {"size": [10, 20], "counts": b"abc"}
+    assert truth["categories"] == [{"id": 3, "name": "one"}, {"id": 11, "name": "two"}]
+    assert list(records.iter_images(dataset)) == [(5, b"picture"), (6, b"picture"), (8, b"picture")]
+
+
+def test_dataset_info(dataset):
+    info = records.load_dataset_info(dataset)
+    assert (info.name, info.num_images, info.num_instances, info.max_instances, info.max_edges) == ("toy", 3, 3, 2, 4)
+    assert info.classes == [{"name": "one", "category_id": 3}, {"name": "two", "category_id": 11}]
+    assert info.shard_paths == [dataset / f"toy-0000{i}-of-00002.tfrecord" for i in (0, 1)]
+    assert info.skipped == {"missing image": 2}
+
+
+def test_dataset_info_names_what_is_wrong(dataset):
+    with pytest.raises(InputError, match="no such directory"):
+        records.load_dataset_info(dataset / "nowhere")
+    file = dataset / "dataset.json"
+    good = file.read_text()
+    for bad, message in (
+        (good[:50], "broken"),
+        ("[]", "broken"),
+        (good.replace("num_images", "n"), "broken.*num_images"),
+        (good.replace("polarmask_tf/1", "polarmask_tf/9"), "format 'polarmask_tf/9'"),
+        ('{"format": ' + "[" * 100000, "broken"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(InputError, match=message):
+            records.load_dataset_info(dataset)
+    file.write_text(good)
+    (dataset / "toy-00001-of-00002.tfrecord").unlink()
+    with pytest.raises(InputError, match="1 of 2 shards missing, first toy-00001"):
+        records.load_dataset_info(dataset)
+    file.unlink()
+    with pytest.raises(InputError, match=r"no dataset\.json"):
+        records.load_dataset_info(dataset)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 13, 200])
+def test_a_shard_that_was_cut_short_is_named(dataset, cut):
+    shard = dataset / "toy-00001-of-00002.tfrecord"
+    shard.write_bytes(shard.read_bytes()[:-cut])
+    with pytest.raises(InputError, match=r"toy-00001-of-00002\.tfrecord: damaged or cut short.*polarmask convert"):
+        records.read_ground_truth(dataset)
+
+
+def test_flipped_bits_missing_records_and_foreign_files_are_named(dataset):
+    shard = dataset / "toy-00001-of-00002.tfrecord"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:40] + bytes([good[40] ^ 1]) + good[41:])
+    with pytest.raises(InputError, match=r"toy-00001-of-00002\.tfrecord: damaged"):
+        list(records.iter_images(dataset))
+    shard.write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 records, dataset\.json says 3"):
+        list(records.iter_images(dataset))
+    for data, message in ((b"\xff" * 9, "something else than"), (b"", "not written by")):
+        with open(shard, "wb") as file:
+            length = struct.pack("<Q", len(data))
+            records.write_record(file, data) if data else file.write(
+                length + struct.pack("<I", records._masked(records.crc32c(length))) + struct.pack("<I", 0xA282EAD8)
+            )
+        with pytest.raises(InputError, match=f"toy-00001-of-00002.tfrecord: .*{message}"):
+            list(records.iter_images(dataset))
