@@ -20,7 +20,9 @@ def focal(logits: tf.Tensor, labels: tf.Tensor, *, gamma: float = 2.0, alpha: fl
     hot = tf.one_hot(labels, logits.shape[-1])  # negative labels: all zeros
     # Signed so that a large margin is right: p_t = sigmoid(margin), -log p_t = softplus(-margin).
     margin = (2 * hot - 1) * logits
-    loss = tf.sigmoid(-margin) ** gamma * tf.nn.softplus(-margin) * (1 - alpha + hot * (2 * alpha - 1))
+    surprise = tf.nn.softplus(-margin)
+    # (1 - p_t)^gamma; as a power it would have no gradient at p_t = 1 if gamma < 1. -log(1 - p_t) = margin + surprise.
+    loss = tf.exp(-gamma * (margin + surprise)) * surprise * (1 - alpha + hot * (2 * alpha - 1))
     counts = tf.cast(labels != IGNORED, tf.float32)
     return tf.reduce_sum(tf.reduce_sum(loss, axis=-1) * counts)
 
