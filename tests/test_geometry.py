@@ -22,8 +22,10 @@ MAX_EDGES = 40
 SQUARE = [[10, 10], [30, 10], [30, 30], [10, 30]]
 HOLE = [[15, 15], [15, 25], [25, 25], [25, 15]]  # turns the other way
 # Teeth upwards from a bar at y 40..50: x 10..20, 30..40, 50..60, 70..80.
-COMB = [[10, 50], [10, 10], [20, 10], [20, 40], [30, 40], [30, 10], [40, 10], [40, 40], [50, 40], [50, 10], [60, 10],
-        [60, 40], [70, 40], [70, 10], [80, 10], [80, 50]]
+COMB = [
+    [10, 50], [10, 10], [20, 10], [20, 40], [30, 40], [30, 10], [40, 10], [40, 40], [50, 40], [50, 10], [60, 10], [60, 40],
+    [70, 40], [70, 10], [80, 10], [80, 50],
+]
 
 
 def edges_of(*rings, pad=MAX_EDGES):
@@ -37,6 +39,14 @@ def star(rng, center, radius, corners, roughness=0.7):
     angles = 2 * np.pi * (np.arange(corners) + rng.uniform(0.05, 0.95, corners)) / corners
     radii = radius * rng.uniform(1 - roughness, 1, corners)
     return np.asarray(center) + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def one_or_two_stars(rng, centers, radii):
+    """Edges of one or two deeply concave rings."""
+    count = rng.integers(1, 3)
+    return edges_of(*(
+        star(rng, rng.uniform(*centers, 2), rng.uniform(*radii), int(rng.integers(3, 20)), 0.9) for _ in range(count)
+    ))
 
 
 def unit_vectors(n):
@@ -142,8 +152,7 @@ def test_locations_are_cell_centers_and_cover_sizes_that_are_no_multiple(height,
 def test_rays_equal_a_float64_loop(seed, n):
     """Concave polygons of one or two rings; points inside, outside and far away."""
     rng = np.random.default_rng(seed)
-    rings = rng.integers(1, 3)
-    edges = edges_of(*(star(rng, rng.uniform(30, 70, 2), rng.uniform(5, 40), int(rng.integers(3, 20)), 0.9) for _ in range(rings)))
+    edges = one_or_two_stars(rng, (30, 70), (5, 40))
     points = rng.uniform(-20, 120, (4, 2)).astype(np.float32)
     expected = [[max([*hits(p, edges, d), 1e-6]) for d in unit_vectors(n)] for p in points]
     np.testing.assert_allclose(rays(points, edges, n), expected, rtol=1e-4, atol=1e-3)
@@ -219,8 +228,7 @@ def test_a_window_cuts_rays_where_clipping_would(seed):
     """Concave polygons that leave the window and come back, some with a second ring, points anywhere in the window."""
     rng = np.random.default_rng(seed)
     width, height = rng.uniform(30, 90, 2)
-    rings = rng.integers(1, 3)
-    edges = edges_of(*(star(rng, rng.uniform(0, 90, 2), rng.uniform(20, 80), int(rng.integers(5, 20)), 0.9) for _ in range(rings)))
+    edges = one_or_two_stars(rng, (0, 90), (20, 80))
     points = (rng.uniform(0.02, 0.98, (4, 2)) * (width, height)).astype(np.float32)
     expected = np.empty((4, 24))
     for row, p in zip(expected, points, strict=True):
