@@ -30,12 +30,13 @@ class Report:
         self.notes: dict[str, list] = {}
 
     def skip(self, reason: str, where: str, count: int = 1) -> None:
+        where = _one_line(where)
         if self.strict:
             raise InputError(f"{where}: {reason}; mend it, or leave out --strict to skip such things")
         self.skipped.setdefault(reason, [0, where])[0] += count
 
     def note(self, reason: str, where: str) -> None:
-        self.notes.setdefault(reason, [0, where])[0] += 1
+        self.notes.setdefault(reason, [0, _one_line(where)])[0] += 1
 
     def merge(self, other: "Report") -> None:
         for mine, theirs in ((self.skipped, other.skipped), (self.notes, other.notes)):
@@ -45,6 +46,12 @@ class Report:
     def lines(self) -> list[str]:
         kinds = (("skipped", self.skipped), ("note:", self.notes))
         return [f"{kind} {n} x {reason} (first: {where})" for kind, found in kinds for reason, (n, where) in found.items()]
+
+
+def _one_line(text):
+    """File names may hold anything."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= 200 else f"{text[:130]}...{text[-60:]}"
 
 
 def read(path: Path, report: Report) -> tuple[list[dict], list[dict]]:

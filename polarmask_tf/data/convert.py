@@ -6,6 +6,7 @@ between, no file under a final name is half, and a directory without dataset.jso
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import multiprocessing
@@ -86,7 +87,7 @@ def convert(
     Images without annotations are kept. What is skipped is counted in the report and in the returned info. Raises
     InputError if nothing usable is left, something is missing, or `out` cannot be written; then `out` is as it was.
     """
-    annotations, images, out = Path(annotations), Path(images), Path(out).absolute()
+    annotations, images, out = Path(annotations), Path(images), Path(out).resolve()
     for value, least, name in ((shards, 1, "shards"), (processes, 1, "processes"), (max_edges, 8, "max_edges")):
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
@@ -161,7 +162,7 @@ def _clean_directory(out):
 
 
 def _remove_partial(out):
-    for partial in [*out.glob(f"{out.name}-*.tfrecord.tmp"), out / "dataset.json.tmp"]:
+    for partial in [*out.glob(f"{glob.escape(out.name)}-*.tfrecord.tmp"), out / "dataset.json.tmp"]:
         partial.unlink(missing_ok=True)
 
 
@@ -172,7 +173,7 @@ def _publish(out, content):
     (out / "dataset.json").unlink(missing_ok=True)
     for name in content["shards"]:
         os.replace(out / f"{name}.tmp", out / name)
-    for stale in out.glob(f"{out.name}-*-of-*.tfrecord"):
+    for stale in out.glob(f"{glob.escape(out.name)}-*-of-*.tfrecord"):
         if stale.name not in content["shards"]:
             stale.unlink()
     os.replace(partial, out / "dataset.json")
