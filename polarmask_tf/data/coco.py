@@ -272,8 +272,11 @@ def _polygons(parts, height, width, max_edges):
     drawable = [part for part in parts if len(part) > 2]
     if not drawable:
         raise Unusable("polygon with fewer than 3 points")
-    rings = [_oriented(_without_repeats(part)) for part in drawable]
-    rings = [ring for ring in rings if len(ring) > 2 and contours.shoelace(ring) > 1e-6]
+    rings = []
+    for ring in map(_without_repeats, drawable):
+        area = contours.shoelace(ring) if len(ring) > 2 else 0.0
+        if abs(area) > 1e-6:
+            rings.append(ring if area > 0 else ring[::-1])
     if not rings:
         raise Unusable("polygon of zero area")
     rles = coco_mask.frPyObjects([part.ravel() for part in drawable], height, width)
@@ -288,14 +291,9 @@ def _polygons(parts, height, width, max_edges):
 
 
 def _without_repeats(ring):
-    different = np.empty(len(ring), bool)
-    different[1:] = (ring[1:] != ring[:-1]).any(axis=1)
-    different[0] = (ring[0] != ring[-1]).any()
+    different = ring != np.concatenate([ring[-1:], ring[:-1]])
+    different = different[:, 0] | different[:, 1]
     return ring if different.all() else ring[different]
-
-
-def _oriented(ring):
-    return ring[::-1] if len(ring) and contours.shoelace(ring) < 0 else ring
 
 
 def _checked_rle(segmentation, height, width):

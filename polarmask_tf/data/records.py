@@ -100,7 +100,7 @@ def _feature(values) -> bytes:
 
 
 def _field(number: int, payload: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+    return b"".join((bytes((number << 3 | 2,)), _varint(len(payload)), payload))
 
 
 def _varint(value: int) -> bytes:
@@ -134,10 +134,8 @@ def crc32c(data: bytes) -> int:
     that the right one spans, XOR, and repeat with half as many words. Zeros in front change nothing.
     """
     front = -len(data) % 4
-    padded = bytearray(front) + data
-    for i in range(front, front + 4):
-        padded[i] ^= 0xFF
-    words = np.frombuffer(padded, "<u4")
+    inverted = bytes(byte ^ 0xFF for byte in data[:4])
+    words = np.frombuffer(b"".join((bytes(front), inverted, memoryview(data)[4:])), "<u4")
     level = 0
     while len(words) > 1:
         if len(words) % 2:
