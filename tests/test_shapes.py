@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from polarmask_tf.data import shapes
 from polarmask_tf.data.contours import shoelace
 from polarmask_tf.data.shapes import CATEGORIES, make_shapes
 from polarmask_tf.errors import InputError
@@ -30,7 +31,7 @@ def test_files_and_ids(made):
 
 def test_polygons_lie_inside_do_not_overlap_and_have_the_stated_area(made):
     _, document = made
-    shapes = {}
+    polygons_of = {}
     for annotation in document["annotations"]:
         ring = np.array(annotation["segmentation"][0]).reshape(-1, 2)
         assert ring.min() >= 1 and ring.max() <= 127
@@ -38,8 +39,8 @@ def test_polygons_lie_inside_do_not_overlap_and_have_the_stated_area(made):
         x, y, w, h = annotation["bbox"]
         assert np.allclose([x, y, x + w, y + h], [*ring.min(axis=0), *ring.max(axis=0)], atol=0.011)
         assert 14 < max(w, h) <= 64.1
-        shapes.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
-    for polygons in shapes.values():
+        polygons_of.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
+    for polygons in polygons_of.values():
         masks = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygon, 128, 128))) for polygon in polygons]
         assert np.sum(masks, axis=0).max() <= 1
 
@@ -58,6 +59,25 @@ def test_shapes_stand_out_where_their_polygons_say(made):
         full = coco_mask.decode(coco_mask.frPyObjects([ring.ravel().tolist()], 128, 128)[0]) > 0
         inside, around = pixels[inner], pixels[outer & ~full]
         assert np.linalg.norm(np.median(inside, axis=0) - np.median(around, axis=0)) > 35
+
+
+def test_pixels_are_covered_without_bias():
+    """Area and center of what is painted are those of the polygon: a shift here is one that no model could undo."""
+    rng = np.random.default_rng(0)
+    ratios, shifts = [], []
+    while len(ratios) < 100:
+        _, ring = shapes._random_shape(rng, 128)
+        if ring.min() < 2 or ring.max() > 126:
+            continue
+        coverage, (x0, y0, x1, y1) = shapes._coverage(ring)
+        ratios.append(coverage.sum() / shoelace(ring))
+        y, x = np.mgrid[y0:y1, x0:x1] + 0.5
+        after = np.roll(ring, -1, axis=0)
+        cross = ring[:, 0] * after[:, 1] - after[:, 0] * ring[:, 1]
+        center = ((ring + after) * cross[:, None]).sum(axis=0) / (3 * cross.sum())
+        shifts.append([(coverage * x).sum() / coverage.sum() - center[0], (coverage * y).sum() / coverage.sum() - center[1]])
+    assert np.mean(ratios) == pytest.approx(1, abs=0.003) and np.ptp(ratios) < 0.03
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.03 and np.abs(shifts).max() < 0.1
 
 
 def test_an_image_depends_on_seed_split_and_index_alone(made, tmp_path):
