@@ -90,7 +90,7 @@ def instances(record: dict, xy: tf.Tensor, window, *, max_edges: int, max_instan
     by_ring = _group(edges, vertex_ring, rings, max_edges)
     cut, ring_boxes = geometry.clip(by_ring, window[1], window[0])
     ring_area, ring_center = geometry.area_and_centroid(cut)
-    seen = ring_area > 0
+    seen = tf.reduce_all(ring_boxes[:, 2:] > ring_boxes[:, :2], axis=-1)  # out of sight, rounding leaves some area
     big = tf.float32.max
     low = tf.math.unsorted_segment_min(tf.where(seen[:, tf.newaxis], ring_boxes[:, :2], big), of_ring, count)
     high = tf.math.unsorted_segment_max(tf.where(seen[:, tf.newaxis], ring_boxes[:, 2:], -big), of_ring, count)
