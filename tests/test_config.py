@@ -1,0 +1,303 @@
+"""config.py: files, bases, overrides, and what is refused with which words."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polarmask_tf import config as configs
+from polarmask_tf.config import Config, load
+from polarmask_tf.errors import InputError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((CHECKOUT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="mine.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def refusal(*args, **options):
+    """The message with which load refuses; one line."""
+    with pytest.raises(InputError) as error:
+        load(*args, **options)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---- shipped files
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_file_loads_by_path_and_by_name(path):
+    config = load(path)
+    assert load(path.stem) == load(path.name) == load(f"configs/{path.name}") == config
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and len(first) > 20  # says what it is for
+
+
+def test_there_are_shipped_files():
+    assert SHIPPED
+
+
+def test_configs_are_found_in_an_installed_package_and_beside_a_checkout(tmp_path, monkeypatch):
+    assert configs.configs_dir() == CHECKOUT / "configs"
+    package = tmp_path / "site-packages" / "polarmask_tf"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(configs, "__file__", str(package / "config.py"))
+    (tmp_path / "site-packages" / "configs").mkdir()
+    assert configs.configs_dir() == tmp_path / "site-packages" / "configs"
+    (package / "configs").mkdir()  # what the wheel installs comes first
+    (package / "configs" / "own.yaml").write_text("train: {steps: 7}")
+    assert configs.configs_dir() == package / "configs"
+    assert load("own").train.steps == 7
+
+
+def test_loading_a_config_imports_no_tensorflow():
+    code = "import sys; from polarmask_tf import config; config.load('shapes'); sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
+
+
+def test_an_unknown_file_names_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("nowhere", "shapes.yml", "sub/shapes.yaml", "", "/", "..", "a\0b"):
+        assert "shapes" in refusal(name)
+
+
+def test_a_file_in_the_working_directory_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes.yaml").write_text("train: {steps: 3}")
+    assert load("shapes.yaml").train.steps == 3
+
+
+# ---- bases
+
+
+def test_a_chain_of_bases_merges_section_by_section(write):
+    write("model: {rays: 24, head: {channels: 32, convs: 3}}\ntrain: {steps: 10, seed: 4}", "a.yaml")
+    write("base: a.yaml\nmodel: {head: {convs: 1}}\ntrain: {steps: 20}", "b.yaml")
+    config = load(write("base: b.yaml\ntrain: {steps: 30}\ndata: {size: [64, 96]}"))
+    assert (config.model.rays, config.model.head.channels, config.model.head.convs) == (24, 32, 1)
+    assert (config.train.steps, config.train.seed, config.data.size) == (30, 4, (64, 96))
+    assert config.model.fpn == Config().model.fpn  # what no file names keeps its default
+
+
+def test_a_base_is_looked_up_beside_the_file_that_names_it(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    write("train: {steps: 5}", "root.yaml")
+    write("base: ../root.yaml", "sub/middle.yaml")
+    assert load(write("base: sub/middle.yaml")).train.steps == 5
+
+
+@pytest.mark.parametrize("names", [("mine",), ("mine", "b"), ("mine", "b", "c")])
+def test_a_cycle_of_bases_is_refused(write, names):
+    for name, base in zip(names, [*names[1:], names[0]], strict=True):
+        write(f"base: {base}.yaml", f"{name}.yaml")
+    assert "base" in refusal(write(f"base: {names[1 % len(names)]}.yaml"))
+
+
+def test_a_missing_base_is_named(write):
+    message = refusal(write("base: nowhere.yaml"))
+    assert "nowhere.yaml" in message and "mine.yaml" in message
+
+
+def test_an_empty_file_is_the_default(write):
+    assert load(write("")) == load(write("# nothing\n")) == Config()
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("trian: {steps: 3}", "train"),
+    ("train: {step: 3}", "train.steps"),
+    ("train: {learningrate: 3}", "train.learning_rate"),
+    ("steps: 3", "train.steps"),  # right name, wrong place
+    ("model: {fpn: {level: [3]}}", "model.fpn.levels"),
+    ("train: {nms_iou: 0.3}", "postprocess.nms_iou"),
+])
+def test_an_unknown_key_names_the_nearest(write, text, wanted):
+    message = refusal(write(text))
+    assert f"did you mean {wanted}?" in message and "mine.yaml" in message
+
+
+def test_an_unknown_key_like_no_other_is_still_named(write):
+    assert "zzzzzz" in refusal(write("zzzzzz: 1"))
+    assert "train.7" in refusal(write("train: {7: 1}"))
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("train.steps=many", "whole number"),
+    ("train.steps=1.5", "whole number"),
+    ("train.steps=true", "whole number"),
+    ("train.steps=", "whole number"),
+    ("train.steps={a: 1}", "whole number"),
+    ("train.learning_rate=fast", "a number"),
+    ("train.learning_rate=true", "a number"),
+    ("train.learning_rate=[1]", "a number"),
+    ("data.flip=1", "true or false"),
+    ("data.train=5", "text"),
+    ("data.size=64", "a list"),
+    ("data.size=[64]", "2 values"),
+    ("data.size=[64, x]", "whole number"),
+    ("model.fpn.levels='3, 4'", "a list"),
+    ("model.head.norm=batch", "group, none"),
+    ("train.optimizer=[adamw]", "adamw, sgd"),
+    ("train=5", "section"),
+    ("model.head=[]", "section"),
+    ("train.steps.x=3", "whole number"),
+])
+def test_ill_typed_values_are_refused_with_what_is_wanted(override, words):
+    message = refusal("shapes", [override])
+    assert words in message and override.split("=")[0].removesuffix(".x") in message
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "", "train.steps: 3", "train.steps=[1", "train.steps=@"])
+def test_malformed_overrides_are_refused(override):
+    assert "override" in refusal("shapes", [override])
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("model.rays=3", "model.rays"),
+    ("model.fpn.levels=[]", "model.fpn.levels"),
+    ("model.fpn.levels=[3, 5]", "model.fpn.levels"),
+    ("model.fpn.levels=[4, 3]", "model.fpn.levels"),
+    ("model.fpn.levels=[1, 2, 3]", "model.fpn.levels"),
+    ("model.fpn.levels=[6, 7]", "model.fpn.levels"),
+    ("model.backbone.blocks=[1, 1, 1]", "model.backbone.blocks"),
+    ("model.backbone.blocks=[1, 1, 0, 1]", "model.backbone.blocks"),
+    ("model.mean=[1, 2]", "model.mean"),
+    ("model.std=[1, 0, 1]", "model.std"),
+    ("data.size=[100, 128]", "data.size"),
+    ("data.size=[0, 128]", "data.size"),
+    ("data.batch=0", "data.batch"),
+    ("data.scale=[2, 1]", "data.scale"),
+    ("data.scale=[0, 1]", "data.scale"),
+    ("targets.radius=0", "targets.radius"),
+    ("targets.ranges=[64]", "targets.ranges"),
+    ("targets.ranges=[128, 64]", "targets.ranges"),
+    ("train.steps=0", "train.steps"),
+    ("train.checkpoint_every=0", "train.checkpoint_every"),
+    ("postprocess.score_threshold=1", "postprocess.score_threshold"),
+    ("postprocess.score_threshold=-0.1", "postprocess.score_threshold"),
+    ("postprocess.max_detections=0", "postprocess.max_detections"),
+])
+def test_contradictions_are_refused(write, override, words):
+    base = write("model: {fpn: {levels: [3, 4, 5]}}")
+    assert words in refusal(base, [override])
+
+
+@pytest.mark.parametrize("override", [
+    "targets.radius=.inf", "targets.radius=.nan", "train.learning_rate=.nan", "train.learning_rate=1e999",
+    "targets.ranges=[.nan, .nan]", "model.mean=[.inf, 0, 0]", "loss.focal_gamma=-.inf", f"train.learning_rate={10**400}",
+])
+def test_numbers_must_be_finite(override):
+    """Infinity and NaN would come back as a traceback, or as a loss of NaN."""
+    assert override.split("=")[0] in refusal("shapes", [override])
+
+
+@pytest.mark.parametrize("override", [
+    "model.backbone.width=0", "model.fpn.channels=0", "model.head.channels=-8", "model.head.convs=-1", "data.max_instances=0",
+    "data.shuffle=0", "postprocess.candidates=0", "postprocess.nms_iou=-1", "postprocess.nms_iou=2", "train.learning_rate=-1",
+    "train.warmup_steps=-5",
+])
+def test_numbers_that_no_training_could_start_with_are_refused(override):
+    assert override.split("=")[0] in refusal("shapes", [override])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "3", "a: [", "\t- x", "a: b: c", "!!python/object:os.system {}"])
+def test_bad_yaml_names_the_file(write, text):
+    assert "mine.yaml" in refusal(write(text))
+
+
+def test_what_is_no_text_names_the_file(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert "binary.yaml" in refusal(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("value", ["2021-13-01", "0x_", "0b_", "2021-02-30 10:00:00"])
+def test_values_that_make_yaml_itself_stumble(write, value):
+    """PyYAML raises a bare ValueError for what looks like a date or number and is none."""
+    assert refusal("shapes", [f"train.steps={value}"])
+    assert "mine.yaml" in refusal(write(f"train: {{steps: {value}}}"))
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 2000) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+ALL_KEYS = sorted(configs._all_keys(Config))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(ALL_KEYS), json_like)
+def test_any_value_for_any_key_is_taken_or_refused(key, value):
+    try:
+        config = load("shapes", [f"{key}={yaml.safe_dump(value, default_flow_style=True)}"])
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(config, Config)
+
+
+# ---- overrides, and back to text
+
+
+def test_overrides_apply_in_order_and_over_the_file(write):
+    path = write("train: {steps: 5, learning_rate: 1e-3}\nmodel: {head: {norm: none}}")
+    config = load(path, ["train.steps=6", "train.steps=7", "data.size=[64, 64]", "train={seed: 3}", "targets.ranges=[10, 20]"])
+    assert (config.train.steps, config.train.seed, config.train.learning_rate) == (7, 3, 0.001)
+    assert config.model.head.norm == "none" and config.data.size == (64, 64) and config.targets.ranges == (10.0, 20.0)
+    assert isinstance(config.targets.ranges[0], float)
+    assert load(path, ["data.train=a=b"]).data.train == "a=b"
+
+
+positive = st.floats(1e-6, 1e6)
+FIELDS = {
+    "model.rays": st.integers(4, 100),
+    "model.backbone.block": st.sampled_from(["basic", "bottleneck"]),
+    "model.backbone.blocks": st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    "model.fpn.levels": st.integers(2, 5).flatmap(lambda low: st.integers(low + 1, 8).map(lambda end: list(range(low, end)))),
+    "model.head.ray_bias": st.floats(-1e6, 1e6),
+    "model.mean": st.lists(st.floats(0, 255), min_size=3, max_size=3),
+    "data.train": st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20),
+    "data.size": st.lists(st.integers(1, 40).map(lambda n: 32 * n), min_size=2, max_size=2),
+    "data.flip": st.booleans(),
+    "data.scale": st.lists(positive, min_size=2, max_size=2).map(sorted),
+    "targets.radius": positive,
+    "targets.center": st.sampled_from(["mass", "box"]),
+    "postprocess.score_threshold": st.floats(0, 0.99),
+    "train.decay_steps": st.lists(st.integers(0, 10**6), max_size=3),
+    "train.learning_rate": positive,
+}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.fixed_dictionaries({}, optional=FIELDS))
+def test_dump_and_load_are_inverse(tmp_path_factory, values):
+    flow = {"default_flow_style": True, "width": 10**6}
+    config = load("shapes", [f"{key}={yaml.safe_dump(value, **flow)}" for key, value in values.items()])
+    for key, value in values.items():
+        found = functools.reduce(getattr, key.split("."), config)
+        assert found == (tuple(value) if isinstance(value, list) else value)
+    path = tmp_path_factory.mktemp("round") / "trip.yaml"
+    path.write_text(configs.dump(config), encoding="utf-8")
+    assert load(path) == config
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load("shapes").train.steps = 3
