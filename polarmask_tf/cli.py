@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", type=Path, required=True, help="converted data")
     sub.add_argument("--max-detections", type=int, default=100, help="an image (default %(default)s)")
     sub.add_argument("--score-threshold", type=float, help="drop detections below (default: the model's own)")
-    sub.add_argument("--limit", type=int, help="only the first images")
+    sub.add_argument("--limit", type=_positive, help="only the first images")
     sub.add_argument("--per-class", action="store_true", help="AP of every class as well")
     sub.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
 
@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
     sub.add_argument("images", type=Path, help="image file, or directory of images")
     sub.add_argument("--out", type=Path, required=True, help="directory for overlays/ and results.json")
-    sub.add_argument("--score-threshold", type=float, default=0.3, help="draw detections from this score on (default %(default)s)")
+    sub.add_argument("--score-threshold", type=float, default=0.3, help="least score drawn (default %(default)s)")
+    sub.add_argument("--limit", type=_positive, help="only the first images of the directory")
     sub.add_argument("--truth", type=Path, metavar="JSON", help="COCO annotations: adds sheet.png, truth beside prediction")
 
     sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
     sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
     return root
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def shapes(args):
@@ -123,7 +131,7 @@ def predict(args):
     from polarmask_tf.predict import load_predictor, predict
 
     predictor = load_predictor(args.model)
-    done = predict(predictor, args.images, args.out, score_threshold=args.score_threshold, truth=args.truth)
+    done = predict(predictor, args.images, args.out, score_threshold=args.score_threshold, truth=args.truth, limit=args.limit)
     print(f"{done['detections']} detections in {done['images']} images; pictures in {args.out / 'overlays'}, {done['results']}")
 
 

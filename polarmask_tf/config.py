@@ -20,6 +20,7 @@ from polarmask_tf.errors import InputError
 
 @dataclass(frozen=True)
 class BackboneConfig:
+    stem: typing.Literal["7x7", "3x3"] = "7x7"  # 7x7 convolution and max pooling, or two 3x3 convolutions, which cost less
     block: typing.Literal["basic", "bottleneck"] = "basic"
     blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3)
     width: int = 24  # channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64
@@ -173,10 +174,12 @@ def check(config: Config) -> None:
          f"model.fpn.levels is {list(levels)}: consecutive levels are needed, from 2, 3, 4 or 5 up"),
         (len(model.backbone.blocks) == 4 and min(model.backbone.blocks) >= 1,
          f"model.backbone.blocks is {list(model.backbone.blocks)}: four numbers of at least 1 are needed (C2 to C5)"),
-        (len(model.mean) == len(model.std) == 3 and min(model.std) > 0, "model.mean and model.std are three numbers, std positive"),
+        (len(model.mean) == len(model.std) == 3 and min(model.std) > 0,
+         "model.mean and model.std are three numbers each, those of std positive"),
         (all(s > 0 and s % 32 == 0 for s in data.size), f"data.size is {list(data.size)}: multiples of 32 are needed"),
         (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
-        (0 < data.scale[0] <= data.scale[1], f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed"),
+        (0 < data.scale[0] <= data.scale[1],
+         f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed"),
         (config.targets.radius > 0, "targets.radius must be positive"),
         (not config.targets.ranges or len(config.targets.ranges) == len(levels) - 1,
          f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"),

@@ -155,8 +155,8 @@ def read_image(path):
         raise InputError(str(error)) from None
 
 
-def predict(predictor, source, out, *, score_threshold=0.3, truth=None, progress=True):
-    """Run `predictor` over an image file, or over the files of a directory, and write what it finds under `out`.
+def predict(predictor, source, out, *, score_threshold=0.3, truth=None, limit=None, progress=True):
+    """Run `predictor` over an image file, or over the (first `limit`) files of a directory, and write what it finds.
 
     out/overlays/NAME.png: the image with its polygons; out/results.json: COCO results with the original category ids
     and the image's id in `truth` (a COCO JSON), else its file name's number, else its file name. With `truth` also
@@ -166,7 +166,7 @@ def predict(predictor, source, out, *, score_threshold=0.3, truth=None, progress
     Raises InputError if no file is an image, or if `out` cannot be written.
     """
     source, out = Path(source), Path(out)
-    files = _files(source)
+    files = _files(source)[:limit]
     dataset = read_coco(truth) if truth is not None else None
     entries = _truth_entries(files, dataset)
     ids, names = _image_ids(files, entries), _overlay_names(files)

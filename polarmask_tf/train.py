@@ -98,7 +98,8 @@ def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
             callbacks=[Progress(run, done, steps), Checkpoints(manager, every, steps)],
         )
     except tf.errors.DataLossError as e:
-        raise InputError(f"{config.data.train}: a shard is damaged, convert the data again ({e.message.splitlines()[0]})") from None
+        reason = e.message.splitlines()[0]
+        raise InputError(f"{config.data.train}: a shard is damaged, convert the data again ({reason})") from None
     return model
 
 
@@ -122,9 +123,8 @@ class Progress(tf_keras.callbacks.Callback):
         now = time.monotonic()
         speed = (step - self.since[1]) * self.model.config.data.batch / max(now - self.since[0], 1e-9)
         self.since = (now, step)
-        self.bar.set_postfix_str(
-            " ".join(f"{name} {logs[name]:.3f}" for name in ("loss", *PARTS)) + f", {speed:.0f} images/s", refresh=False
-        )
+        values = " ".join(f"{name} {logs[name]:.3f}" for name in ("loss", *PARTS))
+        self.bar.set_postfix_str(f"{values}, {speed:.0f} images/s", refresh=False)
         with self.writer.as_default(step):
             for name in ("loss", *PARTS):
                 tf.summary.scalar(name, logs[name])
@@ -149,7 +149,8 @@ class Checkpoints(tf_keras.callbacks.Callback):
             try:
                 self.manager.save(step)
             except tf.errors.OpError as e:
-                raise InputError(f"{self.manager.directory}: cannot write the checkpoint: {e.message.splitlines()[0]}") from None
+                reason = e.message.splitlines()[0]
+                raise InputError(f"{self.manager.directory}: cannot write the checkpoint: {reason}") from None
         self.model.stop_training = step >= self.steps
 
 
@@ -157,7 +158,8 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     """The trained model of a run directory, at its newest checkpoint.
 
     `overrides` replace values of config.postprocess, like score_threshold=0.3. model.classes is a list of {"name",
-    "category_id"}, model.input_size is (height, width). Raises InputError if `run` is not a run directory or holds no checkpoint.
+    "category_id"}, model.input_size is (height, width). Raises InputError if `run` is not a run directory or holds no
+    checkpoint.
     """
     run = Path(run)
     config, classes = read_run(run)
@@ -188,7 +190,9 @@ def _prepare_run(config: Config, info, run: Path, restart: bool) -> None:
     if (run / "config.yaml").is_file() and not restart:
         before, classes = read_run(run)
         if classes != info.classes:
-            raise InputError(f"{run}: was trained on other classes than {config.data.train}; choose another --out, or --restart")
+            raise InputError(
+                f"{run}: was trained on other classes than {config.data.train}; choose another --out, or --restart"
+            )
         old, new = (_flatten(yaml.safe_load(configs.dump(c))) for c in (before, config))
         changed = [key for key in new if old[key] != new[key] and key not in ("train.steps", "train.checkpoint_every")]
         if changed:
@@ -231,4 +235,6 @@ def _restore(manager: tf.train.CheckpointManager, complete: bool) -> None:
         status.assert_consumed() if complete else status.assert_existing_objects_matched().expect_partial()
     except (tf.errors.OpError, AssertionError, ValueError) as e:
         reason = str(e).splitlines()[0][:200]
-        raise InputError(f"{manager.latest_checkpoint}: damaged, or of another model; delete it to use the one before ({reason})") from None
+        raise InputError(
+            f"{manager.latest_checkpoint}: damaged, or of another model; delete it to use the one before ({reason})"
+        ) from None

@@ -9,7 +9,7 @@ from polarmask_tf.config import Config
 from polarmask_tf.data import records, transforms
 
 
-def prepare(record: dict, config: Config, max_edges: int, seed) -> tuple[tf.Tensor, dict]:
+def prepare(record: dict, config: Config, info: records.DatasetInfo, seed) -> tuple[tf.Tensor, dict]:
     """One training example: decode, place image and vertices on the canvas, list the instances.
 
     Returns:
@@ -18,15 +18,17 @@ def prepare(record: dict, config: Config, max_edges: int, seed) -> tuple[tf.Tens
     data, size = config.data, config.data.size
     image = tf.io.decode_image(record["image/encoded"], channels=3, expand_animations=False)
     image = tf.ensure_shape(image, [None, None, 3])
-    height, width = record["height"], record["width"]
-    placement = transforms.sample(height, width, size, flip=data.flip, scale=data.scale, seed=seed)
-    xy = transforms.place_points(record["xy"], placement, height, width)
+    placement = transforms.sample(
+        record["height"], record["width"], size, flip=data.flip, scale=data.scale, seed=seed
+    )
+    xy = transforms.place_points(record["xy"], placement)
     instances = transforms.instances(
-        record, xy, placement["window"], max_edges=max_edges, max_instances=data.max_instances,
+        record, xy, placement["window"], max_edges=info.max_edges,
+        max_instances=max(1, min(data.max_instances, info.max_instances)),
         parts=config.targets.parts, center=config.targets.center,
     )
     points = tf.concat([geometry.locations(*size, 2**level) for level in config.model.fpn.levels], axis=0)
-    instances["ignore"] = transforms.crowd_locations(record, xy, points, max_edges)
+    instances["ignore"] = transforms.crowd_locations(record, xy, points, info.max_edges)
     return transforms.place_image(image, placement, size), instances
 
 
@@ -52,7 +54,7 @@ def training_batches(info: records.DatasetInfo, config: Config, *, seed: int = 0
     examples = tf.data.Dataset.range(2**40).flat_map(epoch).enumerate().skip(start_step * data.batch)
     examples = examples.map(
         lambda index, serialized: prepare(
-            records.parse(serialized), config, info.max_edges, tf.stack([tf.constant(seed, tf.int64), index])
+            records.parse(serialized), config, info, tf.stack([tf.constant(seed, tf.int64), index])
         ),
         num_parallel_calls=tf.data.AUTOTUNE, deterministic=True,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -32,7 +34,22 @@ def convert(model: PolarMask) -> bytes:
         tf.saved_model.save(edge, folder, signatures={"serving_default": edge.detect})
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        return converter.convert()
+        with _without_native_log():
+            return converter.convert()
+
+
+@contextlib.contextmanager
+def _without_native_log():
+    """The converter's C++ side writes warnings nobody can act on straight to file descriptor 2; errors are raised anyway."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def export_tflite(model: PolarMask, classes: list[dict], out: Path) -> Path:

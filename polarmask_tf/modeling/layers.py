@@ -11,7 +11,9 @@ class Conv(tf_keras.layers.Layer):
     TensorFlow's own SAME padding puts the odd pixel of a strided convolution on the other side.
     """
 
-    def __init__(self, filters: int, kernel: int, stride: int = 1, bias: bool = False, init="he_normal", bias_init="zeros", **kwargs):
+    def __init__(
+        self, filters: int, kernel: int, stride: int = 1, bias: bool = False, init="he_normal", bias_init="zeros", **kwargs
+    ):
         super().__init__(**kwargs)
         pad = stride > 1 and kernel > 1
         self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if pad else None

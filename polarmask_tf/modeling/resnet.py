@@ -43,10 +43,16 @@ class ResNet(tf_keras.Model):
 
     def __init__(self, config: BackboneConfig, **kwargs):
         super().__init__(**kwargs)
-        self.stem = Conv(config.width, 7, 2, name="stem")
+        self.config = config
+        large = config.stem == "7x7"
+        self.stem = Conv(config.width, 7 if large else 3, 2, name="stem")
         self.stem_norm = norm(config.norm, config.width, name="stem_norm")
-        self.pool_pad = tf_keras.layers.ZeroPadding2D(1)  # zeros lose against the ReLU's output: no need for -inf
-        self.pool = tf_keras.layers.MaxPool2D(3, 2)
+        if large:
+            # Padding with zeros, which never exceed the ReLU's output, is as good as padding with -inf.
+            self.pool = tf_keras.Sequential([tf_keras.layers.ZeroPadding2D(1), tf_keras.layers.MaxPool2D(3, 2)], name="pool")
+        else:
+            self.stem2 = Conv(config.width, 3, 2, name="stem2")
+            self.stem2_norm = norm(config.norm, config.width, name="stem2_norm")
         expansion = 1 if config.block == "basic" else 4
         self.stages, channels = [], config.width
         for stage, blocks in enumerate(config.blocks):
@@ -61,7 +67,8 @@ class ResNet(tf_keras.Model):
 
     def call(self, images, training=False):
         x = tf.nn.relu(self.stem_norm(self.stem(images), training=training))
-        x = self.pool(self.pool_pad(x))
+        large = self.config.stem == "7x7"
+        x = self.pool(x) if large else tf.nn.relu(self.stem2_norm(self.stem2(x), training=training))
         features = {}
         for stage, blocks in enumerate(self.stages):
             for block in blocks:

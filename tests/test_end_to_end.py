@@ -1,0 +1,197 @@
+"""The README's commands on a tiny data set: shapes, convert, train (interrupted), evaluate, export, predict."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from polarmask_tf import cli, lite
+from polarmask_tf.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.fpn.levels=[3,4]", "model.head.channels=16",
+    "model.head.convs=1", "data.size=[64,96]", "data.batch=4", "targets.ranges=[24]", "train.checkpoint_every=4",
+    "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
+]
+
+
+def polarmask(*args):
+    return cli.main([str(arg) for arg in args])
+
+
+def settings(*more):
+    return [word for item in (*TINY, *more) for word in ("--set", item)]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A converted data set, a run trained for 4 steps and then for 4 more, and its exports."""
+    work = tmp_path_factory.mktemp("work")
+    assert polarmask("shapes", work / "shapes", "--train", 24, "--val", 6, "--size", 64) == 0
+    for split in ("train", "val"):
+        folder = work / "shapes" / split
+        source = (folder / "annotations.json", folder / "images")
+        assert polarmask("convert", *source, work / "data" / split, "--processes", 1) == 0
+    common = ["train", "--config", "shapes", "--data", work / "data/train", "--out", work / "run"]
+    val = f"data.val={work / 'data/val'}"
+    assert polarmask(*common, *settings("train.steps=4", val)) == 0
+    assert polarmask(*common, *settings("train.steps=8", val)) == 0
+    assert polarmask("export", work / "run", "--out", work / "export") == 0
+    return work
+
+
+def test_training_goes_on_where_it_stopped(work, capsys):
+    from polarmask_tf.train import load_run
+
+    assert {p.name for p in (work / "run/checkpoints").glob("*.index")} == {"step-4.index", "step-8.index"}
+    assert list((work / "run").glob("events.out.tfevents.*"))
+    common = ["train", "--config", "shapes", "--data", work / "data/train", "--out", work / "run"]
+    assert polarmask(*common, *settings("train.steps=8", f"data.val={work / 'data/val'}")) == 0
+    assert "already trained for 8 steps" in capsys.readouterr().out
+    assert load_run(work / "run").config.train.steps == 8
+
+
+def test_a_run_of_other_settings_is_refused(work, capsys):
+    common = ["train", "--config", "shapes", "--data", work / "data/train", "--out", work / "run"]
+    changed = settings("train.steps=8", f"data.val={work / 'data/val'}", "train.learning_rate=0.5")
+    assert polarmask(*common, *changed) == 2
+    assert "train.learning_rate=0.01, now 0.5" in capsys.readouterr().err
+
+
+def test_resuming_equals_training_without_a_break(work, tmp_path):
+    from polarmask_tf.train import load_run
+
+    common = ["train", "--config", "shapes", "--data", work / "data/train", "--out", tmp_path / "run"]
+    assert polarmask(*common, *settings("train.steps=8", f"data.val={work / 'data/val'}")) == 0
+    # Lengthened from 4 to 8 steps the schedule differs, so the interrupted run here is one cut at its first checkpoint.
+    for file in (tmp_path / "run/checkpoints").glob("step-8.*"):
+        file.unlink()
+    state = tmp_path / "run/checkpoints/checkpoint"
+    whole = {v.name: v.numpy() for v in load_run(work / "run").variables}
+    state.write_text('model_checkpoint_path: "step-4"\nall_model_checkpoint_paths: "step-4"\n')
+    first = load_run(tmp_path / "run")
+    assert any(not np.array_equal(v.numpy(), whole[v.name]) for v in first.variables)
+    straight = tmp_path / "straight"
+    common[-1] = straight
+    assert polarmask(*common, *settings("train.steps=8", f"data.val={work / 'data/val'}")) == 0
+    common[-1] = tmp_path / "run"
+    assert polarmask(*common, *settings("train.steps=8", f"data.val={work / 'data/val'}")) == 0
+    for a, b in zip(load_run(tmp_path / "run").variables, load_run(straight).variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=a.name)
+
+
+@pytest.mark.parametrize("model", ["run", "export/saved_model", "export/model.tflite"])
+def test_evaluate_gives_the_same_numbers_for_all_three(work, model):
+    out = work / f"{Path(model).name}.json"
+    assert polarmask("evaluate", work / model, "--data", work / "data/val", "--json", out, "--max-detections", 20) == 0
+    numbers = json.loads(out.read_text())
+    reference = work / "run.json"
+    if reference.exists():
+        assert numbers == pytest.approx(json.loads(reference.read_text()), abs=2e-3)
+
+
+def test_exports_agree_with_keras(work):
+    from polarmask_tf.export import parity
+    from polarmask_tf.predict import load_predictor
+
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, size, np.uint8) for size in ((64, 96, 3), (50, 120, 3), (200, 90, 3))]
+    keras = load_predictor(work / "run")
+    for name, tolerance in (("saved_model", 0.02), ("model.tflite", 1e-4)):
+        row = parity.compare(keras, load_predictor(work / "export" / name), images)
+        assert row["detections"] == 60
+        # TensorFlow and Pillow round differently when they resize; without resizing both agree as closely as LiteRT does.
+        assert row["matched"] >= 55
+        assert row["score"] < tolerance
+    same_size = parity.compare(keras, load_predictor(work / "export/saved_model"), images[:1])
+    assert same_size["matched"] == 20 and same_size["score"] < 1e-5 and same_size["pixels"] < 1e-2
+
+
+def test_tflite_has_the_contract_and_builtin_operations_only(work):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(work / "export/model.tflite"))
+    runner = interpreter.get_signature_runner("serving_default")
+    assert list(runner.get_input_details()) == ["images"]
+    inputs = runner.get_input_details()["images"]
+    assert (inputs["dtype"], list(inputs["shape"])) == (np.uint8, [1, 64, 96, 3])
+    found = {name: (d["dtype"], list(d["shape"])) for name, d in runner.get_output_details().items()}
+    assert found == {
+        "num_detections": (np.int32, [1]), "detection_scores": (np.float32, [1, 20]), "detection_classes": (np.int32, [1, 20]),
+        "detection_boxes": (np.float32, [1, 20, 4]), "detection_polygons": (np.float32, [1, 20, 12, 2]),
+    }
+    operations = {op["op_name"] for op in interpreter._get_ops_details()}
+    assert "NON_MAX_SUPPRESSION_V4" in operations
+    assert not [name for name in operations if name.startswith("Flex") or name == "CUSTOM" or name in ("WHILE", "IF")]
+
+
+def test_all_black_and_tiny_images(work):
+    model = lite.PolarMaskLite(work / "export/model.tflite")
+    for image in (np.zeros((64, 96, 3), np.uint8), np.full((1, 1, 3), 255, np.uint8), np.zeros((3, 2000, 3), np.uint8)):
+        found = model(image)
+        assert np.isfinite(found["polygons"]).all()
+        assert (found["polygons"] >= 0).all() and (found["polygons"] <= [image.shape[1], image.shape[0]]).all()
+        assert (np.diff(found["scores"]) <= 0).all()
+
+
+def test_predict_writes_pictures_and_results(work, tmp_path):
+    folder = work / "shapes/val"
+    done = polarmask(
+        "predict", work / "export/model.tflite", folder / "images", "--out", tmp_path, "--truth", folder / "annotations.json",
+        "--score-threshold", 0.001, "--limit", 4,
+    )
+    assert done == 0
+    assert len(list((tmp_path / "overlays").glob("*.png"))) == 4
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    known = {i["id"] for i in json.loads((folder / "annotations.json").read_text())["images"]}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results and {r["image_id"] for r in results} <= known
+    assert {r["category_id"] for r in results} <= {1, 3, 7, 12}
+
+
+def test_lite_runs_beside_its_model_without_tensorflow(work):
+    image = next((work / "shapes/val/images").iterdir())
+    code = (
+        "import runpy, sys; sys.argv[1:] = ['model.tflite', sys.argv[1], '--score', '0'];"
+        "\ntry: runpy.run_path('lite.py', run_name='__main__')\nexcept SystemExit as e: assert not e.code, e.code"
+        "\nassert 'tensorflow' not in sys.modules and 'polarmask_tf' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(image)], cwd=work / "export", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 1
+
+
+def test_export_replaces_an_older_one_and_refuses_what_is_no_run(work, tmp_path, capsys):
+    assert polarmask("export", tmp_path, "--out", tmp_path / "out") == 2
+    assert "not a run directory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(work, tmp_path):
+    import shutil
+
+    from polarmask_tf.train import load_run
+
+    run = shutil.copytree(work / "run", tmp_path / "run")
+    data = next((run / "checkpoints").glob("step-8.data*"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged, or of another model"):
+        load_run(run)
+
+
+def test_a_truncated_shard_is_one_line(work, tmp_path):
+    import shutil
+
+    data = shutil.copytree(work / "data/train", tmp_path / "train")
+    shard = next(data.glob("*.tfrecord"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    arguments = ["train", "--config", "shapes", "--data", str(data), "--out", str(tmp_path / "run"), *settings("train.steps=8")]
+    done = subprocess.run([sys.executable, "-m", "polarmask_tf", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"polarmask: error: .*shard is damaged", done.stderr)
