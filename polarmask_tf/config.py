@@ -49,6 +49,7 @@ class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    normalization: typing.Literal["fixed", "image"] = "fixed"  # by mean and std below, or by each image's own
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, subtracted from 0..255 pixels in the graph
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
 
@@ -59,7 +60,8 @@ class DataConfig:
     val: str = ""
     size: tuple[int, int] = (128, 128)  # height and width of the network's input, multiples of 32
     batch: int = 16  # images a step, over all replicas
-    flip: bool = True
+    crop: tuple[int, ...] = ()  # training only: images are scaled for `size` and cropped to this height and width
+    flip: typing.Literal["none", "horizontal", "both"] = "horizontal"  # both: also upside down
     scale: tuple[float, float] = (1.0, 1.0)  # scale jitter, times the scale that fits the image into `size`
     max_instances: int = 100  # padding of a training image; an image with more keeps its largest
     shuffle: int = 2048  # images are shuffled in blocks of this many (and so are the shards)
@@ -177,6 +179,8 @@ def check(config: Config) -> None:
         (len(model.mean) == len(model.std) == 3 and min(model.std) > 0,
          "model.mean and model.std are three numbers each, those of std positive"),
         (all(s > 0 and s % 32 == 0 for s in data.size), f"data.size is {list(data.size)}: multiples of 32 are needed"),
+        (not data.crop or (len(data.crop) == 2 and all(s > 0 and s % 32 == 0 for s in data.crop)),
+         f"data.crop is {list(data.crop)}: two multiples of 32 are needed, or none"),
         (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
         (0 < data.scale[0] <= data.scale[1],
          f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed"),

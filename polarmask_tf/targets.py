@@ -32,10 +32,13 @@ def level_ranges(levels: typing.Sequence[int], size: tuple[int, int], bounds: ty
     Without `bounds` they are the published 64, 128, 256, 512 between P3 to P7, scaled by the shorter input side / 800:
     the size that they were published for.
     """
-    if not bounds:
-        bounds = [2.0 ** (level + 3) * min(size) / 800 for level in levels[:-1]]
-    edges = [-1.0, *bounds, 1e8]
+    edges = [-1.0, *(bounds or scaled_bounds(levels, size)), 1e8]
     return list(itertools.pairwise(edges))
+
+
+def scaled_bounds(levels: typing.Sequence[int], size: tuple[int, int]) -> list[float]:
+    """The published bounds between levels for inputs of this height and width, pixels."""
+    return [2.0 ** (level + 3) * min(size) / 800 for level in levels[:-1]]
 
 
 def unreachable_levels(levels, size, bounds=()) -> list[int]:

@@ -233,7 +233,7 @@ def _restore(manager: tf.train.CheckpointManager, complete: bool) -> None:
     try:
         status = manager.checkpoint.restore(manager.latest_checkpoint)
         status.assert_consumed() if complete else status.assert_existing_objects_matched().expect_partial()
-    except (tf.errors.OpError, AssertionError, ValueError) as e:
+    except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
         reason = str(e).splitlines()[0][:200]
         raise InputError(
             f"{manager.latest_checkpoint}: damaged, or of another model; delete it to use the one before ({reason})"

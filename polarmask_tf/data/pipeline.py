@@ -15,11 +15,12 @@ def prepare(record: dict, config: Config, info: records.DatasetInfo, seed) -> tu
     Returns:
       uint8 [H, W, 3] and the instances, see targets.encode. A pure function of the record and `seed` (int [2]).
     """
-    data, size = config.data, config.data.size
+    data = config.data
+    canvas = data.crop or data.size
     image = tf.io.decode_image(record["image/encoded"], channels=3, expand_animations=False)
     image = tf.ensure_shape(image, [None, None, 3])
     placement = transforms.sample(
-        record["height"], record["width"], size, flip=data.flip, scale=data.scale, seed=seed
+        record["height"], record["width"], data.size, canvas, flip=data.flip, scale=data.scale, seed=seed
     )
     xy = transforms.place_points(record["xy"], placement)
     instances = transforms.instances(
@@ -27,9 +28,9 @@ def prepare(record: dict, config: Config, info: records.DatasetInfo, seed) -> tu
         max_instances=max(1, min(data.max_instances, info.max_instances)),
         parts=config.targets.parts, center=config.targets.center,
     )
-    points = tf.concat([geometry.locations(*size, 2**level) for level in config.model.fpn.levels], axis=0)
+    points = tf.concat([geometry.locations(*canvas, 2**level) for level in config.model.fpn.levels], axis=0)
     instances["ignore"] = transforms.crowd_locations(record, xy, points, info.max_edges)
-    return transforms.place_image(image, placement, size), instances
+    return transforms.place_image(image, placement, canvas), instances
 
 
 def training_batches(info: records.DatasetInfo, config: Config, *, seed: int = 0, start_step: int = 0) -> tf.data.Dataset:

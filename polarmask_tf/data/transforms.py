@@ -11,27 +11,29 @@ import tensorflow as tf
 from polarmask_tf import geometry
 
 
-def sample(height, width, size, *, flip: bool, scale: tuple[float, float], seed) -> dict:
+def sample(height, width, fit, canvas, *, flip: str, scale: tuple[float, float], seed) -> dict:
     """A random placement of an image on the canvas, a pure function of `seed` (int [2]).
 
-    The image is scaled by the factor that fits it into `size`, times a uniform number from `scale`. What then does not fit
-    is cropped at a random place; what does is put top-left, like the letterbox at inference.
+    The image is scaled by the factor that fits it into `fit` (height, width), times a uniform number from `scale`. What
+    then does not fit the `canvas` is cropped at a random place; what does is put top-left, like the letterbox at inference.
 
     Returns:
-      {"flip": bool [], "offset": int32 [2], "crop": int32 [2] (the part of the source image that is used: its first row
-      and column, its height and width), "window": int32 [2] (height and width of that part on the canvas)}.
+      {"flip": bool [2] (upside down, left to right), "offset": int32 [2], "crop": int32 [2] (the part of the source image
+      that is used: its first row and column, its height and width), "window": int32 [2] (height and width of that part on
+      the canvas)}.
     """
-    size = tf.constant(size, tf.float32)
+    size = tf.constant(canvas, tf.float32)
     source = tf.cast(tf.stack([height, width]), tf.float32)
-    noise = tf.random.stateless_uniform([4], seed)
-    factor = tf.reduce_min(size / source) * (scale[0] + noise[0] * (scale[1] - scale[0]))
+    noise = tf.random.stateless_uniform([5], seed)
+    factor = tf.reduce_min(tf.constant(fit, tf.float32) / source) * (scale[0] + noise[0] * (scale[1] - scale[0]))
     window = tf.clip_by_value(tf.round(source * factor), 1.0, size)
     # Whole source pixels, so that cropping is a slice; the vertices follow the scale that results.
     crop = tf.where(source * factor > size, tf.clip_by_value(tf.round(size / factor), 1.0, source), source)
-    offset = tf.floor(noise[2:] * (source - crop + 1))
+    offset = tf.floor(noise[3:] * (source - crop + 1))
     integers = {"offset": offset, "crop": crop, "window": window}
     placement = {name: tf.cast(value, tf.int32) for name, value in integers.items()}
-    return {"flip": noise[1] < 0.5 if flip else tf.constant(False), **placement}
+    allowed = [flip == "both", flip in ("horizontal", "both")]
+    return {"flip": (noise[1:3] < 0.5) & allowed, **placement}
 
 
 def place_image(image: tf.Tensor, placement: dict, size: tuple[int, int]) -> tf.Tensor:
@@ -47,7 +49,7 @@ def place_image(image: tf.Tensor, placement: dict, size: tuple[int, int]) -> tf.
         lambda: tf.image.resize(image, window),
     )
     image = tf.cast(image + 0.5, tf.uint8)  # bilinear values stay within 0..255
-    image = tf.cond(placement["flip"], lambda: image[:, ::-1], lambda: image)
+    image = tf.reverse(image, tf.where(placement["flip"])[:, 0])
     image = tf.pad(image, [[0, size[0] - window[0]], [0, size[1] - window[1]], [0, 0]])
     return tf.ensure_shape(image, [*size, 3])
 
@@ -56,8 +58,7 @@ def place_points(xy: tf.Tensor, placement: dict) -> tf.Tensor:
     """The same for points, float32 [..., 2] as x, y in pixels; points outside the canvas stay where they fall."""
     window, crop, offset = (tf.cast(placement[name][::-1], tf.float32) for name in ("window", "crop", "offset"))
     xy = (xy - offset) * (window / crop)
-    mirrored = tf.stack([window[0] - xy[..., 0], xy[..., 1]], axis=-1)
-    return tf.where(placement["flip"], mirrored, xy)
+    return tf.where(placement["flip"][::-1], window - xy, xy)
 
 
 def ring_edges(xy: tf.Tensor, ring_lengths: tf.Tensor) -> tf.Tensor:

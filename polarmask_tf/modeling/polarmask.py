@@ -31,13 +31,23 @@ class PolarMask(tf_keras.Model):
         self.head = PolarHead(model.head, model.fpn.levels, num_classes, model.rays, name="head")
         strided = model.head.ray_unit == "stride"
         self.ray_units = {level: float(2**level if strided else 1) for level in model.fpn.levels}
+        # By the size of whole images, also where training sees crops of them.
+        self.ranges = config.targets.ranges or targets.scaled_bounds(model.fpn.levels, config.data.size)
         self.trackers = {name: tf_keras.metrics.Mean(name=name) for name in ("loss", *PARTS)}
 
     def call(self, images, training=False):
         """Head outputs {level: {"classes", "centerness", "rays"}}, float32 logits; see PolarHead."""
-        x = (tf.cast(images, tf.float32) - list(self.config.model.mean)) / list(self.config.model.std)
-        x = tf.cast(x, self.compute_dtype)
+        x = tf.cast(self._normalize(tf.cast(images, tf.float32)), self.compute_dtype)
         return self.head(self.fpn(self.backbone(x, training=training)), training=training)
+
+    def _normalize(self, images):
+        config = self.config.model
+        if config.normalization == "fixed":
+            return (images - list(config.mean)) / list(config.std)
+        # Over the whole canvas, padding included: a .tflite file does not know where the padding is.
+        mean = tf.reduce_mean(images, axis=[1, 2, 3], keepdims=True)
+        variance = tf.reduce_mean(tf.square(images - mean), axis=[1, 2, 3], keepdims=True)
+        return (images - mean) / tf.sqrt(variance + 1.0)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         """Sum of the weighted losses of this replica's images, divided by counts over all replicas.
@@ -49,7 +59,7 @@ class PolarMask(tf_keras.Model):
         config = self.config
         encoded = targets.encode(
             y, rays=config.model.rays, levels=config.model.fpn.levels, size=tuple(x.shape[1:3]),
-            radius=config.targets.radius, ranges=config.targets.ranges,
+            radius=config.targets.radius, ranges=self.ranges,
         )
         parts, counts = self._local_losses(y_pred, encoded)
         counts = _sum_over_replicas(counts)
