@@ -22,8 +22,8 @@ SEEDS = st.integers(0, 2**31 - 1)
 few = settings(max_examples=20, deadline=None)
 
 
-def place(seed, height, width, *, flip="both", scale=(0.5, 2.0), size=CANVAS):
-    return transforms.sample(height, width, size, size, flip=flip, scale=scale, seed=tf.constant([seed, 1]))
+def place(seed, height, width, *, flip="both", scale=(0.5, 2.0), fit=CANVAS):
+    return transforms.sample(height, width, fit, CANVAS, flip=flip, scale=scale, seed=tf.constant([seed, 1]))
 
 
 def visible(rings, window, size=CANVAS, scale=8):
@@ -79,10 +79,13 @@ def test_placements_vary_and_are_a_function_of_the_seed():
 
 
 @few
-@given(SEEDS, st.integers(40, 160), st.integers(40, 160), st.sampled_from([(0.3, 0.8), (0.8, 1.2), (1.0, 2.5)]))
-def test_pixels_move_as_points_do(seed, height, width, scale):
+@given(
+    SEEDS, st.integers(40, 160), st.integers(40, 160), st.sampled_from([(0.3, 0.8), (0.8, 1.2), (1.0, 2.5)]),
+    st.sampled_from([CANVAS, (96, 160)]),
+)
+def test_pixels_move_as_points_do(seed, height, width, scale, fit):
     """Pictures of the coordinates x + 0.5 and y + 0.5 show, at each pixel of the window, where its center came from."""
-    placement = place(seed, height, width, scale=scale)
+    placement = place(seed, height, width, scale=scale, fit=fit)
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
     image = transforms.place_image(tf.constant(ramp), placement, CANVAS).numpy().astype(float)
@@ -120,7 +123,9 @@ def test_an_image_of_the_canvas_size_is_left_as_it_is():
     pixels = np.random.default_rng(0).integers(0, 256, (*CANVAS, 3), np.uint8)
     placement = place(0, *CANVAS, flip="none", scale=(1.0, 1.0))
     np.testing.assert_array_equal(transforms.place_image(tf.constant(pixels), placement, CANVAS), pixels)
-    placement["flip"] = tf.constant(True)
+    placement["flip"] = tf.constant([True, False])
+    np.testing.assert_array_equal(transforms.place_image(tf.constant(pixels), placement, CANVAS), pixels[::-1])
+    placement["flip"] = tf.constant([False, True])
     np.testing.assert_array_equal(transforms.place_image(tf.constant(pixels), placement, CANVAS), pixels[:, ::-1])
 
 
