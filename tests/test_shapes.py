@@ -38,7 +38,7 @@ def test_polygons_lie_inside_do_not_overlap_and_have_the_stated_area(made):
         assert abs(shoelace(ring)) == pytest.approx(annotation["area"], abs=0.01)
         x, y, w, h = annotation["bbox"]
         assert np.allclose([x, y, x + w, y + h], [*ring.min(axis=0), *ring.max(axis=0)], atol=0.011)
-        assert 14 < max(w, h) <= 64.1
+        assert 14 < max(w, h) <= 72.1
         polygons_of.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
     for polygons in polygons_of.values():
         masks = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygon, 128, 128))) for polygon in polygons]
@@ -77,7 +77,7 @@ def test_pixels_are_covered_without_bias():
         center = ((ring + after) * cross[:, None]).sum(axis=0) / (3 * cross.sum())
         shifts.append([(coverage * x).sum() / coverage.sum() - center[0], (coverage * y).sum() / coverage.sum() - center[1]])
     assert np.mean(ratios) == pytest.approx(1, abs=0.003) and np.ptp(ratios) < 0.03
-    assert np.abs(np.mean(shifts, axis=0)).max() < 0.03 and np.abs(shifts).max() < 0.1
+    assert np.abs(np.mean(shifts, axis=0)).max() < 0.03 and np.abs(shifts).max() < 0.15
 
 
 def test_an_image_depends_on_seed_split_and_index_alone(made, tmp_path):

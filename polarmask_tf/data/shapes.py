@@ -95,7 +95,7 @@ def _draw_image(rng, size):
 
 def _random_shape(rng, size):
     name = list(CATEGORIES)[rng.integers(len(CATEGORIES))]
-    radius = rng.uniform(10, 32) * size / 128
+    radius = rng.uniform(14, 36) * size / 128
     turn = rng.uniform(0, 2 * math.pi)
     if name == "circle":
         radii, angles = np.full(40, radius), np.arange(40) * (2 * math.pi / 40)

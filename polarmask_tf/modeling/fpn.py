@@ -26,7 +26,7 @@ class FPN(tf_keras.layers.Layer):
         self.laterals = {str(n): Conv(config.channels, 1, bias=True, init=init, name=f"lateral{n}") for n in self.merged}
         self.outputs = {
             str(n): Conv(config.channels, 3, bias=True, init=init, name=f"output{n}")
-            for n in self.merged if n in self.levels or n == last
+            for n in self.merged if n in self.levels or (n == last and self.levels[-1] > last)
         }
         self.extras = {
             str(n): Conv(config.channels, 3, 2, bias=True, init=init, name=f"extra{n}")
@@ -40,7 +40,7 @@ class FPN(tf_keras.layers.Layer):
             top = lateral if top is None else lateral + _double(top)
             if str(level) in self.outputs:
                 pyramid[level] = self.outputs[str(level)](top)
-        x = pyramid[self.merged[-1]] if self.extras else None
+        x = pyramid.get(self.merged[-1])
         for level in self.extras:
             x = pyramid[int(level)] = self.extras[level](x if int(level) == self.merged[-1] + 1 else tf.nn.relu(x))
         return {level: pyramid[level] for level in self.levels}
