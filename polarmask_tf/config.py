@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import os
 import typing
 from dataclasses import dataclass, field
@@ -151,7 +153,7 @@ def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Confi
             raise InputError(f"override {override!r}: write it as key=value, for example train.steps=600")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a date or number that is none, like 2021-13-01
             raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -191,8 +193,17 @@ def check(config: Config) -> None:
         (config.train.steps >= 1, f"train.steps is {config.train.steps}: at least 1 is needed"),
         (config.train.checkpoint_every >= 1, "train.checkpoint_every must be at least 1"),
         (0 <= config.postprocess.score_threshold < 1, "postprocess.score_threshold must be in [0, 1)"),
+        (0 <= config.postprocess.nms_iou <= 1, "postprocess.nms_iou must be in [0, 1]"),
         (config.postprocess.max_detections >= 1, "postprocess.max_detections must be at least 1"),
     ]
+    at_least = {
+        "model.backbone.width": 1, "model.fpn.channels": 1, "model.head.channels": 1, "model.head.convs": 0,
+        "data.max_instances": 1, "data.shuffle": 1, "postprocess.candidates": 1, "train.learning_rate": 0,
+        "train.warmup_steps": 0,
+    }
+    for key, least in at_least.items():
+        value = functools.reduce(getattr, key.split("."), config)
+        rules.append((value >= least, f"{key} is {value}: at least {least} is needed"))
     for ok, message in rules:
         if not ok:
             raise InputError(message)
@@ -206,7 +217,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); is it a YAML file?") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date or number that is none, like 2021-13-01
         raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
@@ -234,7 +245,8 @@ def _build(cls, values, prefix: str, source: str):
     for key in values:
         if key not in hints:
             near = _nearest(str(key), prefix)
-            raise InputError(f"{source}: unknown key {prefix}{key}" + (f"; did you mean {near}?" if near else ""))
+            written = " ".join(f"{prefix}{key}".split())
+            raise InputError(f"{source}: unknown key {written}" + (f"; did you mean {near}?" if near else ""))
     return cls(**{
         key: _build(hints[key], value, f"{prefix}{key}.", source) if dataclasses.is_dataclass(hints[key])
         else _convert(hints[key], value, prefix + key, source)
@@ -270,12 +282,14 @@ def _convert(hint, value, key: str, source: str):
         return value
     if hint is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-2 (without a point) as text
-        except (TypeError, ValueError):
+            number = float(value)  # YAML reads 1e-2 (without a point) as text
+            if math.isfinite(number):
+                return number
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     raise InputError(f"{source}: {key} takes {names[hint]}, not {value!r}")
 
 

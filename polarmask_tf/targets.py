@@ -126,4 +126,6 @@ def encode(instances: dict, *, rays: int, levels, size, radius=1.5, ranges=()) -
     )
     labels = tf.gather(instances["classes"], tf.maximum(owner, 0), batch_dims=1)
     labels = tf.where(owner >= 0, labels, tf.where(instances["ignore"], IGNORED, BACKGROUND))
-    return Targets(labels, positives, lengths, geometry.polar_centerness(lengths))
+    # A location that sees nothing of its instance would have centerness 1 and teach the most.
+    sees = tf.reduce_max(lengths, axis=-1) > geometry.EPSILON
+    return Targets(labels, positives, lengths, tf.where(sees, geometry.polar_centerness(lengths), 0.0))

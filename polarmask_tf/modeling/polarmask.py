@@ -63,8 +63,9 @@ class PolarMask(tf_keras.Model):
         )
         parts, counts = self._local_losses(y_pred, encoded)
         counts = _sum_over_replicas(counts)
-        # Without positives the sums of the last two are zero too; their counts only must not be.
-        parts = [part / tf.maximum(count, 1e-3) for part, count in zip(parts, counts, strict=True)]
+        # Without positives on any replica the last two sums are zero too; their counts only must not be.
+        least = (1.0, 1e-3, 1.0)
+        parts = [part / tf.maximum(count, low) for part, count, low in zip(parts, counts, least, strict=True)]
         weights = (config.loss.class_weight, config.loss.ray_weight, config.loss.centerness_weight)
         loss = tf.add_n([weight * part for weight, part in zip(weights, parts, strict=True)])
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -89,7 +90,7 @@ class PolarMask(tf_keras.Model):
         predicted = tf.gather_nd(_flat(outputs, "centerness"), at)[:, 0]
         centerness_loss = tf.reduce_sum(losses.centerness(predicted, encoded.centerness))
         positives = tf.cast(tf.shape(at)[0], tf.float32)
-        counts = (tf.maximum(positives, 1.0), tf.reduce_sum(encoded.centerness), positives)
+        counts = (positives, tf.reduce_sum(encoded.centerness), positives)
         return (class_loss, ray_loss, centerness_loss), counts
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
