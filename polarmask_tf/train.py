@@ -100,6 +100,12 @@ def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
     except tf.errors.DataLossError as e:
         reason = e.message.splitlines()[0]
         raise InputError(f"{config.data.train}: a shard is damaged, convert the data again ({reason})") from None
+    except tf.errors.InvalidArgumentError as e:
+        if "Decode" not in e.message:
+            raise
+        raise InputError(
+            f"{config.data.train}: holds an image that cannot be decoded; `polarmask convert --verify` finds and skips it"
+        ) from None
     return model
 
 

@@ -198,3 +198,26 @@ def test_a_truncated_shard_is_one_line(work, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(r"polarmask: error: .*shard is damaged", done.stderr)
+
+
+def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
+    import shutil
+
+    from PIL import Image
+
+    folder = shutil.copytree(work / "shapes/train", tmp_path / "source")
+    for file in (folder / "images").iterdir():  # valid header, size and end, nothing in between: only --verify looks there
+        Image.open(file).save(file.with_suffix(".jpg"))
+        data = file.with_suffix(".jpg").read_bytes()
+        file.unlink()
+        start = data.index(b"\xff\xc4")
+        file.with_suffix(".jpg").write_bytes(data[:start] + bytes(len(data) - start - 2) + b"\xff\xd9")
+    text = (folder / "annotations.json").read_text().replace(".png", ".jpg")
+    (folder / "annotations.json").write_text(text)
+    source = (folder / "annotations.json", folder / "images")
+    assert polarmask("convert", *source, tmp_path / "data", "--processes", 1) == 0
+    arguments = ["train", "--config", "shapes", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert polarmask(*arguments, *settings("train.steps=8")) == 2
+    assert "convert --verify" in capsys.readouterr().err.splitlines()[-1]
+    assert polarmask("convert", *source, tmp_path / "verified", "--processes", 1, "--verify") == 2
+    assert "empty data set" in capsys.readouterr().err
