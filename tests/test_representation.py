@@ -14,6 +14,21 @@ from polarmask_tf.evaluate import coco_metrics, polygons_to_rle
 RAYS = 36
 
 
+@tf.function(reduce_retracing=True)
+def rebuild_one(xy, ring_lengths, height, width, max_edges):
+    """Rings of one instance to its polygon from exact targets, [1, RAYS, 2]; [0, RAYS, 2] if it has no area."""
+    one = {
+        "labels": tf.zeros([1], tf.int32), "is_crowd": tf.zeros([1], tf.bool),
+        "ring_lengths": ring_lengths, "ring_instance": tf.zeros_like(ring_lengths),
+    }
+    made = transforms.instances(
+        one, xy, tf.stack([height, width]), max_edges=max_edges, max_instances=1, parts="largest", center="mass"
+    )
+    window = tf.cast([[0, 0, width, height]], tf.float32)
+    lengths = geometry.ray_lengths(made["centers"], made["edges"], RAYS, window)
+    return tf.boolean_mask(geometry.assemble(made["centers"], lengths), made["classes"] >= 0)
+
+
 def rebuild(directory):
     """The ground truth as a COCO dict, and one result of score 1 for every instance that is no crowd."""
     info = records.load_dataset_info(directory)
@@ -25,28 +40,19 @@ def rebuild(directory):
     for path in info.shard_paths:
         for serialized in tf.data.TFRecordDataset(str(path)):
             record = records.parse(serialized)
-            height, width = int(record["height"]), int(record["width"])
+            height, width = record["height"], record["width"]
             annotations = of_image.get(int(record["source_id"].numpy()), [])
-            # Annotations and record are in the same order; instances() sorts, so one at a time.
+            # Annotations and record are in the same order; instances() sorts by area, so one at a time.
             for index, annotation in enumerate(annotations):
                 if annotation["iscrowd"]:
                     continue
-                rings = tf.where(record["ring_instance"] == index)[:, 0]
-                vertex_ring = tf.repeat(tf.range(len(record["ring_lengths"])), record["ring_lengths"])
-                mine = tf.reduce_any(tf.cast(vertex_ring, tf.int64)[:, None] == rings[None], axis=1)
-                one = {
-                    "labels": record["labels"][index : index + 1], "is_crowd": record["is_crowd"][index : index + 1],
-                    "ring_lengths": tf.gather(record["ring_lengths"], rings), "ring_instance": tf.zeros(len(rings), tf.int32),
-                }
-                made = transforms.instances(
-                    one, record["xy"][mine], tf.constant([height, width]), max_edges=info.max_edges, max_instances=1,
-                    parts="largest", center="mass",
-                )
-                if int(made["classes"][0]) < 0:
+                rings = np.flatnonzero(record["ring_instance"].numpy() == index)
+                lengths = record["ring_lengths"].numpy()
+                mine = np.isin(np.repeat(np.arange(len(lengths)), lengths), rings)
+                polygon = rebuild_one(record["xy"][mine], tf.constant(lengths[rings]), height, width, max_edges=info.max_edges)
+                if not len(polygon):
                     continue  # no pixel of area
-                window = tf.constant([[0.0, 0.0, width, height]])
-                lengths = geometry.ray_lengths(made["centers"], made["edges"], RAYS, window)
-                rle = polygons_to_rle(geometry.assemble(made["centers"], lengths).numpy(), height, width)[0]
+                rle = polygons_to_rle(polygon.numpy(), int(height), int(width))[0]
                 overlaps.append(float(coco_mask.iou([rle], [annotation["segmentation"]], [0])[0, 0]))
                 results.append({
                     "image_id": annotation["image_id"], "category_id": annotation["category_id"], "score": 1.0,
