@@ -92,10 +92,11 @@ def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
     batches = pipeline.training_batches(info, config, seed=config.train.seed, start_step=done)
     # An epoch, to Keras, is the time from one checkpoint to the next.
     every = config.train.checkpoint_every
+    progress = Progress(run, done, steps)
     try:
         model.fit(
             batches, steps_per_epoch=every, initial_epoch=done // every, epochs=math.ceil(steps / every), verbose=0,
-            callbacks=[Progress(run, done, steps), Checkpoints(manager, every, steps)],
+            callbacks=[progress, Checkpoints(manager, every, steps)],
         )
     except tf.errors.DataLossError as e:
         reason = e.message.splitlines()[0]
@@ -106,6 +107,8 @@ def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
         raise InputError(
             f"{config.data.train}: holds an image that cannot be decoded; `polarmask convert --verify` finds and skips it"
         ) from None
+    finally:
+        progress.close()
     return model
 
 
@@ -114,12 +117,10 @@ class Progress(tf_keras.callbacks.Callback):
 
     def __init__(self, run: Path, done: int, steps: int):
         super().__init__()
-        self.run, self.done, self.steps = run, done, steps
-
-    def on_train_begin(self, logs=None):
-        self.bar = tqdm(total=self.steps, initial=self.done, unit="step", desc="train", mininterval=1.0, smoothing=0.05)
-        self.writer = tf.summary.create_file_writer(str(self.run))
-        self.since = (time.monotonic(), self.done)
+        self.steps = steps
+        self.writer = tf.summary.create_file_writer(str(run))
+        self.bar = tqdm(total=steps, initial=done, unit="step", desc="train", mininterval=1.0, smoothing=0.05)
+        self.since = (time.monotonic(), done)
 
     def on_train_batch_end(self, batch, logs=None):
         step = int(self.model.optimizer.iterations)
@@ -138,6 +139,10 @@ class Progress(tf_keras.callbacks.Callback):
             tf.summary.scalar("images_per_second", speed)
 
     def on_train_end(self, logs=None):
+        self.close()
+
+    def close(self):
+        """Also after an error, of which Keras does not tell: the message is to stand on a line of its own."""
         self.bar.close()
         self.writer.close()
 

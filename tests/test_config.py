@@ -292,11 +292,14 @@ FIELDS = {
 @given(st.fixed_dictionaries({}, optional=FIELDS))
 def test_dump_and_load_are_inverse(tmp_path_factory, values):
     flow = {"default_flow_style": True, "width": 10**6}
-    config = load("shapes", [f"{key}={yaml.safe_dump(value, **flow)}" for key, value in values.items()])
+    folder = tmp_path_factory.mktemp("round")
+    (folder / "defaults.yaml").write_text("")
+    overrides = [f"{key}={yaml.safe_dump(value, **flow)}" for key, value in values.items()]
+    config = load(folder / "defaults.yaml", overrides)
     for key, value in values.items():
         found = functools.reduce(getattr, key.split("."), config)
         assert found == (tuple(value) if isinstance(value, list) else value)
-    path = tmp_path_factory.mktemp("round") / "trip.yaml"
+    path = folder / "trip.yaml"
     path.write_text(configs.dump(config), encoding="utf-8")
     assert load(path) == config
 

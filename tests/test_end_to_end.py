@@ -15,7 +15,8 @@ from polarmask_tf.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.fpn.levels=[3,4]", "model.head.channels=16",
-    "model.head.convs=1", "data.size=[64,96]", "data.batch=4", "targets.ranges=[24]", "train.checkpoint_every=4",
+    "model.head.convs=1", "model.head.ray_unit=stride", "model.head.ray_bias=1", "train.learning_rate=0.01",
+    "data.size=[64,96]", "data.batch=4", "targets.ranges=[24]", "train.checkpoint_every=4",
     "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
 ]
 
@@ -109,7 +110,7 @@ def test_exports_agree_with_keras(work):
         assert row["detections"] == 60
         # TensorFlow and Pillow differ by one gray level when they resize (tests/test_export.py), which a model of 8 steps,
         # whose scores nearly tie, turns into another choice of detections; without resizing all of them agree (below).
-        assert row["matched"] >= (36 if name == "saved_model" else 55)
+        assert row["matched"] >= (36 if name == "saved_model" else 45)
         assert row["score"] < tolerance
     same_size = parity.compare(keras, load_predictor(work / "export/saved_model"), images[:1])
     assert same_size["matched"] == 20 and same_size["score"] < 1e-5 and same_size["pixels"] < 1e-2
@@ -218,6 +219,7 @@ def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
     assert polarmask("convert", *source, tmp_path / "data", "--processes", 1) == 0
     arguments = ["train", "--config", "shapes", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     assert polarmask(*arguments, *settings("train.steps=8")) == 2
-    assert "convert --verify" in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("polarmask: error: ") and "convert --verify" in last
     assert polarmask("convert", *source, tmp_path / "verified", "--processes", 1, "--verify") == 2
     assert "empty data set" in capsys.readouterr().err
