@@ -223,3 +223,13 @@ def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
     assert last.startswith("polarmask: error: ") and "convert --verify" in last
     assert polarmask("convert", *source, tmp_path / "verified", "--processes", 1, "--verify") == 2
     assert "empty data set" in capsys.readouterr().err
+
+
+def test_the_readmes_python(work, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    (tmp_path / "exported").symlink_to(work / "export")
+    (tmp_path / "photo.jpg").symlink_to(next((work / "shapes/val/images").iterdir()))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert names["found"].polygons.shape[1:] == (12, 2)
