@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
+import json
 import statistics
 import tempfile
 import time
@@ -11,27 +14,32 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from polarmask_tf import config, geometry, targets
 from polarmask_tf.data import pipeline, records
-from polarmask_tf.evaluate import polygons_to_rle
+from polarmask_tf.data.convert import convert
+from polarmask_tf.evaluate import coco_metrics, polygons_to_rle
 
 
 def run(repeats: int = 21) -> list[dict]:
     """Rows {"what", "value", "unit"}; call it in a fresh process, TensorFlow's thread pools can be set only once."""
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    return [*_targets(repeats), *_pipeline(repeats), *_rle(repeats)]
+    return [*_targets(repeats), *_pipeline(repeats), *_convert(), *_rle(repeats), *_evaluation()]
 
 
 def _median(function, repeats: int) -> float:
     """Median CPU milliseconds of a call, after three that do not count."""
-    costs = []
-    for _ in range(repeats + 3):
-        began = time.process_time()
-        function()
-        costs.append(1e3 * (time.process_time() - began))
-    return statistics.median(costs[3:])
+    return statistics.median([_cpu(function) for _ in range(repeats + 3)][3:])
+
+
+def _cpu(function) -> float:
+    """CPU milliseconds of one call, of all threads of this process."""
+    began = time.process_time()
+    function()
+    return 1e3 * (time.process_time() - began)
 
 
 def _blobs(rng, count: int, height: int, width: int, vertices: int) -> list[np.ndarray]:
@@ -73,10 +81,7 @@ def _targets(repeats: int) -> list[dict]:
 def _pipeline(repeats: int) -> list[dict]:
     settings = config.load("shapes", ["data.size=[512,512]", "data.scale=[0.8,1.25]", "data.batch=8", "data.shuffle=16"])
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
-    noisy = np.clip(np.asarray(smooth) + rng.normal(0, 8, (480, 640, 3)), 0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noisy).save(file, "JPEG", quality=90)
+    jpeg = _jpeg(rng)
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "train-00000-of-00001.tfrecord"
         with open(shard, "wb") as out:
@@ -86,7 +91,7 @@ def _pipeline(repeats: int) -> list[dict]:
                     for k, ring in enumerate(_blobs(rng, 7, 480, 640, 30))
                 ]
                 records.write_record(out, records.encode_example(
-                    encoded=file.getvalue(), format="jpeg", file_name="x.jpg", image_id=i, height=480, width=640,
+                    encoded=jpeg, format="jpeg", file_name="x.jpg", image_id=i, height=480, width=640,
                     instances=instances,
                 ))
         info = records.DatasetInfo(Path(folder), "train", 64, 448, 0, [{"name": "blob", "category_id": 1}], 7, 30, [shard], {})
@@ -103,11 +108,88 @@ def _pipeline(repeats: int) -> list[dict]:
         for name, dataset in (("input pipeline", batches), ("input pipeline with targets made in it", in_pipeline)):
             iterator = iter(dataset)
             cost = _median(lambda iterator=iterator: next(iterator), repeats) / settings.data.batch
-            rows.append({"what": f"{name}, 640x480 JPEG of {len(file.getvalue()) >> 10} KB to 512x512, 7 instances",
+            rows.append({"what": f"{name}, 640x480 JPEG of {len(jpeg) >> 10} KB to 512x512, 7 instances",
                          "value": 1e3 / cost, "unit": "images/s/core"})
         cost = _median(lambda: in_step(sample), repeats) / settings.data.batch
         rows.append({"what": "targets made in the step, one image of those", "value": cost, "unit": "ms"})
         return rows
+
+
+def _jpeg(rng) -> bytes:
+    """A 640x480 picture of about 100 KB: smooth colours and some noise."""
+    smooth = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+    noisy = np.clip(np.asarray(smooth) + rng.normal(0, 8, (480, 640, 3)), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _coco(rng, images: int, instances: int) -> dict:
+    """A COCO data set of made-up outlines in 640x480 images."""
+    annotations = []
+    for image in range(images):
+        for outline in _blobs(rng, instances, 480, 640, 30):
+            x, y = outline.min(0)
+            width, height = outline.max(0) - (x, y)
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image + 1, "category_id": 1, "iscrowd": 0,
+                "area": float(width * height * 0.7), "bbox": [float(v) for v in (x, y, width, height)],
+                "segmentation": [outline.round(2).ravel().tolist()],
+            })
+    return {
+        "images": [{"id": i + 1, "file_name": f"{i}.jpg", "height": 480, "width": 640} for i in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "blob"}],
+    }
+
+
+def _convert(images: int = 400) -> list[dict]:
+    rng = np.random.default_rng(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        jpeg = _jpeg(rng)
+        for i in range(images):
+            (folder / f"{i}.jpg").write_bytes(jpeg)
+        (folder / "annotations.json").write_text(json.dumps(_coco(rng, images, 7)))
+        for masks in (False, True):
+            def once(masks=masks):
+                convert(folder / "annotations.json", folder, folder / "out", processes=1, masks=masks, progress=False)
+
+            rows.append({
+                "what": f"convert, 640x480 JPEG, 7 polygons of 30 vertices, {'with' if masks else 'without'} PNG masks",
+                "value": 1e3 * images / _median(once, 3), "unit": "images/s/core",
+            })
+    return rows
+
+
+def _evaluation(images: int = 1000, detections: int = 20) -> list[dict]:
+    rng = np.random.default_rng(0)
+    truth = _coco(rng, images, 7)
+    results = []
+    for image in range(1, images + 1):
+        polygons = np.array(_blobs(rng, detections, 480, 640, 36), np.float32)
+        results += [
+            {"image_id": image, "category_id": 1, "score": float(score), "segmentation": rle, "bbox": [0.0, 0.0, 9.0, 9.0]}
+            for rle, score in zip(polygons_to_rle(polygons, 480, 640), rng.uniform(0.05, 1, detections), strict=True)
+        ]
+
+    def theirs():
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO()
+            coco.dataset = copy.deepcopy(truth)
+            coco.createIndex()
+            evaluation = COCOeval(coco, coco.loadRes(copy.deepcopy(results)), "segm")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+
+    ratios = []
+    for _ in range(3):  # paired: this machine or yours may change its speed between two runs
+        own = _cpu(lambda: coco_metrics(copy.deepcopy(truth), copy.deepcopy(results)))
+        ratios.append(own / _cpu(theirs))
+    what = f"evaluation of {images} images, 7 objects and {detections} detections each, relative to pycocotools alone"
+    return [{"what": what, "value": statistics.median(ratios), "unit": "times"}]
 
 
 def _rle(repeats: int) -> list[dict]:

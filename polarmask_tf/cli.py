@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
     sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
 
-    sub = command("benchmark", benchmark, "CPU time of targets, input pipeline and RLE encoding, on one thread")
+    sub = command("benchmark", benchmark, "CPU time of targets, input pipeline, convert, RLE and evaluation, one thread")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
 
