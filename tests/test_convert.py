@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,9 +243,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_leaves_no_half_shard(coco, tmp_path, processes, end):
+def enlarge(coco):
+    """4,000 images of five masks each: seconds of work."""
     file, _, document = coco
     image = document["images"][1]
     document["images"] = [image | {"id": 1000 + i} for i in range(4000)]
@@ -253,6 +253,13 @@ def test_an_interrupted_run_leaves_no_half_shard(coco, tmp_path, processes, end)
         {"id": i, "image_id": 1000 + i // 5, "category_id": 3, "area": 5, "segmentation": blob} for i in range(20000)
     ]
     file.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_half_shard(coco, tmp_path, processes, end):
+    file = coco[0]
+    enlarge(coco)
     (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "set"
     command = [sys.executable, tmp_path / "slow.py", file, coco[1], out, str(processes)]
@@ -282,6 +289,22 @@ def test_an_interrupted_run_leaves_no_half_shard(coco, tmp_path, processes, end)
     while group_is_alive(process.pid):
         assert time.monotonic() < deadline, "workers outlive the run"
         time.sleep(0.1)
+
+
+def test_ctrl_c_while_the_workers_start_shows_no_traceback_of_theirs(coco, tmp_path):
+    enlarge(coco)
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, tmp_path / "slow.py", coco[0], coco[1], tmp_path / "set", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(children.read_text().split()) < 3 and time.monotonic() < deadline:  # two workers and a resource tracker
+        time.sleep(0.005)
+    time.sleep(0.2)  # they are importing
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[1].decode()
+    assert output.count("Traceback") == 1 and "KeyboardInterrupt" in output.splitlines()[-1], output
 
 
 def group_is_alive(group):

@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import warnings
@@ -187,7 +188,13 @@ def _run(tasks, processes, bar):
     stop, done = context.Event(), context.Value("q", 0)
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(stop, done))
     try:
-        pending = {pool.submit(_write_shard_in_process, task): i for i, task in enumerate(tasks)}
+        # Ctrl-C reaches every process of the terminal. It is the parent's to handle, which sets `stop`; the workers start
+        # here and inherit the blocked signal, so that not even one that is still importing shows a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pending = {pool.submit(_write_shard_in_process, task): i for i, task in enumerate(tasks)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         futures = list(pending)
         while pending:
             finished, _ = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -207,9 +214,6 @@ def _run(tasks, processes, bar):
 
 
 def _start_process(stop, done):
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent sets `stop`
     # A parent that was killed cannot set anything: its end is watched for.
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     _start_process.shared = stop, done
