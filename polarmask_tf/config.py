@@ -27,7 +27,11 @@ class BackboneConfig:
     blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3)
     width: int = 24  # channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64
     stride_in: typing.Literal["3x3", "1x1"] = "3x3"  # "pytorch" or "caffe" placement of a bottleneck's stride
-    norm: typing.Literal["batch", "group"] = "batch"
+    groups: int = 1  # ResNeXt: groups of a bottleneck's 3x3 convolution ...
+    group_width: int = 4  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d has 64 groups of 4
+    norm: typing.Literal["batch", "frozen", "sync", "group"] = "batch"  # frozen: BatchNorm that never learns
+    freeze_at: int = 0  # 1: the stem does not learn, 2: nor does C2, ..., 5: nothing of the backbone does
+    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class HeadConfig:
     channels: int = 64
     convs: int = 2  # 3x3 convolutions in each of the two towers
     norm: typing.Literal["group", "none"] = "group"
+    box: bool = False  # a third tower for l, t, r, b; rays are cut at the box (table 1d)
     ray_unit: typing.Literal["pixel", "stride"] = "stride"  # rays = exp(.) as released, or stride * exp(.)
     ray_bias: float = 0.0  # initial bias of the ray convolution: rays start at exp(ray_bias) units
 
@@ -60,7 +65,11 @@ class ModelConfig:
 class DataConfig:
     train: str = ""  # directory made by `polarmask convert`
     val: str = ""
-    size: tuple[int, int] = (128, 128)  # height and width of the network's input, multiples of 32
+    size: tuple[int, int] = (128, 128)  # height and width of the network's input, multiples of 32; see `fit`
+    # How an image meets `size`. letterbox: it fits in, its ratio kept. stretch: it fills it, its ratio lost, as released.
+    # short_side: its shorter side is size[0] unless its longer one then exceeds size[1], as in the paper; the input is
+    # upright or lying as the image is, padded to multiples of 32.
+    fit: typing.Literal["letterbox", "short_side", "stretch"] = "letterbox"
     batch: int = 16  # images a step, over all replicas
     crop: tuple[int, ...] = ()  # training only: images are scaled for `size` and cropped to this height and width
     flip: typing.Literal["none", "horizontal", "both"] = "horizontal"  # both: also upside down
@@ -73,7 +82,8 @@ class DataConfig:
 class TargetConfig:
     radius: float = 1.5  # center sampling, in strides
     ranges: tuple[float, ...] = ()  # upper bounds of max(l, t, r, b) between levels; () = 64, 128, ... * input / 800
-    center: typing.Literal["mass", "box"] = "mass"
+    center: typing.Literal["mass", "box"] = "mass"  # what center sampling is around (figure 7)
+    centerness: typing.Literal["polar", "cartesian"] = "polar"  # equation 3, or FCOS's (table 1c)
     parts: typing.Literal["largest", "all"] = "largest"  # which polygons of an instance give center and rays
 
 
@@ -81,9 +91,11 @@ class TargetConfig:
 class LossConfig:
     focal_gamma: float = 2.0
     focal_alpha: float = 0.25
+    ray: typing.Literal["polar_iou", "polar_iou_squared", "smooth_l1"] = "polar_iou"  # equations 7, 6; table 1b
     class_weight: float = 1.0
-    ray_weight: float = 1.0
+    ray_weight: float = 1.0  # with smooth_l1 this is table 1b's alpha
     centerness_weight: float = 1.0
+    box_weight: float = 1.0  # of the box branch, where there is one
 
 
 @dataclass(frozen=True)
@@ -101,18 +113,44 @@ class TrainConfig:
     seed: int = 0
     optimizer: typing.Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 0.01
+    rate_batch: int = 0  # learning_rate is for so many images a step, and scaled linearly to data.batch; 0: as it stands
     warmup_steps: int = 50
     schedule: typing.Literal["cosine", "step"] = "cosine"
     final_rate: float = 0.02  # cosine: fraction of learning_rate at the last step
     decay_steps: tuple[int, ...] = ()  # step: learning rate is divided by 10 at each of these
     weight_decay: float = 1e-4
+    decay: typing.Literal["decoupled", "l2"] = "decoupled"  # l2: added to the gradient, as in the paper; sgd only
+    bias_rate: float = 1.0  # l2: times the learning rate for the biases of convolutions, which then do not decay
     momentum: float = 0.9  # sgd
     clip_norm: float = 10.0  # 0 = off
     checkpoint_every: int = 200
 
 
 @dataclass(frozen=True)
+class Conventions:
+    """Where the released code does otherwise than the paper. `conventions: released` takes all of it at once."""
+
+    centerness_offset: float = 0.0  # score = class * (centerness + this)
+    threshold_class: bool = False  # score_threshold is compared with the class score alone
+    candidate_locations: bool = False  # the best `candidates` locations a level go to NMS with all of their classes
+    box_nms: bool = False  # NMS compares the boxes of the box branch, and rays are not cut at them
+    suppress_equal: bool = False  # NMS suppresses at nms_iou too, not only above
+    whole_pixels: bool = False  # a box ends at its last pixel, NMS adds that pixel to its areas, centers are cut to integers
+    count_images: bool = False  # focal loss is divided by positives + images
+
+
+CONVENTIONS = {
+    "paper": Conventions(),
+    "released": Conventions(
+        centerness_offset=0.5, threshold_class=True, candidate_locations=True, box_nms=True, suppress_equal=True,
+        whole_pixels=True, count_images=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Config:
+    conventions: typing.Literal["paper", "released"] = "paper"  # see Conventions
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
@@ -180,7 +218,16 @@ def check(config: Config) -> None:
          f"model.backbone.blocks is {list(model.backbone.blocks)}: four numbers of at least 1 are needed (C2 to C5)"),
         (len(model.mean) == len(model.std) == 3 and min(model.std) > 0,
          "model.mean and model.std are three numbers each, those of std positive"),
-        (all(s > 0 and s % 32 == 0 for s in data.size), f"data.size is {list(data.size)}: multiples of 32 are needed"),
+        (model.backbone.groups == 1 or model.backbone.block == "bottleneck",
+         "model.backbone.groups above 1 needs model.backbone.block: bottleneck"),
+        (0 <= model.backbone.freeze_at <= 5, f"model.backbone.freeze_at is {model.backbone.freeze_at}: 0 to 5 are possible"),
+        (config.conventions == "paper" or model.head.box,
+         "conventions: released compares boxes of the box branch; it needs model.head.box: true"),
+        (all(s > 0 and (s % 32 == 0 or data.fit == "short_side") for s in data.size),
+         f"data.size is {list(data.size)}: multiples of 32 are needed"),
+        (data.fit != "short_side" or data.size[0] <= data.size[1],
+         f"data.size is {list(data.size)}: data.fit: short_side takes the shorter side and the longest that the longer may be"),
+        (data.fit != "short_side" or not data.crop, "data.crop does not go with data.fit: short_side"),
         (not data.crop or (len(data.crop) == 2 and all(s > 0 and s % 32 == 0 for s in data.crop)),
          f"data.crop is {list(data.crop)}: two multiples of 32 are needed, or none"),
         (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
@@ -191,6 +238,9 @@ def check(config: Config) -> None:
          f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"),
         (list(config.targets.ranges) == sorted(config.targets.ranges), "targets.ranges must be ascending"),
         (config.train.steps >= 1, f"train.steps is {config.train.steps}: at least 1 is needed"),
+        (config.train.decay == "decoupled" or config.train.optimizer == "sgd",
+         "train.decay: l2 is for train.optimizer: sgd; adamw's is decoupled"),
+        (config.train.bias_rate == 1.0 or config.train.decay == "l2", "train.bias_rate goes with train.decay: l2"),
         (config.train.checkpoint_every >= 1, "train.checkpoint_every must be at least 1"),
         (0 <= config.postprocess.score_threshold < 1, "postprocess.score_threshold must be in [0, 1)"),
         (0 <= config.postprocess.nms_iou <= 1, "postprocess.nms_iou must be in [0, 1]"),
@@ -198,6 +248,7 @@ def check(config: Config) -> None:
     ]
     at_least = {
         "model.backbone.width": 1, "model.fpn.channels": 1, "model.head.channels": 1, "model.head.convs": 0,
+        "model.backbone.groups": 1, "model.backbone.group_width": 1, "train.rate_batch": 0, "train.bias_rate": 0,
         "data.max_instances": 1, "data.shuffle": 1, "postprocess.candidates": 1, "train.learning_rate": 0,
         "train.warmup_steps": 0,
     }
