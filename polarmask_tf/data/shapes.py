@@ -1,8 +1,9 @@
-"""The quickstart data: coloured circles, rectangles, triangles and concave stars, as a COCO data set."""
+"""The quickstart data: coloured circles, rectangles, triangles and stars, or harder shapes, as a COCO data set."""
 
 import json
 import math
 import os
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -13,40 +14,56 @@ from tqdm import tqdm
 from polarmask_tf.errors import InputError
 
 # Ids with gaps, as in COCO itself, so that nobody can take an id for a label.
-CATEGORIES = {"circle": 1, "rectangle": 3, "triangle": 7, "star": 12}
+CATEGORIES = {
+    "circle": 1, "rectangle": 3, "triangle": 7, "star": 12,
+    "bar": 15, "ellipse": 16,  # elongated: 4 to 6 times as long as wide
+    "ell": 21, "cee": 22,  # concave, as the letters are; the mass center lies outside most L and all C
+}
+DEFAULT_KINDS = ("circle", "rectangle", "triangle", "star")
 _SUPERSAMPLE = 4
 _MARGIN = 2.0  # pixels kept free between a shape and the image border
 
 
-def make_shapes(out: Path, *, train: int = 1000, val: int = 150, size: int = 128, seed: int = 0, progress: bool = True) -> None:
+def make_shapes(
+    out: Path, *, train: int = 1000, val: int = 150, size: int = 128, seed: int = 0,
+    kinds: typing.Sequence[str] = DEFAULT_KINDS, progress: bool = True,
+) -> None:
     """Writes OUT/{train,val}/images/*.png and OUT/{train,val}/annotations.json (COCO, polygons).
 
     Images are RGB, `size` x `size`, with 1 to 4 shapes that never cover one another, so that each polygon (x, y in
-    pixels, pixel (0, 0) covers [0, 1) x [0, 1)) is exactly what one sees. Image i of a split depends on (seed, split,
-    i) alone. Raises InputError where `out` cannot be written or a number makes no sense.
+    pixels, pixel (0, 0) covers [0, 1) x [0, 1)) is exactly what one sees. `kinds` are names of CATEGORIES, all equally
+    frequent. Image i of a split depends on (seed, split, i, kinds) alone. Raises InputError where `out` cannot be
+    written, a kind is unknown or a number makes no sense.
     """
+    kinds = tuple(kinds)
+    unknown = [str(kind) for kind in kinds if kind not in CATEGORIES]
+    if unknown or not kinds or len(set(kinds)) < len(kinds):
+        fault = f"unknown kind {unknown[0]!r}" if unknown else "a kind is named twice" if kinds else "no kind is named"
+        raise InputError(f"shapes: {fault}; choose different ones from {', '.join(CATEGORIES)}")
     if size < 48 or train < 1 or val < 0:
         raise InputError(f"shapes: need size >= 48, train >= 1, val >= 0; got size {size}, train {train}, val {val}")
     try:
         with tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
             for split, (name, count) in enumerate((("train", train), ("val", val))):
-                _write_split(Path(out) / name, count, size, (seed, split), bar)
+                _write_split(Path(out) / name, count, size, (seed, split), kinds, bar)
     except OSError as error:
         raise InputError(f"{out}: cannot write the shapes: {error.strerror or error}; choose another --out") from error
 
 
-def _write_split(folder, count, size, seeds, bar):
+def _write_split(folder, count, size, seeds, kinds, bar):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for i in range(count):
-        pixels, shapes = _draw_image(np.random.default_rng([*seeds, i]), size)
+        pixels, shapes = _draw_image(np.random.default_rng([*seeds, i]), size, kinds)
         file_name = f"{i:06d}.png"
         Image.fromarray(pixels).save(folder / "images" / file_name, compress_level=1)
         images.append({"id": i + 1, "file_name": file_name, "width": size, "height": size})
         for name, polygon in shapes:
             annotations.append(_annotation(len(annotations) + 1, i + 1, CATEGORIES[name], polygon))
         bar.update()
-    categories = [{"id": number, "name": name, "supercategory": "shape"} for name, number in CATEGORIES.items()]
+    categories = [
+        {"id": number, "name": name, "supercategory": "shape"} for name, number in CATEGORIES.items() if name in kinds
+    ]
     document = {"images": images, "annotations": annotations, "categories": categories}
     partial = folder / "annotations.json.tmp"
     partial.write_text(json.dumps(document))
@@ -69,7 +86,7 @@ def _annotation(number, image_id, category_id, polygon):
     }
 
 
-def _draw_image(rng, size):
+def _draw_image(rng, size, kinds):
     """One picture: uint8 [size, size, 3] and [(class name, polygon float [V, 2]), ...]."""
     picture, background_colours = _background(rng, size)
     taken = np.zeros((size, size), bool)
@@ -78,7 +95,7 @@ def _draw_image(rng, size):
     for _ in range(60):  # tries, so that a crowded picture ends with fewer shapes rather than never
         if len(shapes) == wanted:
             break
-        name, polygon = _random_shape(rng, size)
+        name, polygon = _random_shape(rng, size, kinds)
         if polygon.min() < _MARGIN or polygon.max() > size - _MARGIN:
             continue
         alpha, (x0, y0, x1, y1) = _coverage(polygon)
@@ -93,9 +110,10 @@ def _draw_image(rng, size):
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8), shapes
 
 
-def _random_shape(rng, size):
-    name = list(CATEGORIES)[rng.integers(len(CATEGORIES))]
-    radius = rng.uniform(14, 36) * size / 128
+def _random_shape(rng, size, kinds=DEFAULT_KINDS):
+    name = kinds[rng.integers(len(kinds))]
+    # A thin shape is longer, so that it is no less visible: never below 7 pixels across at size 128.
+    radius = rng.uniform(14 if name in DEFAULT_KINDS else 22, 36) * size / 128
     turn = rng.uniform(0, 2 * math.pi)
     if name == "circle":
         radii, angles = np.full(40, radius), np.arange(40) * (2 * math.pi / 40)
@@ -105,12 +123,40 @@ def _random_shape(rng, size):
     elif name == "triangle":
         # Corners 120 degrees apart at most 20 degrees off: never a sliver.
         radii, angles = np.full(3, radius), np.arange(3) * (2 * math.pi / 3) + rng.uniform(-0.35, 0.35, 3)
-    else:
+    elif name == "star":
         radii = np.tile([radius, radius * rng.uniform(0.42, 0.52)], 5)
         angles = np.arange(10) * (2 * math.pi / 10)
+    elif name == "bar":
+        half = math.atan(1 / rng.uniform(4, 6))
+        radii, angles = np.full(4, radius), np.array([half, math.pi - half, math.pi + half, -half])
+    else:
+        outline = {"ellipse": _ellipse, "ell": _ell, "cee": _cee}[name](rng)
+        radii, angles = radius * np.abs(outline), np.angle(outline)
     spokes = radii[:, None] * np.stack([np.cos(angles + turn), np.sin(angles + turn)], axis=1)
     reach = np.abs(spokes).max() + _MARGIN
     return name, spokes + rng.uniform(min(reach, size / 2), max(size - reach, size / 2), 2)
+
+
+def _ellipse(rng):
+    """Outline of half-length 1, complex [48]."""
+    angles = np.arange(48) * (2 * math.pi / 48)
+    return np.cos(angles) + 1j * np.sin(angles) / rng.uniform(4, 6)
+
+
+def _ell(rng):
+    """An L whose box has its center at 0 and its corners at distance 1, complex [6]."""
+    half = rng.uniform(0.6, math.pi / 2 - 0.6)  # angle of the diagonal: the longer leg is below 1.5 times the shorter
+    width, height = 2 * math.cos(half), 2 * math.sin(half)
+    leg = rng.uniform(0.3, 0.4) * min(width, height)
+    corners = np.array([0, width, width + 1j * leg, leg + 1j * leg, leg + 1j * height, 1j * height])
+    return corners - (width + 1j * height) / 2
+
+
+def _cee(rng):
+    """A ring of radius 1 with an opening of 80 to 150 degrees, complex [40]."""
+    opening = rng.uniform(1.4, 2.6)
+    arc = np.exp(1j * np.linspace(opening / 2, 2 * math.pi - opening / 2, 20))
+    return np.concatenate([arc, rng.uniform(0.5, 0.62) * arc[::-1]])
 
 
 def _coverage(polygon):
