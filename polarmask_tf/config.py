@@ -131,8 +131,8 @@ class Conventions:
     """Where the released code does otherwise than the paper. `conventions: released` takes all of it at once."""
 
     centerness_offset: float = 0.0  # score = class * (centerness + this)
-    threshold_class: bool = False  # score_threshold is compared with the class score alone
-    candidate_locations: bool = False  # the best `candidates` locations a level go to NMS with all of their classes
+    class_threshold: bool = False  # the best `candidates` locations a level compete in NMS with every class whose own
+    # score, without centerness, is above score_threshold
     box_nms: bool = False  # NMS compares the boxes of the box branch, and rays are not cut at them
     suppress_equal: bool = False  # NMS suppresses at nms_iou too, not only above
     whole_pixels: bool = False  # a box ends at its last pixel, NMS adds that pixel to its areas, centers are cut to integers
@@ -142,8 +142,7 @@ class Conventions:
 CONVENTIONS = {
     "paper": Conventions(),
     "released": Conventions(
-        centerness_offset=0.5, threshold_class=True, candidate_locations=True, box_nms=True, suppress_equal=True,
-        whole_pixels=True, count_images=True,
+        centerness_offset=0.5, class_threshold=True, box_nms=True, suppress_equal=True, whole_pixels=True, count_images=True,
     ),
 }
 
@@ -157,6 +156,16 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def canvas(data: DataConfig) -> tuple[int, int]:
+    """Height and width of the network's input for whole images (data.crop is not applied).
+
+    With data.fit: short_side it is that of a lying image in training: `size` in multiples of 32; a standing image has
+    them swapped.
+    """
+    height, width = data.size if data.fit != "short_side" else (-(-side // 32) * 32 for side in data.size)
+    return height, width
 
 
 def configs_dir() -> Path:
