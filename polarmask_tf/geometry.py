@@ -61,7 +61,7 @@ def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tenso
     if window is None:
         longest = tf.reduce_max(distance, axis=1)
     else:
-        leave = _distance_to_border(points, window, directions)
+        leave = distance_to_border(points, window, directions)
         beyond = distance > leave[:, tf.newaxis]
         crossings = tf.reduce_sum(tf.cast(beyond, tf.float32), axis=1)
         longest = tf.reduce_max(tf.where(beyond, 0.0, distance), axis=1)
@@ -69,9 +69,9 @@ def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tenso
     return tf.maximum(longest, EPSILON)
 
 
-def _distance_to_border(points, window, directions):
-    """Distance [P, n] from points inside boxes [P, 4] to the box's border in each direction [n, 2]."""
-    to_low, to_high = window[:, tf.newaxis, :2] - points[:, tf.newaxis], window[:, tf.newaxis, 2:] - points[:, tf.newaxis]
+def distance_to_border(points: tf.Tensor, boxes: tf.Tensor, directions: np.ndarray) -> tf.Tensor:
+    """Distance [P, n] from points [P, 2] inside boxes [P, 4] to the box's border in each direction [n, 2]."""
+    to_low, to_high = boxes[:, tf.newaxis, :2] - points[:, tf.newaxis], boxes[:, tf.newaxis, 2:] - points[:, tf.newaxis]
     safe = np.where(directions == 0, 1, directions)
     distance = tf.where(directions > 0, to_high / safe, tf.where(directions < 0, to_low / safe, np.float32(np.inf)))
     return tf.maximum(tf.reduce_min(distance, axis=-1), 0.0)
@@ -152,7 +152,14 @@ def rays_from_logits(logits: tf.Tensor, unit: float) -> tf.Tensor:
 
 
 def assemble(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
-    """Polygon [..., n, 2] from a center [..., 2] and ray lengths [..., n] (equations 1 and 2)."""
+    """Polygon [..., n, 2] from a center [..., 2] and ray lengths [..., n] (equations 1 and 2).
+
+    Four rays are FCOS, the special case: they measure how far the box reaches, and the polygon is the box.
+    """
+    if rays.shape[-1] == 4:
+        right, bottom, left, top = tf.unstack(rays, axis=-1)
+        reach = tf.stack([tf.stack([right, left, left, right], -1), tf.stack([bottom, bottom, top, top], -1)], -1)
+        return centers[..., tf.newaxis, :] + reach * [[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]
     return centers[..., tf.newaxis, :] + rays[..., tf.newaxis] * ray_directions(rays.shape[-1])
 
 
@@ -164,3 +171,14 @@ def polygon_boxes(polygons: tf.Tensor) -> tf.Tensor:
 def polar_centerness(rays: tf.Tensor) -> tf.Tensor:
     """sqrt(min / max) over the rays [..., n] of a location (equation 3): [...], in (0, 1]."""
     return tf.sqrt(tf.reduce_min(rays, axis=-1) / tf.reduce_max(rays, axis=-1))
+
+
+def box_distances(points: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
+    """l, t, r, b [..., 4] from points [..., 2] to the sides of boxes [..., 4] as x1, y1, x2, y2."""
+    return tf.concat([points - boxes[..., :2], boxes[..., 2:] - points], axis=-1)
+
+
+def cartesian_centerness(distances: tf.Tensor) -> tf.Tensor:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of distances [..., 4]: [...] (FCOS, equation 3)."""
+    low, high = distances[..., :2], distances[..., 2:]
+    return tf.sqrt(tf.reduce_prod(tf.minimum(low, high) / tf.maximum(low, high), axis=-1))

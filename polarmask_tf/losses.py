@@ -34,6 +34,34 @@ def polar_iou(predicted: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
     return tf.math.log(longer) - tf.math.log(shorter)
 
 
+def polar_iou_squared(predicted: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """log(sum max^2 / sum min^2) over rays: Polar IoU before its simplification (equation 6, discretised)."""
+    return polar_iou(tf.square(predicted), tf.square(target))
+
+
+def smooth_l1(predicted: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """Mean smooth L1 distance (quadratic below one pixel) over rays, [..., n] and [..., n] pixels to [...] (table 1b)."""
+    error = tf.abs(predicted - target)
+    return tf.reduce_mean(tf.where(error < 1, 0.5 * tf.square(error), error - 0.5), axis=-1)
+
+
+RAYS = {"polar_iou": polar_iou, "polar_iou_squared": polar_iou_squared, "smooth_l1": smooth_l1}
+
+
+def box_iou(predicted: tf.Tensor, target: tf.Tensor, *, pixel: float = 0.0) -> tf.Tensor:
+    """-log IoU of boxes given as l, t, r, b [..., 4] from one point, in pixels: [...]; at most -log 1e-6.
+
+    `pixel` is added to both sides of all boxes and to their overlap: 1.0 where boxes end at their last pixel.
+    Source: UnitBox; "Box Branch" in section 4.1.
+    """
+
+    def area(box):
+        return tf.reduce_prod(tf.maximum(box[..., :2] + box[..., 2:] + pixel, 0.0), axis=-1)
+
+    shared = area(tf.minimum(predicted, target))
+    return -tf.math.log(tf.maximum(shared / (area(predicted) + area(target) - shared), 1e-6))
+
+
 def centerness(logits: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-    """Binary cross entropy of centerness logits [P] with polar centerness [P], elementwise (section 3.3)."""
+    """Binary cross entropy of centerness logits [P] with centerness targets [P], elementwise (section 3.3)."""
     return tf.nn.sigmoid_cross_entropy_with_logits(labels=target, logits=tf.cast(logits, tf.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from polarmask_tf import geometry
@@ -9,7 +10,7 @@ from polarmask_tf import geometry
 
 def detect(
     outputs: dict,
-    size: tuple[int, int],
+    size,
     ray_units: dict,
     *,
     score_threshold: float = 0.05,
@@ -17,6 +18,11 @@ def detect(
     nms_iou: float = 0.5,
     max_detections: int = 100,
     multi_label: bool = True,
+    centerness_offset: float = 0.0,
+    class_threshold: bool = False,
+    box_nms: bool = False,
+    suppress_equal: bool = False,
+    whole_pixels: bool = False,
 ) -> dict:
     """Detections of ONE image ("Mask Assembling" in section 3.2).
 
@@ -25,14 +31,15 @@ def detect(
 
     Args:
       outputs: {level: {"classes": [h, w, C], "centerness": [h, w, 1], "rays": [h, w, n]}}, logits; level l has stride
-        2**l.
-      size: height and width of the image, pixels; polygons are cut at its border.
+        2**l. With "boxes": [h, w, 4], the logits of l, t, r, b, rays are cut at the box ("Box Branch" in section 4.1).
+      size: height and width of the image, pixels, ints or tensors; polygons are cut at its border.
       ray_units: {level: pixels}, see geometry.rays_from_logits.
       score_threshold: of class score times centerness; detections at or below it are dropped.
       candidates: a level, before NMS.
       nms_iou: boxes (of polygons) of one class that overlap more are suppressed.
       max_detections: N.
       multi_label: candidates are (location, class) pairs; False: locations with their best class, which is cheaper.
+      centerness_offset, class_threshold, box_nms, suppress_equal, whole_pixels: see config.Conventions.
 
     Returns:
       num_detections int32 []; detection_scores float32 [N], descending; detection_classes int32 [N];
@@ -40,25 +47,31 @@ def detect(
       polygons relative to `size`, in [0, 1]. Rows past num_detections are zeros.
     """
     height, width = size
-    limit = tf.constant([width, height], tf.float32)
-    decoded = []
+    limit = tf.cast(tf.stack([width, height]), tf.float32)
+    pixel = float(whole_pixels)
+    levels = []
     for level, maps in sorted(outputs.items()):
-        scores, classes, where = _best(maps, candidates, multi_label)
-        rays = tf.gather(tf.reshape(maps["rays"], [-1, maps["rays"].shape[-1]]), where)
+        if class_threshold:
+            scores, classes, where = _above(maps, candidates, score_threshold, centerness_offset)
+        else:
+            scores, classes, where = _best(maps, candidates, multi_label, centerness_offset)
         centers = tf.gather(geometry.locations(height, width, 2**level), where)
-        polygons = geometry.assemble(centers, geometry.rays_from_logits(rays, ray_units[level]))
-        decoded.append((scores, classes, tf.clip_by_value(polygons, 0.0, limit)))
-    scores, classes, polygons = (tf.concat(parts, axis=0) for parts in zip(*decoded, strict=True))
-    boxes = geometry.polygon_boxes(polygons)
+        polygons, boxes = _decode(maps, where, centers, ray_units[level], box_nms)
+        levels.append((
+            scores, classes, tf.clip_by_value(polygons, 0.0, limit - pixel),
+            tf.clip_by_value(boxes, 0.0, tf.tile(limit, [2]) - pixel),
+        ))
+    scores, classes, polygons, boxes = (tf.concat(parts, axis=0) for parts in zip(*levels, strict=True))
     # Class-aware NMS in one call: boxes of different classes are moved where they cannot overlap.
-    apart = boxes + tf.cast(classes, tf.float32)[:, tf.newaxis] * float(max(size) + 1)
+    apart = boxes + (tf.cast(classes, tf.float32) * (tf.reduce_max(limit) + 1.0))[:, tf.newaxis]
     # This form of NMS converts to a TFLite builtin with static shapes.
     chosen, valid = tf.raw_ops.NonMaxSuppressionV4(
-        boxes=apart, scores=scores, max_output_size=max_detections, iou_threshold=nms_iou,
-        score_threshold=score_threshold, pad_to_max_output_size=True,
+        boxes=apart + tf.constant([0.0, 0.0, pixel, pixel]), scores=scores, max_output_size=max_detections,
+        iou_threshold=np.nextafter(np.float32(nms_iou), np.float32(0)) if suppress_equal else nms_iou,
+        score_threshold=0.0 if class_threshold else score_threshold, pad_to_max_output_size=True,
     )
     keep = tf.cast(tf.range(max_detections) < valid, tf.float32)
-    boxes = tf.gather(boxes, chosen) / tf.concat([limit, limit], 0) * keep[:, tf.newaxis]
+    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * keep[:, tf.newaxis]
     return {
         "num_detections": valid,
         "detection_scores": tf.gather(scores, chosen) * keep,
@@ -68,11 +81,27 @@ def detect(
     }
 
 
-def _best(maps: dict, candidates: int, multi_label: bool):
+def _decode(maps: dict, where, centers, unit: float, box_nms: bool):
+    """Polygons [K, n, 2] at the location indices [K], and the boxes [K, 4] that stand for them in NMS; pixels."""
+    def lengths(name):
+        return geometry.rays_from_logits(tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where), unit)
+
+    rays = lengths("rays")
+    if "boxes" not in maps:
+        polygons = geometry.assemble(centers, rays)
+        return polygons, geometry.polygon_boxes(polygons)
+    distances = lengths("boxes")
+    boxes = tf.concat([centers - distances[:, :2], centers + distances[:, 2:]], axis=-1)
+    if box_nms:
+        return geometry.assemble(centers, rays), boxes
+    border = geometry.distance_to_border(centers, boxes, geometry.ray_directions(rays.shape[-1]))
+    polygons = geometry.assemble(centers, tf.minimum(rays, border))
+    return polygons, geometry.polygon_boxes(polygons)
+
+
+def _best(maps: dict, candidates: int, multi_label: bool, offset: float):
     """Scores [K], classes [K] and location indices [K] of a level's highest scoring candidates."""
-    num_classes = maps["classes"].shape[-1]
-    logits = tf.reshape(tf.cast(maps["classes"], tf.float32), [-1, num_classes])
-    centerness = tf.sigmoid(tf.reshape(tf.cast(maps["centerness"], tf.float32), [-1]))
+    logits, centerness = _flat(maps, offset)
     if not multi_label:
         # The largest logit has the largest score: one sigmoid a location.
         best = tf.argmax(logits, axis=-1, output_type=tf.int32)
@@ -81,7 +110,25 @@ def _best(maps: dict, candidates: int, multi_label: bool):
         return scores, tf.gather(best, where), where
     scores = tf.reshape(tf.sigmoid(logits) * centerness[:, tf.newaxis], [-1])
     scores, index = tf.math.top_k(scores, _at_most(candidates, scores))
+    num_classes = logits.shape[-1]
     return scores, index % num_classes, index // num_classes
+
+
+def _above(maps: dict, candidates: int, threshold: float, offset: float):
+    """The same as the released code chooses them: all classes above the threshold at the best locations, however many."""
+    logits, centerness = _flat(maps, offset)
+    best = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * (centerness - offset)
+    _, locations = tf.math.top_k(best, _at_most(candidates, best))
+    scores = tf.sigmoid(tf.gather(logits, locations))
+    row, classes = tf.unstack(tf.cast(tf.where(scores > threshold), tf.int32), axis=1)
+    where = tf.gather(locations, row)
+    return tf.gather_nd(scores, tf.stack([row, classes], axis=1)) * tf.gather(centerness, where), classes, where
+
+
+def _flat(maps: dict, offset: float):
+    """Class logits [L, C] and centerness + offset [L] of a level."""
+    logits = tf.reshape(tf.cast(maps["classes"], tf.float32), [-1, maps["classes"].shape[-1]])
+    return logits, tf.sigmoid(tf.reshape(tf.cast(maps["centerness"], tf.float32), [-1])) + offset
 
 
 def _at_most(k: int, x: tf.Tensor):

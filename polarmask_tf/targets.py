@@ -24,6 +24,7 @@ class Targets(typing.NamedTuple):
     positives: tf.Tensor  # int32 [P, 2]: image, location
     rays: tf.Tensor  # float32 [P, n], pixels
     centerness: tf.Tensor  # float32 [P]
+    boxes: tf.Tensor  # float32 [P, 4]: l, t, r, b to the sides of the instance's box, pixels
 
 
 def level_ranges(levels: typing.Sequence[int], size: tuple[int, int], bounds: typing.Sequence[float] = ()) -> list:
@@ -47,7 +48,7 @@ def unreachable_levels(levels, size, bounds=()) -> list[int]:
     return [level for level, (low, _) in zip(levels, ranges, strict=True) if low >= max(size)]
 
 
-def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=()) -> tf.Tensor:
+def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=(), pixel=0.0) -> tf.Tensor:
     """The instance that each location is a center sample of.
 
     A location is a candidate of an instance if it lies strictly inside the square of `radius` strides around the
@@ -59,8 +60,9 @@ def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=()) -> tf.
       centers: float32 [B, N, 2].
       valid: bool [B, N]; False rows are padding.
       levels: pyramid levels, level l with stride 2**l.
-      size: height and width of the padded image.
+      size: height and width of the padded image, ints or tensors.
       radius, ranges: see TargetConfig.
+      pixel: added to both sides of a box for its area: 1.0 where boxes end at their last pixel.
 
     Returns:
       int32 [B, L]: index of the instance, or -1.
@@ -81,14 +83,14 @@ def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=()) -> tf.
         around = centers[..., tf.newaxis, :]
         ok = points > tf.maximum(around - radius * stride, low)
         ok &= points < tf.minimum(around + radius * stride, high)
-        ok &= (cells >= 0) & (cells < [columns, rows])
+        ok &= (cells >= 0) & (cells < tf.cast(tf.stack([columns, rows]), tf.float32))
         distance = tf.reduce_max(tf.concat([points - low, high - points], -1), -1)
         ok = tf.reduce_all(ok, -1) & (distance >= smallest) & (distance <= largest) & valid[..., tf.newaxis]
         cells = tf.cast(cells, tf.int32)
         indices.append(tf.where(ok, first + cells[..., 1] * columns + cells[..., 0], -1))
         first += rows * columns
     location = tf.concat(indices, axis=-1)  # [B, N, levels * K]
-    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    area = tf.reduce_prod(boxes[..., 2:] - boxes[..., :2] + pixel, axis=-1)
     order = tf.argsort(area, axis=-1, stable=True)  # smallest first
     rank = tf.argsort(order, axis=-1)
     image = tf.range(batch)[:, tf.newaxis, tf.newaxis]
@@ -102,30 +104,47 @@ def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=()) -> tf.
     return tf.where(taken, tf.gather(order, tf.where(taken, winner, 0), batch_dims=1), -1)
 
 
-def encode(instances: dict, *, rays: int, levels, size, radius=1.5, ranges=()) -> Targets:
+def encode(
+    instances: dict, *, rays: int, levels, size, radius=1.5, ranges=(), centerness="polar", whole_pixels=False
+) -> Targets:
     """Targets of a batch.
 
     Args:
       instances: what the pipeline gives: boxes float32 [B, N, 4], centers float32 [B, N, 2], classes int32 [B, N]
         (-1 = padding), edges float32 [B, N, E, 4], window float32 [B, 2] (width and height of the part of the padded
         image that holds the picture), ignore bool [B, L].
-      rays: number of rays.
+      rays: number of rays; 4 measure how far the box reaches (FCOS) and not where the contour is.
       levels, size, radius, ranges: see `assign`.
+      centerness: "polar", of the rays, or "cartesian", of the box.
+      whole_pixels: the released code's coordinates, see `_whole_pixels`.
     """
+    window = tf.concat([0 * instances["window"], instances["window"]], axis=-1)
+    boxes, centers, edges = instances["boxes"], instances["centers"], instances["edges"]
+    if whole_pixels:
+        boxes, centers, edges, window = _whole_pixels(boxes, centers, edges, window)
     owner = assign(
-        instances["boxes"], instances["centers"], instances["classes"] >= 0,
-        levels=levels, size=size, radius=radius, ranges=ranges,
+        boxes, centers, instances["classes"] >= 0,
+        levels=levels, size=size, radius=radius, ranges=ranges, pixel=float(whole_pixels),
     )
     positives = tf.cast(tf.where(owner >= 0), tf.int32)
     image, location = positives[:, 0], positives[:, 1]
-    points = tf.concat([geometry.locations(*size, 2**level) for level in levels], axis=0)
+    points = tf.gather(tf.concat([geometry.locations(*size, 2**level) for level in levels], axis=0), location)
     chosen = tf.stack([image, tf.gather_nd(owner, positives)], axis=-1)
-    window = tf.gather(instances["window"], image)
-    lengths = geometry.ray_lengths(
-        tf.gather(points, location), tf.gather_nd(instances["edges"], chosen), rays, tf.concat([0 * window, window], -1)
-    )
+    distances = geometry.box_distances(points, tf.gather_nd(boxes, chosen))
+    if rays == 4:
+        lengths = tf.gather(distances, [2, 3, 0, 1], axis=-1)  # in the order of the rays: +x, +y, -x, -y
+    else:
+        lengths = geometry.ray_lengths(points, tf.gather_nd(edges, chosen), rays, tf.gather(window, image))
     labels = tf.gather(instances["classes"], tf.maximum(owner, 0), batch_dims=1)
     labels = tf.where(owner >= 0, labels, tf.where(instances["ignore"], IGNORED, BACKGROUND))
-    # A location that sees nothing of its instance would have centerness 1 and teach the most.
+    quality = geometry.polar_centerness(lengths) if centerness == "polar" else geometry.cartesian_centerness(distances)
+    # A location that sees nothing of its instance would have polar centerness 1 and teach the most.
     sees = tf.reduce_max(lengths, axis=-1) > geometry.EPSILON
-    return Targets(labels, positives, lengths, tf.where(sees, geometry.polar_centerness(lengths), 0.0))
+    return Targets(labels, positives, lengths, tf.where(sees, quality, 0.0), distances)
+
+
+def _whole_pixels(boxes, centers, edges, window):
+    """The same instances as the released code sees them: the origin is the middle of the first pixel, a box ends in the
+    middle of its last one, and a center is cut to integers. (Its contours also run through the middles of the outermost
+    pixels, half a pixel inside of ours; rays cannot be shortened by that without the mask, and are not.)"""
+    return boxes - [0.0, 0.0, 1.0, 1.0], tf.floor(centers - 0.5), edges - 0.5, window - 0.5

@@ -20,7 +20,7 @@ from polarmask_tf import targets
 from polarmask_tf.config import Config, TrainConfig
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
-from polarmask_tf.modeling.polarmask import PARTS, PolarMask
+from polarmask_tf.modeling.polarmask import PolarMask
 
 
 class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
@@ -130,10 +130,10 @@ class Progress(tf_keras.callbacks.Callback):
         now = time.monotonic()
         speed = (step - self.since[1]) * self.model.config.data.batch / max(now - self.since[0], 1e-9)
         self.since = (now, step)
-        values = " ".join(f"{name} {logs[name]:.3f}" for name in ("loss", *PARTS))
+        values = " ".join(f"{name} {logs[name]:.3f}" for name in ("loss", *self.model.parts))
         self.bar.set_postfix_str(f"{values}, {speed:.0f} images/s", refresh=False)
         with self.writer.as_default(step):
-            for name in ("loss", *PARTS):
+            for name in ("loss", *self.model.parts):
                 tf.summary.scalar(name, logs[name])
             tf.summary.scalar("learning_rate", self.model.optimizer.lr)
             tf.summary.scalar("images_per_second", speed)

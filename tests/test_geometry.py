@@ -428,11 +428,22 @@ def test_contains_knows_holes_and_padding():
 
 
 def test_assemble_is_equations_1_and_2():
-    polygon = geometry.assemble(tf.constant([[10.0, 20.0]]), tf.constant([[1.0, 2.0, 3.0, 4.0]]))
+    lengths = tf.constant([[1.0, 1, 2, 1, 3, 1, 4, 1]])
+    polygon = geometry.assemble(tf.constant([[10.0, 20.0]]), lengths)[:, ::2]
     np.testing.assert_allclose(polygon, [[[11, 20], [10, 22], [7, 20], [10, 16]]], atol=1e-6)
     # n = 8, ray 1 at 45 degrees: 3 cos 45 to the right and down.
     lengths = tf.constant([0, 3.0, 0, 0, 0, 0, 0, 0])
     np.testing.assert_allclose(geometry.assemble(tf.constant([0.0, 0.0]), lengths)[1], [3 / np.sqrt(2)] * 2, rtol=1e-6)
+
+
+def test_four_rays_are_a_box():
+    points, boxes = tf.constant([[10.0, 20.0], [3.0, 3.0]]), tf.constant([[7.0, 16.0, 11.0, 22.0], [0.0, 1.0, 9.0, 7.0]])
+    distances = geometry.box_distances(points, boxes)
+    np.testing.assert_array_equal(distances, [[3, 4, 1, 2], [3, 2, 6, 4]])  # l, t, r, b
+    polygons = geometry.assemble(points, tf.gather(distances, [2, 3, 0, 1], axis=1))  # right, down, left, up
+    np.testing.assert_array_equal(geometry.polygon_boxes(polygons), boxes)
+    np.testing.assert_array_equal(polygons[0], [[11, 22], [7, 22], [7, 16], [11, 16]])
+    np.testing.assert_allclose(geometry.cartesian_centerness(distances), np.sqrt([1 / 3 * 2 / 4, 3 / 6 * 2 / 4]), rtol=1e-6)
 
 
 def test_assemble_agrees_with_the_released_decoder():

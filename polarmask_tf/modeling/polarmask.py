@@ -6,12 +6,13 @@ import tensorflow as tf
 import tf_keras
 
 from polarmask_tf import geometry, losses, postprocess, targets
-from polarmask_tf.config import Config
+from polarmask_tf.config import CONVENTIONS, Config
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.resnet import ResNet
 
 PARTS = ("class", "ray", "centerness")
+BOX_PARTS = (*PARTS, "box")
 
 
 class PolarMask(tf_keras.Model):
@@ -33,7 +34,9 @@ class PolarMask(tf_keras.Model):
         self.ray_units = {level: float(2**level if strided else 1) for level in model.fpn.levels}
         # By the size of whole images, also where training sees crops of them.
         self.ranges = config.targets.ranges or targets.scaled_bounds(model.fpn.levels, config.data.size)
-        self.trackers = {name: tf_keras.metrics.Mean(name=name) for name in ("loss", *PARTS)}
+        self.conventions = CONVENTIONS[config.conventions]
+        self.parts = BOX_PARTS if model.head.box else PARTS
+        self.trackers = {name: tf_keras.metrics.Mean(name=name) for name in ("loss", *self.parts)}
 
     def call(self, images, training=False):
         """Head outputs {level: {"classes", "centerness", "rays"}}, float32 logits; see PolarHead."""
@@ -53,45 +56,51 @@ class PolarMask(tf_keras.Model):
         """Sum of the weighted losses of this replica's images, divided by counts over all replicas.
 
         `y` holds the instances, see targets.encode. `fit` adds the gradients of the replicas, so the total is that of one
-        device with the whole batch: focal loss / positives, ray loss weighted by centerness / sum of centerness,
-        centerness loss / positives.
+        device with the whole batch: focal loss / positives, centerness loss / positives, ray loss and box loss weighted
+        by the centerness targets / their sum.
         """
         config = self.config
         encoded = targets.encode(
-            y, rays=config.model.rays, levels=config.model.fpn.levels, size=tuple(x.shape[1:3]),
-            radius=config.targets.radius, ranges=self.ranges,
+            y, rays=config.model.rays, levels=config.model.fpn.levels, size=_size(x), radius=config.targets.radius,
+            ranges=self.ranges, centerness=config.targets.centerness, whole_pixels=self.conventions.whole_pixels,
         )
-        parts, counts = self._local_losses(y_pred, encoded)
+        images = tf.cast(tf.shape(x)[0], tf.float32) if self.conventions.count_images else 0.0
+        sums, counts = self._local_losses(y_pred, encoded, images)
         counts = _sum_over_replicas(counts)
-        # Without positives on any replica the last two sums are zero too; their counts only must not be.
-        least = (1.0, 1e-3, 1.0)
-        parts = [part / tf.maximum(count, low) for part, count, low in zip(parts, counts, least, strict=True)]
-        weights = (config.loss.class_weight, config.loss.ray_weight, config.loss.centerness_weight)
-        loss = tf.add_n([weight * part for weight, part in zip(weights, parts, strict=True)])
+        # Without positives on any replica the sums over positives are zero too; their counts only must not be.
+        least = (1.0, 1e-3, 1.0, 1e-3)
+        values = [part / tf.maximum(count, low) for part, count, low in zip(sums, counts, least, strict=False)]
+        weights = [getattr(config.loss, f"{part}_weight") for part in self.parts]
+        loss = tf.add_n([weight * value for weight, value in zip(weights, values, strict=True)])
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        for name, value in zip(("loss", *PARTS), (loss, *parts), strict=True):
+        for name, value in zip(("loss", *self.parts), (loss, *values), strict=True):
             # Mean metrics average over replicas, and each replica holds only its share of the sum.
             self.trackers[name].update_state(value * replicas)
         return loss
 
-    def _local_losses(self, outputs, encoded):
-        """(class, ray, centerness) sums over this replica, and what each is to be divided by."""
-        logits = _flat(outputs, "classes")
+    def _local_losses(self, outputs, encoded, images):
+        """Sums of self.parts over this replica, and what each is to be divided by."""
+        config = self.config.loss
         class_loss = losses.focal(
-            logits, encoded.labels, gamma=self.config.loss.focal_gamma, alpha=self.config.loss.focal_alpha
+            _flat(outputs, "classes"), encoded.labels, gamma=config.focal_gamma, alpha=config.focal_alpha
         )
         at = encoded.positives
-        shapes = {level: maps["rays"].shape for level, maps in outputs.items()}
-        units = tf.concat([tf.fill([s[1] * s[2]], self.ray_units[level]) for level, s in sorted(shapes.items())], 0)
-        rays = geometry.rays_from_logits(
-            tf.gather_nd(_flat(outputs, "rays"), at), tf.gather(units, at[:, 1])[:, tf.newaxis]
-        )
-        ray_loss = tf.reduce_sum(losses.polar_iou(rays, encoded.rays) * encoded.centerness)
+        units = [tf.fill([tf.reduce_prod(tf.shape(outputs[n]["rays"])[1:3])], self.ray_units[n]) for n in sorted(outputs)]
+        units = tf.gather(tf.concat(units, 0), at[:, 1])[:, tf.newaxis]
+
+        def lengths(name):
+            return geometry.rays_from_logits(tf.gather_nd(_flat(outputs, name), at), units)
+
+        ray_loss = tf.reduce_sum(losses.RAYS[config.ray](lengths("rays"), encoded.rays) * encoded.centerness)
         predicted = tf.gather_nd(_flat(outputs, "centerness"), at)[:, 0]
         centerness_loss = tf.reduce_sum(losses.centerness(predicted, encoded.centerness))
-        positives = tf.cast(tf.shape(at)[0], tf.float32)
-        counts = (positives, tf.reduce_sum(encoded.centerness), positives)
-        return (class_loss, ray_loss, centerness_loss), counts
+        positives, weight = tf.cast(tf.shape(at)[0], tf.float32), tf.reduce_sum(encoded.centerness)
+        sums, counts = [class_loss, ray_loss, centerness_loss], [positives + images, weight, positives]
+        if "box" in self.parts:
+            each = losses.box_iou(lengths("boxes"), encoded.boxes, pixel=float(self.conventions.whole_pixels))
+            sums.append(tf.reduce_sum(each * encoded.centerness))
+            counts.append(weight)
+        return sums, counts
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()
@@ -102,8 +111,9 @@ class PolarMask(tf_keras.Model):
         `overrides` replace values of config.postprocess, like score_threshold=0.3.
         """
         outputs = self(images, training=False)
-        options = {**vars(self.config.postprocess), **overrides}
-        size = tuple(images.shape[1:3])
+        conventions = {k: v for k, v in vars(self.conventions).items() if k != "count_images"}
+        options = {**vars(self.config.postprocess), **conventions, **overrides}
+        size = _size(images)
 
         def one(maps):
             return postprocess.detect(maps, size, self.ray_units, **options)
@@ -116,10 +126,16 @@ class PolarMask(tf_keras.Model):
         return tf.map_fn(one, outputs, fn_output_signature={n: tf.float32 if n in floats else tf.int32 for n in names})
 
 
+def _size(images) -> tuple:
+    """Height and width, as numbers where they are known."""
+    dynamic = tf.shape(images)
+    return images.shape[1] or dynamic[1], images.shape[2] or dynamic[2]
+
+
 def _flat(outputs: dict, name: str) -> tf.Tensor:
     """One output of all levels as [B, L, channels], in the order of targets.assign."""
     maps = [outputs[level][name] for level in sorted(outputs)]
-    return tf.concat([tf.reshape(m, [tf.shape(m)[0], m.shape[1] * m.shape[2], m.shape[3]]) for m in maps], axis=1)
+    return tf.concat([tf.reshape(m, [tf.shape(m)[0], -1, m.shape[3]]) for m in maps], axis=1)
 
 
 def _sum_over_replicas(values):
