@@ -16,45 +16,11 @@ import yaml
 from tqdm import tqdm
 
 from polarmask_tf import config as configs
-from polarmask_tf import targets
-from polarmask_tf.config import Config, TrainConfig
+from polarmask_tf import optimizers, targets
+from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
-
-
-class Schedule(tf_keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up from a third of the rate, then cosine to `final_rate` of it, or a tenth after each decay step."""
-
-    def __init__(self, config: TrainConfig):
-        self.config = config
-
-    def __call__(self, step):
-        c = self.config
-        step = tf.cast(step, tf.float32)
-        warm = 1 / 3 + 2 / 3 * tf.minimum(step / max(c.warmup_steps, 1), 1.0) if c.warmup_steps else 1.0
-        if c.schedule == "cosine":
-            done = tf.clip_by_value((step - c.warmup_steps) / max(c.steps - c.warmup_steps, 1), 0.0, 1.0)
-            factor = c.final_rate + (1 - c.final_rate) * (1 + tf.cos(math.pi * done)) / 2
-        else:
-            factor = 0.1 ** tf.add_n([0.0, *(tf.cast(step >= at, tf.float32) for at in c.decay_steps)])
-        return c.learning_rate * warm * factor
-
-    def get_config(self):
-        return dataclasses.asdict(self.config)
-
-
-def optimizer(config: TrainConfig) -> tf_keras.optimizers.Optimizer:
-    """AdamW, or SGD with momentum, with decoupled weight decay on convolution kernels only."""
-    common = {
-        "learning_rate": Schedule(config), "global_clipnorm": config.clip_norm or None, "weight_decay": config.weight_decay,
-    }
-    made = (
-        tf_keras.optimizers.AdamW(**common) if config.optimizer == "adamw"
-        else tf_keras.optimizers.SGD(momentum=config.momentum, **common)
-    )
-    made.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
-    return made
 
 
 def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
@@ -68,16 +34,17 @@ def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
         raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
     info = records.load_dataset_info(config.data.train)
     _prepare_run(config, info, run, restart)
-    lost = targets.unreachable_levels(config.model.fpn.levels, config.data.size, config.targets.ranges)
+    size = configs.canvas(config.data)
+    lost = targets.unreachable_levels(config.model.fpn.levels, size, config.targets.ranges)
     if lost:
         names = ", ".join(f"P{level}" for level in lost)
-        size = " x ".join(map(str, config.data.size))
+        size = " x ".join(map(str, size))
         print(f"warning: {names} can get no object in images of {size}; shorten model.fpn.levels", file=sys.stderr)
 
     tf_keras.utils.set_random_seed(config.train.seed)
     model = PolarMask(config, len(info.classes))
-    model.build((None, *config.data.size, 3))
-    model.compile(optimizer=optimizer(config.train))
+    model.build((None, *configs.canvas(config.data), 3))
+    model.compile(optimizer=optimizers.make(config))
     model.optimizer.build(model.trainable_variables)
     manager = _checkpoints(model, run)
     if manager.latest_checkpoint:
@@ -176,8 +143,8 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     config, classes = read_run(run)
     config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
     model = PolarMask(config, len(classes))
-    model.build((None, *config.data.size, 3))
-    model.classes, model.input_size = classes, config.data.size
+    model.build((None, *configs.canvas(config.data), 3))
+    model.classes, model.input_size = classes, configs.canvas(config.data)
     manager = _checkpoints(model, run)
     if not manager.latest_checkpoint:
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run})")

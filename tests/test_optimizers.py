@@ -1,0 +1,82 @@
+"""The paper's recipe against PyTorch's SGD with parameter groups, and the schedule against numbers by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+from polarmask_tf import config as configs
+from polarmask_tf import optimizers
+from polarmask_tf.config import Config, TrainConfig
+
+NAMES = ("conv/kernel", "conv/bias", "norm/gamma", "norm/beta", "head/scale3")
+
+
+def released_recipe(**changes):
+    values = {
+        "optimizer": "sgd", "schedule": "step", "decay": "l2", "bias_rate": 2.0, "learning_rate": 0.01, "warmup_steps": 4,
+        "decay_steps": (8, 12), "weight_decay": 1e-2, "clip_norm": 3.0, "rate_batch": 16,
+    }
+    return dataclasses.replace(Config(), train=TrainConfig(**{**values, **changes}))
+
+
+def steps_of(optimizer, values, gradients):
+    variables = [tf.Variable(value, name=name) for name, value in zip(NAMES, values, strict=True)]
+    for step in gradients:
+        optimizer.apply_gradients(zip(map(tf.constant, step), variables, strict=True))
+    return [variable.numpy() for variable in variables]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_paper_sgd_equals_torch(momentum):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=5).astype(np.float32) for _ in NAMES]
+    gradients = [[rng.normal(0, 2, 5).astype(np.float32) for _ in NAMES] for _ in range(16)]
+    config = released_recipe(momentum=momentum)
+    ours = steps_of(optimizers.make(config), values, gradients)
+
+    parameters = [torch.nn.Parameter(torch.tensor(value)) for value in values]
+    groups = [{"params": [p], **({"weight_decay": 0.0} if i == 1 else {})} for i, p in enumerate(parameters)]
+    theirs = torch.optim.SGD(groups, lr=0.01, momentum=momentum, weight_decay=1e-2)
+    for step, gradient in enumerate(gradients):
+        rate = 0.01 * min(1.0, 1 / 3 + 2 / 3 * step / 4) * (0.1 if step >= 8 else 1) * (0.1 if step >= 12 else 1)
+        for i, (parameter, group, value) in enumerate(zip(parameters, theirs.param_groups, gradient, strict=True)):
+            group["lr"] = rate * (2 if i == 1 else 1)
+            parameter.grad = torch.tensor(value)
+        torch.nn.utils.clip_grad_norm_(parameters, 3.0)
+        theirs.step()
+    for mine, parameter in zip(ours, parameters, strict=True):
+        np.testing.assert_allclose(mine, parameter.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "rate_batch", "expected"), [(16, 16, 0.01), (4, 16, 0.0025), (64, 16, 0.04), (4, 0, 0.01)])
+def test_the_rate_is_scaled_to_the_batch(batch, rate_batch, expected):
+    config = released_recipe(rate_batch=rate_batch, warmup_steps=0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=batch))
+    assert float(optimizers.make(config).learning_rate) == pytest.approx(expected)
+
+
+def test_decoupled_decay_leaves_all_but_kernels_alone():
+    config = dataclasses.replace(Config(), train=TrainConfig(optimizer="sgd", weight_decay=0.1, momentum=0.0))
+    values = [np.ones(3, np.float32) for _ in NAMES]
+    after = steps_of(optimizers.make(config), values, [[np.zeros(3, np.float32) for _ in NAMES]])
+    assert (after[0] < 1).all() and all((value == 1).all() for value in after[1:])
+
+
+def test_the_shipped_recipes_follow_the_paper():
+    train = configs.load("paper_1x").train
+    rate = optimizers.Schedule(train)
+    assert [round(float(rate(step)), 7) for step in (0, 250, 500, 59_999, 60_000, 79_999, 80_000)] == [
+        0.0033333, 0.0066667, 0.01, 0.01, 0.001, 0.001, 0.0001
+    ]
+    assert (train.steps, train.momentum, train.weight_decay, train.clip_norm) == (90_000, 0.9, 1e-4, 35.0)
+    twice = configs.load("paper_2x").train
+    assert (twice.steps, twice.decay_steps) == (180_000, (120_000, 160_000))
+
+
+def test_an_optimizer_can_be_saved_by_keras():
+    made = optimizers.make(released_recipe())
+    assert isinstance(made, tf_keras.optimizers.SGD) and made.get_config()["l2"] == 1e-2
