@@ -39,6 +39,52 @@ def test_polar_iou_equals_the_released_one():
     )
 
 
+def test_squared_polar_iou_equals_the_released_one():
+    target, weight = GOLDEN["rays_target"], GOLDEN["centerness_target"]
+    np.testing.assert_allclose(losses.polar_iou_squared(GOLDEN["rays_pred"], target), GOLDEN["mask_iou_v3_each"], rtol=1e-5)
+    assert_equals_golden(
+        lambda rays: tf.reduce_sum(losses.polar_iou_squared(rays, target) * weight) / weight.sum(),
+        GOLDEN["rays_pred"], "mask_iou_v3",
+    )
+
+
+def test_box_iou_equals_the_released_one():
+    """Boxes there are corners and end at their last pixel; distances from any one point to the sides say the same."""
+    weight = GOLDEN["centerness_target"]
+
+    def sides(corners):
+        return tf.concat([200.0 - corners[:, :2], corners[:, 2:] - 200.0], axis=1)
+
+    def loss(corners):
+        each = losses.box_iou(sides(corners), sides(GOLDEN["box_target"]), pixel=1.0)
+        return tf.reduce_sum(each * weight) / weight.sum()
+
+    assert_equals_golden(loss, GOLDEN["box_pred"], "box_iou_loss")
+
+
+def test_box_iou_by_hand():
+    # 4 x 6 and 6 x 4 around one point share 4 x 4: 16 / 32. Disjoint boxes: no IoU, no infinity.
+    boxes = tf.constant([[2.0, 3, 2, 3], [-5, 1, 6, 1]])
+    others = tf.constant([[3.0, 2, 3, 2], [6, 1, -5, 1]])
+    np.testing.assert_allclose(losses.box_iou(boxes, others), [np.log(2), -np.log(1e-6)], rtol=1e-6)
+
+
+def test_smooth_l1_equals_torch():
+    torch = pytest.importorskip("torch")
+    rays, target = GOLDEN["rays_pred"], GOLDEN["rays_target"]
+    parameter = torch.tensor(rays, requires_grad=True)
+    expected = torch.nn.functional.smooth_l1_loss(parameter, torch.tensor(target), reduction="none").mean(dim=1)
+    expected.sum().backward()
+    value, gradient = value_and_gradient(lambda x: tf.reduce_sum(losses.smooth_l1(x, target)), rays)
+    assert value == pytest.approx(expected.sum().item(), rel=1e-5)
+    np.testing.assert_allclose(gradient, parameter.grad.numpy(), atol=1e-6)
+
+
+def test_smooth_l1_by_hand():
+    # .5 * .5^2, 3 - .5 and 0, over three rays.
+    np.testing.assert_allclose(losses.smooth_l1(tf.constant([[2.5, 7, 1]]), tf.constant([[2.0, 4, 1]])), [2.625 / 3])
+
+
 def test_centerness_equals_the_released_one():
     target = GOLDEN["centerness_target"]
     assert_equals_golden(lambda logits: tf.reduce_mean(losses.centerness(logits, target)), GOLDEN["ctr_logits"], "ctr_loss")

@@ -208,3 +208,131 @@ def test_detect_has_static_shapes_in_a_graph():
         "num_detections": (), "detection_scores": (7,), "detection_classes": (7,), "detection_boxes": (7, 4),
         "detection_polygons": (7, RAYS, 2),
     }
+
+
+# ---- the box branch, and the released code's way
+
+
+def test_rays_are_cut_at_the_box():
+    """One detection of 8 rays of 10 pixels; its box reaches 4 left, 100 up, 6 right and 5 down."""
+    outputs = quiet()
+    outputs[3]["classes"][2, 3, 1] = 5.0
+    outputs[3]["rays"][2, 3] = np.log(10 / 8)
+    for level, maps in outputs.items():
+        maps["boxes"] = np.zeros((*LEVELS[level], 4), np.float32)
+    outputs[3]["boxes"][2, 3] = np.log(np.float32([4, 100, 6, 5]) / 8)
+    found = detect(outputs, max_detections=1)
+    # The diagonal ones, 7.07 in x and y, keep their direction: both shrink to where the nearer side is met.
+    expected = np.add([28, 20], [[6, 0], [5, 5], [0, 5], [-4, 4], [-4, 0], [-4, -4], [0, -10], [6, -6]])
+    np.testing.assert_allclose(found["detection_polygons"][0] * SIZE[::-1], expected, atol=1e-4)
+    check_contract(found, 1)
+
+
+def released_detect(outputs, threshold, candidates, iou, rows, box_nms):
+    """The released rules, one class at a time: [(score, class, polygon, box)], and how near a decision was to the other."""
+    pairs, margin = [], 1.0
+    for level in sorted(outputs):
+        maps = outputs[level]
+        scores, centerness = sigmoid(maps["classes"]), sigmoid(maps["centerness"])[..., 0]
+        best = (scores.max(-1) * centerness).ravel()
+        order = np.argsort(-best, kind="stable")
+        if len(order) > candidates:
+            margin = min(margin, best[order[candidates - 1]] - best[order[candidates]])
+        for index in order[:candidates]:
+            i, j = np.unravel_index(index, centerness.shape)
+            center = np.array([(j + 0.5) * 2**level, (i + 0.5) * 2**level])
+            angles = 2 * np.pi * np.arange(RAYS) / RAYS
+            lengths = UNITS[level] * np.exp(maps["rays"][i, j].astype(np.float64))
+            last = np.array([SIZE[1] - 1, SIZE[0] - 1])
+            polygon = (center + lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)).clip(0, last)
+            left, top, right, bottom = UNITS[level] * np.exp(maps["boxes"][i, j].astype(np.float64))
+            box = np.array([center - (left, top), np.add(center, (right, bottom))]).clip(0, last)
+            box = box if box_nms else np.array([polygon.min(0), polygon.max(0)])
+            for c in range(CLASSES):
+                margin = min(margin, abs(scores[i, j, c] - threshold))
+                if scores[i, j, c] > threshold:
+                    pairs.append((scores[i, j, c] * (centerness[i, j] + 0.5), c, polygon, box))
+    kept = []
+    for c in range(CLASSES):
+        rest = sorted((p for p in pairs if p[1] == c), key=lambda p: -p[0])
+        while rest:
+            kept.append(rest.pop(0))
+            overlaps = [box_iou(kept[-1][3] + [[0, 0], [1, 1]], p[3] + [[0, 0], [1, 1]]) for p in rest]
+            margin = min([margin, *(abs(o - iou) for o in overlaps)])
+            rest = [p for p, overlap in zip(rest, overlaps, strict=True) if overlap < iou]
+    kept.sort(key=lambda p: -p[0])
+    margin = min([margin, *np.abs(np.diff([p[0] for p in kept])) * 100])
+    return kept[:rows], margin
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([5, 1000]), st.sampled_from([0.05, 0.3]),
+    st.sampled_from([4, 80]),
+)
+def test_the_released_way_equals_numpy(seed, box_nms, candidates, threshold, rows):
+    rng = np.random.default_rng(seed)
+    outputs = random_outputs(rng, scale=1.5)
+    for level, maps in outputs.items():
+        maps["boxes"] = rng.normal(0, 0.5, (*LEVELS[level], 4)).astype(np.float32)
+    expected, margin = released_detect(outputs, threshold, candidates, 0.5, rows, box_nms)
+    assume(margin > 1e-4)
+    if not box_nms:
+        for maps in outputs.values():
+            del maps["boxes"]
+    found = detect(
+        outputs, score_threshold=threshold, candidates=candidates, max_detections=rows, centerness_offset=0.5,
+        class_threshold=True, box_nms=box_nms, suppress_equal=True, whole_pixels=True,
+    )
+    n = len(expected)
+    assert found["num_detections"] == n
+    np.testing.assert_allclose(found["detection_scores"][:n], [d[0] for d in expected], rtol=1e-5)
+    np.testing.assert_array_equal(found["detection_classes"][:n], [d[1] for d in expected])
+    polygons, boxes = (np.reshape([d[i] for d in expected], (-1, k, 2)) for i, k in ((2, RAYS), (3, 2)))
+    np.testing.assert_allclose(found["detection_polygons"][:n] * SIZE[::-1], polygons, atol=1e-3)
+    np.testing.assert_allclose(found["detection_boxes"][:n, [1, 0, 3, 2]] * (SIZE[::-1] * 2), boxes.reshape(-1, 4), atol=1e-3)
+
+
+def test_suppression_at_the_threshold_itself():
+    """Two boxes with an IoU of exactly 1 / 2: 6 x 8 and 12 x 8, within each other."""
+    outputs = quiet()
+    for level, maps in outputs.items():
+        maps["boxes"] = np.full((*LEVELS[level], 4), -9, np.float32)
+    for column, score, sides in ((2, 3.0, [0, 4, 6, 4]), (3, 2.0, [8, 4, 4, 4])):
+        outputs[3]["classes"][2, column, 0] = score
+        outputs[3]["boxes"][2, column] = np.log(np.maximum(np.float32(sides), 1e-3) / 8)
+    outputs[3]["boxes"][2, 2, 0] = -10.0
+    shared = {"class_threshold": True, "box_nms": True}
+    boxes = detect(outputs, **shared)["detection_boxes"][:2, [1, 0, 3, 2]] * (SIZE[::-1] * 2)
+    np.testing.assert_allclose(boxes, [[20, 16, 26, 24], [20, 16, 32, 24]], atol=1e-2)
+    assert detect(outputs, **shared, nms_iou=0.51)["num_detections"] == 2
+    assert detect(outputs, **shared, nms_iou=0.49)["num_detections"] == 1
+
+
+POST_VARIANTS = [(nms, equal) for nms in ("box", "mask") for equal in ("ge", "gt")]
+
+
+@pytest.mark.parametrize(("nms", "equal"), POST_VARIANTS)
+def test_detect_equals_the_released_post_processing(shared, nms, equal):
+    golden = np.load(shared / "reference/golden/post_a_256x320.npz", allow_pickle=False)
+    turn = (9 - np.arange(36)) % 36
+    outputs = {}
+    for index in range(5):
+        maps = {name: golden[f"in/{name}{index}"][0].transpose(1, 2, 0) for name in ("cls", "ctr", "rays", "bbox")}
+        outputs[3 + index] = {"classes": maps["cls"], "centerness": maps["ctr"], "rays": np.log(maps["rays"])[..., turn]}
+        if nms == "box":
+            outputs[3 + index]["boxes"] = np.log(maps["bbox"])
+    found = postprocess.detect(
+        tf.nest.map_structure(tf.constant, outputs), (256, 320), dict.fromkeys(outputs, 1.0), centerness_offset=0.5,
+        class_threshold=True, box_nms=nms == "box", suppress_equal=equal == "ge", whole_pixels=True,
+    )
+    found = {name: value.numpy() for name, value in found.items()}
+    height, width = golden["ori_shape"]
+    boxes, labels, masks = (golden[f"{nms}nms_{equal}/{name}"] for name in ("bboxes", "labels", "masks"))
+    assert found["num_detections"] == len(labels) == 100
+    np.testing.assert_array_equal(found["detection_classes"], labels)
+    np.testing.assert_allclose(found["detection_scores"], boxes[:, 4], atol=1e-5)
+    corners = found["detection_boxes"][:, [1, 0, 3, 2]] * [width, height, width, height]
+    np.testing.assert_allclose(corners, boxes[:, :4], atol=1e-3)
+    polygons = masks.transpose(0, 2, 1)[:, turn]
+    np.testing.assert_allclose(found["detection_polygons"] * [width, height], polygons, atol=1e-3)
