@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--val", type=int, default=150, help="validation images (default %(default)s)")
     sub.add_argument("--size", type=int, default=128, help="pixels a side (default %(default)s)")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--kinds", metavar="A,B,...", help="default: circle,rectangle,triangle,star; there are also bar, ellipse, ell and cee"
+    )
 
     sub = command("convert", convert, "COCO JSON and images to TFRecord shards")
     sub.add_argument("annotations", type=Path, help="COCO JSON file")
@@ -88,9 +91,10 @@ def _positive(text: str) -> int:
 
 
 def shapes(args):
-    from polarmask_tf.data.shapes import make_shapes
+    from polarmask_tf.data.shapes import DEFAULT_KINDS, make_shapes
 
-    make_shapes(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed)
+    kinds = args.kinds.split(",") if args.kinds else DEFAULT_KINDS
+    make_shapes(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed, kinds=kinds)
 
 
 def convert(args):
