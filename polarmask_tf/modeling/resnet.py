@@ -1,4 +1,4 @@
-"""ResNet as a subclassed model: any width and depth, basic or bottleneck blocks, either placement of the stride."""
+"""ResNet as a subclassed model: any width and depth, basic or bottleneck blocks, either placement of the stride; ResNeXt."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from polarmask_tf.modeling.layers import Conv, norm
 
 
 class Block(tf_keras.layers.Layer):
-    """Residual block: two 3x3 convolutions ("basic"), or 1x1, 3x3 and 1x1 to 4 times the width ("bottleneck")."""
+    """Residual block: two 3x3 convolutions ("basic"), or 1x1, 3x3 and 1x1 to 4 times the width ("bottleneck").
 
-    def __init__(self, config: BackboneConfig, width: int, stride: int, project: bool, **kwargs):
+    With config.groups above 1 the 3x3 convolution is grouped, and groups * group_width wide in C2 where width may be 64.
+    """
+
+    def __init__(self, config: BackboneConfig, stage: int, stride: int, project: bool, **kwargs):
         super().__init__(**kwargs)
         basic = config.block == "basic"
+        width = config.width * 2**stage
         out = width if basic else 4 * width
+        inner = width if config.groups == 1 else config.groups * config.group_width * 2**stage
         early = config.stride_in == "1x1"
         plan = (
             [(width, 3, stride), (width, 3, 1)] if basic
-            else [(width, 1, stride if early else 1), (width, 3, 1 if early else stride), (out, 1, 1)]
+            else [(inner, 1, stride if early else 1), (inner, 3, 1 if early else stride), (out, 1, 1)]
         )
-        self.convs = [Conv(filters, kernel, s, name=f"conv{i + 1}") for i, (filters, kernel, s) in enumerate(plan)]
+        self.convs = [
+            Conv(filters, kernel, s, groups=config.groups if kernel == 3 else 1, name=f"conv{i + 1}")
+            for i, (filters, kernel, s) in enumerate(plan)
+        ]
         self.norms = [norm(config.norm, filters, name=f"norm{i + 1}") for i, (filters, _, _) in enumerate(plan)]
         self.shortcut = Conv(out, 1, stride, name="shortcut") if project else None
         self.shortcut_norm = norm(config.norm, out, name="shortcut_norm") if project else None
@@ -38,7 +46,9 @@ class Block(tf_keras.layers.Layer):
 class ResNet(tf_keras.Model):
     """Images [B, H, W, 3] to features {2: C2, ..., 5: C5}, C_l of stride 2**l; H and W multiples of 32.
 
-    ResNet-50 is blocks (3, 4, 6, 3), bottleneck, width 64. Source: He et al., "Deep Residual Learning", table 1.
+    ResNet-50 is blocks (3, 4, 6, 3), bottleneck, width 64; ResNeXt-101 64x4d is blocks (3, 4, 23, 3) of 64 groups. Sources:
+    He et al., "Deep Residual Learning", table 1; Xie et al., "Aggregated Residual Transformations", table 1. What
+    config.freeze_at names is not trainable; BatchNorm in it keeps its statistics.
     """
 
     def __init__(self, config: BackboneConfig, **kwargs):
@@ -47,23 +57,28 @@ class ResNet(tf_keras.Model):
         large = config.stem == "7x7"
         self.stem = Conv(config.width, 7 if large else 3, 2, name="stem")
         self.stem_norm = norm(config.norm, config.width, name="stem_norm")
+        stem = [self.stem, self.stem_norm]
         if large:
             # Padding with zeros, which never exceed the ReLU's output, is as good as padding with -inf.
             self.pool = tf_keras.Sequential([tf_keras.layers.ZeroPadding2D(1), tf_keras.layers.MaxPool2D(3, 2)], name="pool")
         else:
             self.stem2 = Conv(config.width, 3, 2, name="stem2")
             self.stem2_norm = norm(config.norm, config.width, name="stem2_norm")
+            stem += [self.stem2, self.stem2_norm]
         expansion = 1 if config.block == "basic" else 4
         self.stages, channels = [], config.width
         for stage, blocks in enumerate(config.blocks):
-            width = config.width * 2**stage
+            out = config.width * 2**stage * expansion
             layers = []
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
-                project = stride > 1 or channels != width * expansion
-                layers.append(Block(config, width, stride, project, name=f"stage{stage + 2}_block{block + 1}"))
-                channels = width * expansion
+                project = stride > 1 or channels != out
+                layers.append(Block(config, stage, stride, project, name=f"stage{stage + 2}_block{block + 1}"))
+                channels = out
             self.stages.append(layers)
+        for part in [stem, *self.stages][: config.freeze_at]:
+            for layer in part:
+                layer.trainable = False
 
     def call(self, images, training=False):
         x = tf.nn.relu(self.stem_norm(self.stem(images), training=training))
