@@ -22,6 +22,12 @@ from polarmask_tf.errors import InputError
 
 @dataclass(frozen=True)
 class BackboneConfig:
+    # "resnet" is described by stem to group_width; the others are tf-models-official's, and take `multiplier` instead.
+    type: typing.Literal[
+        "resnet", "MobileNetV2", "MobileNetV3Small", "MobileNetV3Large", "MobileNetV4ConvSmall", "MobileNetV4ConvMedium",
+        "EfficientNetB0",
+    ] = "resnet"
+    multiplier: float = 1.0  # times the channels of a MobileNet
     stem: typing.Literal["7x7", "3x3"] = "7x7"  # 7x7 convolution and max pooling, or two 3x3 convolutions, which cost less
     block: typing.Literal["basic", "bottleneck"] = "basic"
     blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3)
@@ -31,7 +37,7 @@ class BackboneConfig:
     group_width: int = 4  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d has 64 groups of 4
     norm: typing.Literal["batch", "frozen", "sync", "group"] = "batch"  # frozen: BatchNorm that never learns
     freeze_at: int = 0  # 1: the stem does not learn, 2: nor does C2, ..., 5: nothing of the backbone does
-    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing
+    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing; see modeling/pretrained.py
 
 
 @dataclass(frozen=True)
