@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="run directory")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like train.steps=100")
     sub.add_argument("--restart", action="store_true", help="start over, deleting the run's checkpoints")
+    sub.add_argument("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
 
     sub = command("evaluate", evaluate, "COCO mask AP of a run directory, a SavedModel or a .tflite file")
     sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
@@ -77,6 +78,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
     sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
     sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
+
+    sub = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
+    sub.add_argument("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
+    sub.add_argument("--config", required=True, help="the network's: released_r50_1x, released_r101_1x, ...")
+    sub.add_argument("--out", type=Path, required=True, help="run directory to make")
+    sub.add_argument("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like data.size=[800,1344]")
 
     sub = command("benchmark", benchmark, "CPU time of targets, input pipeline, convert, RLE and evaluation, one thread")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
@@ -113,7 +121,7 @@ def train(args):
     settings = config.load(args.config, [*data, *args.set])
     from polarmask_tf.train import train
 
-    train(settings, args.out, restart=args.restart)
+    train(settings, args.out, restart=args.restart, start=args.start)
     print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
 
 
@@ -149,6 +157,16 @@ def export(args):
     export(
         args.run, args.out, images=args.images, score_threshold=args.score_threshold, max_detections=args.max_detections
     )
+
+
+def import_weights(args):
+    from polarmask_tf import config
+
+    settings = config.load(args.config, args.set)
+    from polarmask_tf.weights import import_weights
+
+    import_weights(args.checkpoint, settings, args.out, data=args.data or "")
+    print(f"imported into {args.out}; next: polarmask predict {args.out} IMAGES --out predictions")
 
 
 def benchmark(args):

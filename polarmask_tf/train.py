@@ -21,14 +21,17 @@ from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.tensors import summarize
 
 
-def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
+def train(config: Config, run: Path, *, restart: bool = False, start: Path | None = None) -> PolarMask:
     """Trains a model into the directory `run`, or goes on where it was interrupted.
 
     The directory holds config.yaml, dataset.json (class names and category ids), checkpoints/ and TensorBoard events.
+    `start` is another run directory whose weights are taken at step 0, where their shapes agree; else the backbone starts
+    from config.model.backbone.weights, if that is set.
     Raises InputError if `run` holds another config's or another data set's training (restart=True starts over), or the
-    data cannot be read.
+    data or the weights cannot be read.
     """
     if not config.data.train:
         raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
@@ -49,6 +52,12 @@ def train(config: Config, run: Path, *, restart: bool = False) -> PolarMask:
     manager = _checkpoints(model, run)
     if manager.latest_checkpoint:
         _restore(manager, complete=True)
+    elif start:
+        start_from(model, start)
+    elif config.model.backbone.weights:
+        from polarmask_tf.modeling import pretrained
+
+        pretrained.initialize(model.backbone, config.model)
     done, steps = int(model.optimizer.iterations), config.train.steps
     if done >= steps:
         print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
@@ -132,6 +141,22 @@ class Checkpoints(tf_keras.callbacks.Callback):
         self.model.stop_training = step >= self.steps
 
 
+def start_from(model: PolarMask, run: Path) -> None:
+    """Gives `model` the weights of a run wherever both have a variable of one name and shape; names the others."""
+    theirs = {variable.name: variable for variable in _weights(load_run(run))}
+    mine = _weights(model)
+    other = [v.name for v in mine if v.name not in theirs or theirs[v.name].shape != v.shape]
+    for variable in mine:
+        if variable.name not in other:
+            variable.assign(theirs[variable.name])
+    print(f"starting from {run}: {len(mine) - len(other)} of {len(mine)} tensors" + (
+        f"; anew: {summarize(other)}" if other else ""))
+
+
+def _weights(model: PolarMask) -> list:
+    return [*model.backbone.variables, *model.fpn.variables, *model.head.variables]  # without the metrics' state
+
+
 def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     """The trained model of a run directory, at its newest checkpoint.
 
@@ -181,17 +206,26 @@ def _prepare_run(config: Config, info, run: Path, restart: bool) -> None:
             )
     elif run.is_dir() and any(run.iterdir()) and not (run / "config.yaml").is_file():
         raise InputError(f"{run}: exists and is not a run directory; choose another --out")
+    if restart and (run / "config.yaml").is_file():
+        for old_file in [*run.glob("checkpoints/*"), *run.glob("events.out.tfevents.*")]:
+            old_file.unlink()
+    write_run(run, config, {"classes": info.classes, "name": info.name, "num_images": info.num_images})
+
+
+def write_run(run: Path, config: Config, dataset: dict) -> None:
+    """Makes the run directory and writes config.yaml and dataset.json into it; InputError if it cannot."""
     try:
-        if restart and (run / "config.yaml").is_file():
-            for old_file in [*run.glob("checkpoints/*"), *run.glob("events.out.tfevents.*")]:
-                old_file.unlink()
         run.mkdir(parents=True, exist_ok=True)
-        dataset = {"classes": info.classes, "name": info.name, "num_images": info.num_images}
         for name, text in (("dataset.json", json.dumps(dataset, indent=1)), ("config.yaml", configs.dump(config))):
             (run / f"{name}.tmp").write_text(text)
             os.replace(run / f"{name}.tmp", run / name)
     except OSError as e:
         raise InputError(f"{run}: cannot be written: {e.strerror}") from None
+
+
+def save_weights(model: PolarMask, run: Path) -> None:
+    """A checkpoint of the model alone, for a run that was not trained here."""
+    _checkpoints(model, run).save(0)
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:
