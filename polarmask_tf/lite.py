@@ -52,21 +52,23 @@ def check_image(image):
         raise ValueError(f"the image {list(image.shape)} has no pixels")
 
 
-def letterbox(image, height, width):
-    """Fit a uint8 [h, w, 3] image into [height, width, 3]: ratio kept, at the top left, zeros elsewhere.
+def place(image, filled, canvas):
+    """Resize a uint8 [h, w, 3] image to `filled` (height, width), at the top left of zeros of size `canvas`.
 
     Returns (canvas uint8, (canvas pixels -> x factor, canvas pixels -> y factor) back to the image's pixels).
     """
-    h, w = image.shape[:2]
-    scale = min(height / h, width / w)
-    new_h, new_w = max(1, round(h * scale)), max(1, round(w * scale))
-    if (new_h, new_w) != (h, w):
-        from PIL import Image
+    from PIL import Image
 
-        image = np.asarray(Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BILINEAR))
-    canvas = np.zeros((height, width, 3), np.uint8)
-    canvas[:new_h, :new_w] = image
-    return canvas, (w / new_w, h / new_h)
+    placed = np.zeros((*canvas, 3), np.uint8)
+    placed[: filled[0], : filled[1]] = Image.fromarray(image).resize(filled[::-1], Image.Resampling.BILINEAR)
+    return placed, (image.shape[1] / filled[1], image.shape[0] / filled[0])
+
+
+def letterbox(image, height, width, stretch=False):
+    """Fit a uint8 [h, w, 3] image into [height, width, 3], its ratio kept, or lost if `stretch`; see `place`."""
+    scale = min(height / image.shape[0], width / image.shape[1])
+    filled = tuple(max(1, round(side * scale)) for side in image.shape[:2])
+    return place(image, (height, width) if stretch else filled, (height, width))
 
 
 def unpack(outputs, row, scale_x, scale_y, height, width):
@@ -107,7 +109,8 @@ class PolarMaskLite:
                 self.metadata = json.loads(archive.read("metadata.json"))
             self.classes = self.metadata["classes"]
             self.labels = [entry["name"] for entry in self.classes]
-            self.input_size = (int(self.metadata["input"]["height"]), int(self.metadata["input"]["width"]))
+            self.input_size = tuple(int(self.metadata["input"][side]) for side in ("height", "width"))
+            self._stretch = {"letterbox": False, "stretch": True}[self.metadata["input"].get("resize", "letterbox")]
         except (zipfile.BadZipFile, KeyError, TypeError, ValueError):
             raise ValueError(f"{path}: no usable metadata.json in it; export it with `polarmask export`") from None
         try:
@@ -116,12 +119,10 @@ class PolarMaskLite:
             raise ValueError(f"{path}: LiteRT cannot load it: {' '.join(str(error).split())[:300]}") from None
 
     def __call__(self, image):
-        if not isinstance(image, np.ndarray):
-            image = read_image(image)
+        image = image if isinstance(image, np.ndarray) else read_image(image)
         check_image(image)
-        height, width = self.input_size
-        canvas, (back_x, back_y) = letterbox(image, height, width)
-        return unpack(self._run(images=canvas[None]), 0, width * back_x, height * back_y, *image.shape[:2])
+        canvas, (back_x, back_y) = letterbox(image, *self.input_size, self._stretch)
+        return unpack(self._run(images=canvas[None]), 0, canvas.shape[1] * back_x, canvas.shape[0] * back_y, *image.shape[:2])
 
 
 def main(argv=None):
@@ -139,8 +140,8 @@ def main(argv=None):
         return 2
     for score, label, box, polygon in zip(*(found[k] for k in ("scores", "classes", "boxes", "polygons")), strict=True):
         if score >= args.score:
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in polygon)
-            print(f"{model.labels[label]} {score:.3f} box {' '.join(f'{v:.1f}' for v in box)} polygon {points}")
+            points = (f"{x:.1f},{y:.1f}" for x, y in polygon)
+            print(model.labels[label], f"{score:.3f} box", *(f"{v:.1f}" for v in box), "polygon", *points)
     return 0
 
 

@@ -11,24 +11,38 @@ import tensorflow as tf
 from polarmask_tf import geometry
 
 
-def sample(height, width, fit, canvas, *, flip: str, scale: tuple[float, float], seed) -> dict:
+def factors(source: tf.Tensor, size: tuple[int, int], fit: str) -> tf.Tensor:
+    """What an image of `source` pixels (height, width; float [2]) is scaled by to meet `size`: one number, or one an axis.
+
+    For `size` and `fit` see DataConfig. Source: short_side, "Training Details" of section 4; stretch, the released code.
+    """
+    ratios = tf.constant(size, source.dtype) / source
+    if fit == "stretch":
+        return ratios
+    if fit == "letterbox":
+        return tf.reduce_min(ratios)
+    return tf.minimum(size[0] / tf.reduce_min(source), size[1] / tf.reduce_max(source))
+
+
+def sample(height, width, size, canvas, *, fit: str = "letterbox", flip: str, scale: tuple[float, float], seed) -> dict:
     """A random placement of an image on the canvas, a pure function of `seed` (int [2]).
 
-    The image is scaled by the factor that fits it into `fit` (height, width), times a uniform number from `scale`. What
-    then does not fit the `canvas` is cropped at a random place; what does is put top-left, like the letterbox at inference.
+    The image is scaled by the `factors` of size (height, width) and fit, times a uniform number from `scale`. What then
+    does not fit the `canvas` (height, width; numbers, or int [2]) is cropped at a random place; what does is put top-left,
+    as at inference.
 
     Returns:
       {"flip": bool [2] (upside down, left to right), "offset": int32 [2], "crop": int32 [2] (the part of the source image
       that is used: its first row and column, its height and width), "window": int32 [2] (height and width of that part on
       the canvas)}.
     """
-    size = tf.constant(canvas, tf.float32)
+    canvas = tf.cast(canvas, tf.float32)
     source = tf.cast(tf.stack([height, width]), tf.float32)
     noise = tf.random.stateless_uniform([5], seed)
-    factor = tf.reduce_min(tf.constant(fit, tf.float32) / source) * (scale[0] + noise[0] * (scale[1] - scale[0]))
-    window = tf.clip_by_value(tf.round(source * factor), 1.0, size)
+    factor = factors(source, size, fit) * (scale[0] + noise[0] * (scale[1] - scale[0]))
+    window = tf.clip_by_value(tf.round(source * factor), 1.0, canvas)
     # Whole source pixels, so that cropping is a slice; the vertices follow the scale that results.
-    crop = tf.where(source * factor > size, tf.clip_by_value(tf.round(size / factor), 1.0, source), source)
+    crop = tf.where(source * factor > canvas, tf.clip_by_value(tf.round(canvas / factor), 1.0, source), source)
     offset = tf.floor(noise[3:] * (source - crop + 1))
     integers = {"offset": offset, "crop": crop, "window": window}
     placement = {name: tf.cast(value, tf.int32) for name, value in integers.items()}
@@ -36,8 +50,8 @@ def sample(height, width, fit, canvas, *, flip: str, scale: tuple[float, float],
     return {"flip": (noise[1:3] < 0.5) & allowed, **placement}
 
 
-def place_image(image: tf.Tensor, placement: dict, size: tuple[int, int]) -> tf.Tensor:
-    """uint8 [h, w, 3] to uint8 [*size, 3]: bilinear, zeros outside the image.
+def place_image(image: tf.Tensor, placement: dict, size) -> tf.Tensor:
+    """uint8 [h, w, 3] to uint8 [*size, 3]: bilinear, zeros outside the image. `size` is two numbers, or int [2].
 
     Antialiasing, which inference always has, costs four times the resizing itself and is left out down to half size.
     """
@@ -51,7 +65,7 @@ def place_image(image: tf.Tensor, placement: dict, size: tuple[int, int]) -> tf.
     image = tf.cast(image + 0.5, tf.uint8)  # bilinear values stay within 0..255
     image = tf.reverse(image, tf.where(placement["flip"])[:, 0])
     image = tf.pad(image, [[0, size[0] - window[0]], [0, size[1] - window[1]], [0, 0]])
-    return tf.ensure_shape(image, [*size, 3])
+    return tf.ensure_shape(image, [*(size if isinstance(size, tuple) else (None, None)), 3])
 
 
 def place_points(xy: tf.Tensor, placement: dict) -> tf.Tensor:
