@@ -7,6 +7,7 @@ import tf_keras
 
 from polarmask_tf import geometry, losses, postprocess, targets
 from polarmask_tf.config import CONVENTIONS, Config
+from polarmask_tf.modeling import garden
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.resnet import ResNet
@@ -27,7 +28,7 @@ class PolarMask(tf_keras.Model):
         model = config.model
         self.config = config
         self.num_classes = num_classes
-        self.backbone = ResNet(model.backbone, name="backbone")
+        self.backbone = (ResNet if model.backbone.type == "resnet" else garden.build)(model.backbone, name="backbone")
         self.fpn = FPN(model.fpn, name="fpn")
         self.head = PolarHead(model.head, model.fpn.levels, num_classes, model.rays, name="head")
         strided = model.head.ray_unit == "stride"
