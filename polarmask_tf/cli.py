@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like data.size=[800,1344]")
 
+    sub = command("upper-bound", upper_bound, "what polar masks can reach on your data, before any training (figure 7)")
+    sub.add_argument("data", type=Path, help="COCO JSON file (images are not needed), or converted data")
+    sub.add_argument("--out", type=Path, help="directory for upper_bound.csv and upper_bound.png")
+    sub.add_argument("--rays", type=_numbers, metavar="N,N,...", help="numbers of rays (default: 8,12,18,24,36,72,120)")
+    sub.add_argument("--limit", type=_positive, help="only the first images")
+
     sub = command("benchmark", benchmark, "CPU time of targets, input pipeline, convert, RLE and evaluation, one thread")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
@@ -96,6 +102,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def shapes(args):
@@ -167,6 +177,12 @@ def import_weights(args):
 
     import_weights(args.checkpoint, settings, args.out, data=args.data or "")
     print(f"imported into {args.out}; next: polarmask predict {args.out} IMAGES --out predictions")
+
+
+def upper_bound(args):
+    from polarmask_tf import upper_bound
+
+    upper_bound.run(args.data, args.out, args.rays or upper_bound.RAYS, args.limit)
 
 
 def benchmark(args):
