@@ -1,4 +1,4 @@
-"""What the package's own steps cost, on made-up data, in CPU time of one thread: numbers a user can make again."""
+"""What the package's own steps cost on made-up data, and what networks take for an image: numbers a user can make again."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import copy
 import io
 import json
+import os
+import platform
 import statistics
 import tempfile
 import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +20,116 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from polarmask_tf import config, geometry, targets
+from polarmask_tf import config, geometry, lite, summary, targets
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.data.convert import convert
 from polarmask_tf.evaluate import coco_metrics, polygons_to_rle
+from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.train import load_run
 
 
 def run(repeats: int = 21) -> list[dict]:
-    """Rows {"what", "value", "unit"}; call it in a fresh process, TensorFlow's thread pools can be set only once."""
+    """Rows {"what", "value", "unit"} of the package's own steps, in CPU time of one thread.
+
+    Call it in a fresh process: TensorFlow's thread pools can be set only once.
+    """
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     return [*_targets(repeats), *_pipeline(repeats), *_convert(), *_rle(repeats), *_evaluation()]
+
+
+def run_models(
+    models: typing.Sequence, images: typing.Sequence[np.ndarray] | None = None, repeats: int = 10
+) -> list[dict]:
+    """Inference time of one image (batch 1) for each model: the FPS column of table 1f.
+
+    Args:
+      models: each a config.Config, the name or path of a config file, or a run directory. A config gets random weights
+        and 80 classes; its score threshold is taken as 0, for else nothing would reach NMS.
+      images: uint8 RGB [h, w, 3], taken in turn; by default one made-up picture of 480 x 640. Each is scaled to the
+        model's input beforehand: decoding and scaling are not timed.
+      repeats: timed calls. The models take turns, so that a machine that changes its speed does so for all of them.
+
+    Returns:
+      Rows {"model", "device", "height", "width" (of the input; of the first image), "what" ("network", or "network and
+      post-processing"), "wall_ms", "cpu_ms" (of all threads), "fps"}: medians over the repeats. Runs on the GPU if there
+      is one. Raises InputError for what is neither config nor run.
+    """
+    images = images or [np.asarray(Image.open(io.BytesIO(_jpeg(np.random.default_rng(0)))))]
+    cases = []
+    for number, source in enumerate(models, 1):
+        name = f"config {number}" if isinstance(source, config.Config) else str(source)
+        model, options = _model(source)
+        inputs = [tf.constant(_placed(image, model.config.data)[np.newaxis]) for image in images]
+        network = tf.function(lambda x, model=model: model(x, training=False))
+        both = tf.function(lambda x, model=model, options=options: model.detect(x, **options))
+        cases += [(name, inputs, "network", network), (name, inputs, "network and post-processing", both)]
+    for _, inputs, _, function in cases:
+        for _ in range(2):  # the first call builds the graph, and the next may still choose algorithms
+            for x in inputs:
+                _wall_and_cpu(function, x)
+    times = [[] for _ in cases]
+    for repeat in range(repeats):
+        for case, measured in zip(cases, times, strict=True):
+            measured.append(_wall_and_cpu(case[3], case[1][repeat % len(images)]))
+    rows, device = [], device_name()
+    for (name, inputs, what, _), measured in zip(cases, times, strict=True):
+        wall, cpu = (statistics.median(values) for values in zip(*measured, strict=True))
+        height, width = inputs[0].shape[1:3]
+        rows.append({
+            "model": name, "device": device, "height": height, "width": width, "what": what,
+            "wall_ms": wall, "cpu_ms": cpu, "fps": 1e3 / wall,
+        })
+    return rows
+
+
+def format_models(rows: list[dict]) -> str:
+    """The rows of run_models as text."""
+    width = max(len(row["model"]) for row in rows)
+    lines = [f"{rows[0]['device']}; one image a call, medians", f"{'model':<{width}}   input       wall ms    CPU ms     FPS"]
+    lines += [
+        f"{row['model']:<{width}}  {row['height']:4} x {row['width']:4}  {row['wall_ms']:8.1f}  {row['cpu_ms']:8.1f}"
+        f"  {row['fps']:6.1f}  {row['what']}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def device_name() -> str:
+    """What TensorFlow computes on."""
+    for gpu in tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return f"{name}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _model(source):
+    """The network, and what its post-processing is to do otherwise than its config says."""
+    if not isinstance(source, config.Config):
+        if Path(source).is_dir():
+            return load_run(source), {}
+        source = config.load(source)
+    return PolarMask(source, 80), {"score_threshold": 0.0}
+
+
+def _placed(image: np.ndarray, data: config.DataConfig) -> np.ndarray:
+    """The image as the network's input, see DataConfig.fit."""
+    size = summary.input_size(data, image.shape[:2])
+    if data.fit != "short_side":
+        return lite.letterbox(image, *size, data.fit == "stretch")[0]
+    factor = min(data.size[0] / min(image.shape[:2]), data.size[1] / max(image.shape[:2]))
+    return lite.place(image, tuple(round(side * factor) for side in image.shape[:2]), size)[0]
+
+
+def _wall_and_cpu(function, x) -> tuple[float, float]:
+    """Milliseconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function(x)
+    tf.test.experimental.sync_devices()  # a GPU works on after the call has returned
+    return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
 def _median(function, repeats: int) -> float:
