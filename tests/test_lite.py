@@ -42,8 +42,9 @@ def hexagon_around_brightest(images):
     }
 
 
-def metadata(height=HEIGHT, width=WIDTH):
-    sizes = {"input": {"height": height, "width": width}, "rays": 6, "max_detections": 3}
+def metadata(**resize):
+    """Without "resize", as the first versions wrote it."""
+    sizes = {"input": {"height": HEIGHT, "width": WIDTH, **resize}, "rays": 6, "max_detections": 3}
     return {"format": "polarmask_tf/1", "version": "0", "classes": CLASSES, **sizes}
 
 
@@ -127,6 +128,45 @@ def test_letterbox_resizes_with_antialias_about_pixel_centers():
 def test_letterbox_of_a_sliver_keeps_one_pixel():
     canvas, back = lite.letterbox(np.full((1000, 1, 3), 9, np.uint8), 32, 32)
     assert (canvas[:, 0] == 9).all() and (canvas[:, 1:] == 0).all() and back == (1, 1000 / 32)
+
+
+def resized(tflite, path, resize):
+    """The same model with another way to resize in its metadata."""
+    whole = tflite.read_bytes()
+    path.write_bytes(whole[: whole.index(b"PK\x03\x04")])
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("metadata.json", json.dumps(metadata(resize=resize)))
+    return path
+
+
+@pytest.mark.parametrize("height, width", [(96, 64), (16, 48), (64, 24)])
+def test_a_stretched_image_fills_the_canvas_and_each_axis_is_undone(tflite, tmp_path, height, width):
+    model = lite.PolarMaskLite(resized(tflite, tmp_path / "a.tflite", "stretch"))
+    wide, high = width / WIDTH, height / HEIGHT  # pixels of the image in one of the canvas
+    x, y = width - 8, height - 8
+    found = model(spot(height, width, x, y, size=8))
+    polygon = found["polygons"][1]  # the smaller one
+    center_x, center_y = polygon[0] - (RADIUS / 2 * wide, 0)  # ray 0 points along +x
+    assert x - wide <= center_x <= width and y - high <= center_y <= height
+    tall = RADIUS / 2 * np.sqrt(3) / 2 * high
+    assert polygon[3, 0] == pytest.approx(center_x - RADIUS / 2 * wide)
+    assert polygon[4, 1] == pytest.approx(center_y - tall) and polygon[1, 1] == pytest.approx(min(height, center_y + tall))
+
+
+def test_stretching_leaves_no_padding_and_blends_within_each_axis():
+    ramp = np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], 10, 0).repeat(3, 2)  # 10 x 60
+    canvas, back = lite.letterbox(ramp, 40, 30, stretch=True)
+    assert canvas.shape == (40, 30, 3) and back == (2, 0.25)
+    np.testing.assert_allclose(canvas[:, 2:-2, 0], np.tile((np.arange(2, 28) * 2 + 0.5) * 4, (40, 1)), atol=1)
+
+
+def test_the_metadata_says_whether_to_letterbox(tflite, tmp_path):
+    image = spot(64, 24, x=10, y=30, size=2)
+    expected = lite.PolarMaskLite(tflite)(image)
+    for key, value in lite.PolarMaskLite(resized(tflite, tmp_path / "a.tflite", "letterbox"))(image).items():
+        np.testing.assert_array_equal(value, expected[key])
+    with pytest.raises(ValueError, match="no usable metadata"):  # of a later version, perhaps
+        lite.PolarMaskLite(resized(tflite, tmp_path / "b.tflite", "crop"))
 
 
 GRADIENT = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20

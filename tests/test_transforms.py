@@ -22,8 +22,12 @@ SEEDS = st.integers(0, 2**31 - 1)
 few = settings(max_examples=20, deadline=None)
 
 
-def place(seed, height, width, *, flip="both", scale=(0.5, 2.0), fit=CANVAS):
-    return transforms.sample(height, width, fit, CANVAS, flip=flip, scale=scale, seed=tf.constant([seed, 1]))
+FITS = st.sampled_from(["letterbox", "stretch", "short_side"])
+
+
+def place(seed, height, width, *, flip="both", scale=(0.5, 2.0), size=CANVAS, fit="letterbox"):
+    canvas = tf.constant(CANVAS[::-1]) if fit == "short_side" and height > width else CANVAS
+    return transforms.sample(height, width, size, canvas, fit=fit, flip=flip, scale=scale, seed=tf.constant([seed, 1]))
 
 
 def visible(rings, window, size=CANVAS, scale=8):
@@ -52,20 +56,52 @@ def test_without_jitter_an_image_is_letterboxed_top_left(seed, height, width):
 
 @few
 @given(SEEDS, st.integers(20, 200), st.integers(20, 200))
-def test_scale_jitter_crops_what_does_not_fit(seed, height, width):
-    placement = place(seed, height, width)
+def test_a_stretched_image_fills_the_canvas(seed, height, width):
+    placement = place(seed, height, width, scale=(1.0, 1.0), fit="stretch")
+    np.testing.assert_array_equal(placement["window"], CANVAS)
+    np.testing.assert_array_equal(placement["crop"], [height, width])
+
+
+# By hand: 48 for the shorter side unless the longer one then exceeds 90.
+@pytest.mark.parametrize(
+    "source, window",
+    [((96, 120), (48, 60)), ((120, 96), (60, 48)), ((64, 64), (48, 48)), ((24, 45), (48, 90)), ((24, 60), (36, 90)),
+     ((60, 24), (90, 36)), ((100, 400), (22, 90)), ((48, 90), (48, 90))],
+)
+def test_the_shorter_side_rule(source, window):
+    placement = place(0, *source, scale=(1.0, 1.0), size=(48, 90), fit="short_side")
+    np.testing.assert_array_equal(placement["window"], window)
+    np.testing.assert_array_equal(placement["crop"], source)
+    smaller = place(3, *source, scale=(0.5, 0.5), size=(48, 90), fit="short_side")  # jitter multiplies the factor
+    np.testing.assert_allclose(smaller["window"], np.divide(window, 2), atol=0.6)
+
+
+@few
+@given(SEEDS, st.integers(20, 200), st.integers(20, 200))
+def test_jitter_keeps_the_ratio_of_a_stretched_image(seed, height, width):
+    placement = place(seed, height, width, scale=(0.5, 0.9), fit="stretch")
+    np.testing.assert_array_equal(placement["crop"], [height, width])
+    parts = placement["window"].numpy() / CANVAS
+    assert parts.min() > 0.49 and parts.max() < 0.91 and np.ptp(parts) < 1 / 64
+
+
+@few
+@given(SEEDS, st.integers(20, 200), st.integers(20, 200), FITS)
+def test_scale_jitter_crops_what_does_not_fit(seed, height, width, fit):
+    placement = place(seed, height, width, fit=fit)
+    canvas = CANVAS[::-1] if fit == "short_side" and height > width else CANVAS
     window = placement["window"].numpy()
-    assert (window >= 1).all() and (window <= CANVAS).all()
+    assert (window >= 1).all() and (window <= canvas).all()
     corners = transforms.place_points(tf.constant([[0.0, 0.0], [width, height]]), placement).numpy()
     low, high = corners.min(axis=0), corners.max(axis=0)
     # The whole window shows the image, and an image that fits is shown whole.
     assert (low <= 1e-3).all() and (high >= window[::-1] - 1e-3).all()
     extent = high - low
     for axis in (0, 1):
-        if extent[axis] <= CANVAS[::-1][axis] - 1:
+        if extent[axis] <= canvas[::-1][axis] - 1:
             assert extent[axis] == pytest.approx(window[::-1][axis], abs=1e-3)
     # Both axes by nearly the same factor: whole pixels cost less than one each.
-    factors = extent / (width, height)
+    factors = extent / ((96, 64) if fit == "stretch" else (width, height))
     room = (1 + factors) / window[::-1]
     assert abs(factors[0] / factors[1] - 1) <= room.sum()
 
@@ -81,15 +117,16 @@ def test_placements_vary_and_are_a_function_of_the_seed():
 @few
 @given(
     SEEDS, st.integers(40, 160), st.integers(40, 160), st.sampled_from([(0.3, 0.8), (0.8, 1.2), (1.0, 2.5)]),
-    st.sampled_from([CANVAS, (96, 160)]),
+    st.sampled_from([CANVAS, (96, 160)]), FITS,
 )
-def test_pixels_move_as_points_do(seed, height, width, scale, fit):
+def test_pixels_move_as_points_do(seed, height, width, scale, size, fit):
     """Pictures of the coordinates x + 0.5 and y + 0.5 show, at each pixel of the window, where its center came from."""
-    placement = place(seed, height, width, scale=scale, fit=fit)
+    placement = place(seed, height, width, scale=scale, size=size, fit=fit)
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
-    image = transforms.place_image(tf.constant(ramp), placement, CANVAS).numpy().astype(float)
-    assert image.shape == (*CANVAS, 3)
+    canvas = tf.constant(CANVAS[::-1]) if fit == "short_side" and height > width else CANVAS
+    image = transforms.place_image(tf.constant(ramp), placement, canvas).numpy().astype(float)
+    assert image.shape == (*canvas, 3)
     rows, columns = placement["window"].numpy()
     assert (image[rows:] == 0).all() and (image[:, columns:] == 0).all()
     # The map of points is affine: invert it from three of its values.

@@ -1,0 +1,221 @@
+"""data/pipeline.py: batches of one orientation for data.fit: short_side; the other fits as they always were."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+from PIL import Image
+
+from polarmask_tf import config as configs
+from polarmask_tf import geometry
+from polarmask_tf.data import pipeline, records
+
+# (height, width) of image i, which is filled with the gray 20 * (i + 1): 7 lie, 4 stand.
+SIZES = [(40, 60), (60, 40), (64, 64), (30, 90), (90, 30), (64, 96), (50, 50), (100, 70), (70, 100), (33, 47), (128, 20)]
+STANDING = [1, 4, 7, 10]
+LYING = [i for i in range(len(SIZES)) if i not in STANDING]
+
+
+def write(folder, sizes, shards=3):
+    """Images of one gray each with one triangle each as records -> DatasetInfo."""
+    paths = [folder / f"train-{shard:05}-of-{shards:05}.tfrecord" for shard in range(shards)]
+    for shard, path in enumerate(paths):
+        with open(path, "wb") as out:
+            for i in range(shard, len(sizes), shards):
+                height, width = sizes[i]
+                file = io.BytesIO()
+                Image.new("RGB", (width, height), (20 * (i + 1),) * 3).save(file, "PNG")
+                ring = np.array([[0.2, 0.2], [0.8, 0.3], [0.6, 0.9]]) * [width, height]
+                instance = records.Instance(i, 0, "blob", False, 1.0, (*ring.min(0), *ring.max(0)), [ring], b"")
+                records.write_record(out, records.encode_example(
+                    encoded=file.getvalue(), format="png", file_name=f"{i}.png", image_id=i, height=height, width=width,
+                    instances=[instance],
+                ))
+    return records.DatasetInfo(
+        folder, "train", len(sizes), len(sizes), 0, [{"name": "blob", "category_id": 1}], 1, 3, paths, {}
+    )
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data"), SIZES)
+
+
+def config_of(**data):
+    base = configs.Config()
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, **{"size": (64, 96), "batch": 3, **data}))
+
+
+def take(info, count, *, seed=5, start_step=0, **data):
+    batches = pipeline.training_batches(info, config_of(**data), seed=seed, start_step=start_step)
+    return list(batches.take(count).as_numpy_iterator())
+
+
+def ids(images):
+    return (images.max(axis=(1, 2, 3)).astype(int) // 20 - 1).tolist()
+
+
+SHORT = {"fit": "short_side", "size": (48, 90)}  # a canvas of 64 x 96
+
+
+# Printed by the version that knew no fit but the letterbox, for batches 1 to 6 of seed 5 by `shuffle`; these must stay.
+ORDER = {
+    2048: [[3, 6, 5, 9], [10, 0, 4, 6], [4, 2, 0, 3], [7, 8, 9, 10], [1, 5, 6, 10], [8, 9, 5, 4]],
+    4: [[7, 4, 5, 6], [8, 10, 9, 2], [1, 0, 5, 6], [8, 3, 4, 9], [7, 10, 1, 0], [2, 5, 3, 7]],
+}
+WINDOWS = {2048: [[58, 19], [80, 64], [92, 61], [62, 44]], 4: [[27, 39], [27, 64], [92, 61], [44, 44]]}
+CENTERS = {2048: [27.07, 42.67, 42.93, 33.07], 4: [12.60, 14.40, 42.93, 23.47]}  # x of the triangles in the first of them
+
+
+@pytest.mark.parametrize("block", ORDER)
+def test_letterboxed_batches_are_what_they_were(info, block):
+    batches = take(info, 6, batch=4, start_step=1, shuffle=block, scale=(0.6, 1.3), flip="both")
+    assert [ids(images) for images, _ in batches] == ORDER[block]
+    first = batches[0][1]
+    np.testing.assert_array_equal(first["window"], WINDOWS[block])
+    np.testing.assert_allclose(first["centers"][:, 0, 0], CENTERS[block], atol=0.01)
+
+
+@pytest.mark.parametrize("block", ORDER)
+def test_stretched_batches_come_in_the_same_order_and_are_filled(info, block):
+    batches = take(info, 6, batch=4, start_step=1, shuffle=block, fit="stretch")
+    assert [ids(images) for images, _ in batches] == ORDER[block]
+    for images, instances in batches:
+        assert images.min() > 0  # no padding
+        np.testing.assert_array_equal(instances["window"], [[96, 64]] * 4)
+        sides = np.ptp(instances["boxes"][:, 0].reshape(-1, 2, 2), axis=1)
+        np.testing.assert_allclose(sides, [[0.6 * 96, 0.7 * 64]] * 4, atol=0.01)  # the triangle's, of any image
+
+
+def test_batches_hold_one_orientation_and_lose_no_image(info):
+    for block in (2048, 6):
+        batches = take(info, 60, shuffle=block, **SHORT)
+        for images, instances in batches:
+            standing = {number in STANDING for number in ids(images)}
+            assert len(standing) == 1
+            assert images.shape == ((3, 96, 64, 3) if standing == {True} else (3, 64, 96, 3))
+            assert (instances["window"] <= images.shape[2:0:-1]).all()
+        seen = np.bincount(np.concatenate([ids(images) for images, _ in batches]), minlength=11)
+        assert seen.min() > 0
+        if block == 2048:
+            # 7 lying images in 3 batches, 4 standing ones in 2: 12 epochs of 5 batches, each image once or twice in each.
+            for first in range(0, 60, 5):
+                epoch = [ids(images) for images, _ in batches[first : first + 5]]
+                counts = np.bincount(np.concatenate(epoch), minlength=11)
+                assert counts.min() == 1 and counts.max() == 2 and counts.sum() == 15
+                assert sum(batch[0] in STANDING for batch in epoch) == 2
+    kinds = [images.shape[1] > images.shape[2] for images, _ in take(info, 60, **SHORT)]
+    assert len({tuple(kinds[first : first + 5]) for first in range(0, 60, 5)}) > 2  # not all of one kind first
+
+
+def test_such_batches_are_a_function_of_seed_and_step(info):
+    options = {"flip": "both", "scale": (0.8, 1.0), "shuffle": 6, **SHORT}
+    batches = take(info, 12, **options)
+    tf.random.set_seed(99)
+    for start in (0, 5):
+        again = take(info, 12 - start, start_step=start, **options)
+        for one, other in zip(batches[start:], again, strict=True):
+            tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+    other = take(info, 12, seed=6, **options)
+    assert [ids(images) for images, _ in batches] != [ids(images) for images, _ in other]
+
+
+def test_a_group_smaller_than_a_batch_is_repeated(tmp_path):
+    info = write(tmp_path, [(40, 60), (60, 40), (40, 60), (40, 60)], shards=1)
+    batches = take(info, 4, batch=3, **SHORT)
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(sorted(ids(images)) for images, _ in epoch) == [[0, 2, 3], [1, 1, 1]]
+    only = write(tmp_path, [(40, 60)] * 3, shards=1)  # nothing stands
+    assert [sorted(ids(images)) for images, _ in take(only, 2, batch=3, **SHORT)] == [[0, 1, 2]] * 2
+
+
+def test_skipped_steps_decode_nothing(tmp_path):
+    """An image that no decoder takes does no harm as long as its batch is skipped."""
+    broken = write(tmp_path, [(40, 60), (60, 40)], shards=1)
+    path = broken.shard_paths[0]
+    examples = [tf.train.Example.FromString(r.numpy()) for r in tf.data.TFRecordDataset(str(path))]
+    examples[0].features.feature["image/encoded"].bytes_list.value[0] = b"no image"
+    with open(path, "wb") as file:
+        for example in examples:
+            records.write_record(file, example.SerializeToString())
+    fine = []  # batches of one image: every second one is broken
+    for step in range(4):
+        try:
+            take(broken, 1, batch=1, start_step=step, **SHORT)
+            fine.append(step)
+        except tf.errors.InvalidArgumentError:
+            pass
+    assert len(fine) == 2 and len({step // 2 for step in fine}) == 2 and max(fine) > 1
+
+
+def test_the_placed_triangle_is_where_the_picture_is(tmp_path):
+    """Box and window of the only instance by hand, portrait and landscape, and the locations of its orientation."""
+    info = write(tmp_path, [(24, 60), (60, 24)], shards=1)
+    for images, instances in take(info, 2, batch=1, flip="none", **SHORT):
+        height, width = images.shape[1:3]
+        filled = (90, 36) if width > height else (36, 90)  # 1.5 times: the longer side reaches 90 first
+        np.testing.assert_array_equal(instances["window"][0], filled)
+        assert (images[0, : filled[1], : filled[0]] > 0).all()
+        assert not images[0, filled[1] :].any() and not images[0, :, filled[0] :].any()
+        corners = np.array([0.2, 0.2, 0.8, 0.9]) * np.tile(filled, 2)
+        np.testing.assert_allclose(instances["boxes"][0, 0], corners, atol=0.01)
+        points = np.concatenate([geometry.locations(height, width, stride) for stride in (8, 16, 32)])
+        assert instances["ignore"].shape == (1, len(points))
+
+
+def test_crowds_are_ignored_at_the_locations_of_the_images_own_orientation(tmp_path):
+    info = write(tmp_path, [(40, 60), (60, 40)], shards=1)
+    path = info.shard_paths[0]
+    examples = [tf.train.Example.FromString(r.numpy()) for r in tf.data.TFRecordDataset(str(path))]
+    with open(path, "wb") as file:
+        for example in examples:
+            example.features.feature["image/object/is_crowd"].int64_list.value[0] = 1
+            records.write_record(file, example.SerializeToString())
+    for images, instances in take(info, 2, batch=1, flip="none", **SHORT):
+        height, width = images.shape[1:3]
+        x, y = np.concatenate([geometry.locations(height, width, stride) for stride in (8, 16, 32)]).T
+        wide, high = instances["window"][0]
+        # The triangle (0.2, 0.2), (0.8, 0.3), (0.6, 0.9) of the window, its edges' inner sides by cross products.
+        corners = np.array([[0.2, 0.2], [0.8, 0.3], [0.6, 0.9]]) * [wide, high]
+        inside, edge = np.ones(len(x), bool), np.zeros(len(x), bool)
+        for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+            side = (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0)
+            inside &= side > 0
+            edge |= np.abs(side) < 1e-2
+        np.testing.assert_array_equal(instances["ignore"][0][~edge], inside[~edge])
+        assert inside.sum() > 10 and edge.sum() < 5
+
+
+def test_element_specs(info):
+    def spec(**data):
+        return pipeline.training_batches(info, config_of(**data)).element_spec
+
+    assert spec()[0].shape == spec(fit="stretch")[0].shape == (3, 64, 96, 3)
+    images, instances = spec(**SHORT)
+    assert images.shape.as_list() == [3, None, None, 3] and images.dtype == tf.uint8
+    # Both orientations have as many locations, level by level, so all else has the shapes that it always had.
+    assert {k: v.shape for k, v in instances.items()} == {k: v.shape for k, v in spec()[1].items()}
+
+
+def test_a_model_trains_on_both_orientations_with_one_graph(info):
+    from polarmask_tf.modeling.polarmask import PolarMask
+
+    config = config_of(**SHORT)
+    tiny = dataclasses.replace(
+        config.model, rays=8, backbone=dataclasses.replace(config.model.backbone, stem="3x3", width=8),
+        fpn=configs.FPNConfig(channels=16, levels=(3, 4, 5)), head=dataclasses.replace(config.model.head, channels=16, convs=1),
+    )
+    config = dataclasses.replace(config, model=tiny)
+    model = PolarMask(config, 1)
+    model.build((None, *configs.canvas(config.data), 3))
+    model.compile(optimizer=tf_keras.optimizers.SGD(1e-3))
+    model.optimizer.build(model.trainable_variables)
+    batches = pipeline.training_batches(info, config, seed=5)
+    kinds = {images.shape[1:3] for images, _ in batches.take(10).as_numpy_iterator()}
+    assert kinds == {(64, 96), (96, 64)}
+    history = model.fit(batches, steps_per_epoch=10, epochs=1, verbose=0).history
+    assert np.isfinite(history["loss"]).all() and history["ray"][0] > 0
+    assert model.train_function.experimental_get_tracing_count() == 1
