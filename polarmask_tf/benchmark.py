@@ -86,10 +86,10 @@ def run_models(
 def format_models(rows: list[dict]) -> str:
     """The rows of run_models as text."""
     width = max(len(row["model"]) for row in rows)
-    lines = [f"{rows[0]['device']}; one image a call, medians", f"{'model':<{width}}   input       wall ms    CPU ms     FPS"]
+    lines = [f"{rows[0]['device']}; one image a call, medians", f"{'model':<{width}}   input       wall ms    CPU ms      FPS"]
     lines += [
         f"{row['model']:<{width}}  {row['height']:4} x {row['width']:4}  {row['wall_ms']:8.1f}  {row['cpu_ms']:8.1f}"
-        f"  {row['fps']:6.1f}  {row['what']}"
+        f"  {row['fps']:7.2f}  {row['what']}"
         for row in rows
     ]
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def test_every_model_gives_its_network_alone_and_with_post_processing():
         assert row["wall_ms"] > 0 and row["cpu_ms"] > 0 and row["fps"] == pytest.approx(1000 / row["wall_ms"])
         assert row["device"] == benchmark.device_name()
     text = benchmark.format_models(rows)
-    assert rows[0]["device"] in text and f"{rows[3]['fps']:.1f}" in text and text.count("config 2") == 2
+    assert rows[0]["device"] in text and f"{rows[3]['fps']:.2f}" in text and text.count("config 2") == 2
 
 
 def test_a_picture_is_scaled_as_the_config_says():
