@@ -1,22 +1,208 @@
-"""The exports' letterbox, and the comparison that `polarmask export` prints."""
+"""What the exports do to an image, for every data.fit, and the comparison that `polarmask export` prints."""
 
+import dataclasses
+import io
+import json
 import types
 
 import numpy as np
 import pytest
+from PIL import Image
+from test_lite import CLASSES, RADIUS, hexagon_around_brightest, spot
 
-from polarmask_tf import lite
-from polarmask_tf.export import parity, saved_model
-from polarmask_tf.predict import Detections
+from polarmask_tf import config as configs
+from polarmask_tf import export, lite
+from polarmask_tf.export import parity, saved_model, tflite
+from polarmask_tf.predict import Detections, _short_side, load_predictor, run_predictor
+
+SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47), (120, 50), (427, 640), (2000, 3)]
 
 
-@pytest.mark.parametrize("size", [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47)])
-def test_the_graphs_letterbox_is_pillows(size):
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", ["letterbox", "stretch", "short_side"])
+def test_the_graphs_resizing_is_pillows(fit, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    canvas, filled = saved_model.letterbox(image[None], (64, 96))
-    expected, (back_x, back_y) = lite.letterbox(image, 64, 96)
-    assert np.abs(canvas[0].numpy().astype(int) - expected).max() <= 1
-    np.testing.assert_allclose(filled, [size[1] / back_x / 96, size[0] / back_y / 64], rtol=1e-6)
+    placed, filled = saved_model.resize(image[None], (64, 96), fit)
+    if fit == "short_side":
+        expected, (back_x, back_y) = _short_side(image, 64, 96)
+    else:
+        expected, (back_x, back_y) = lite.letterbox(image, 64, 96, fit == "stretch")
+    assert placed.shape[1:] == expected.shape
+    assert np.abs(placed[0].numpy().astype(int) - expected).max() <= 1
+    height, width = expected.shape[:2]
+    np.testing.assert_allclose(filled, [size[1] / back_x / width, size[0] / back_y / height], rtol=1e-6)
+
+
+def test_the_graph_finds_the_same_canvas_for_every_size():
+    """Rounded in single precision some sizes would come out one pixel, and a canvas 32 pixels, apart."""
+    rng = np.random.default_rng(0)
+    for size in [*rng.integers(1, 800, (100, 2)).tolist(), [640, 1066], [333, 555], [25, 50], [97, 64]]:
+        image = np.zeros((*size, 3), np.uint8)
+        rounded = [max(1, round(side * min(48 / min(size), 90 / max(size)))) for side in size]  # the rule, by hand
+        expected, back = _short_side(image, 48, 90)
+        assert expected.shape[:2] == tuple(-(-side // 32) * 32 for side in rounded)
+        np.testing.assert_allclose(back, np.divide(size, rounded)[::-1])
+        placed, filled = saved_model.resize(image[None], (48, 90), "short_side")
+        assert placed.shape[1:] == expected.shape
+        np.testing.assert_allclose(filled, np.divide(rounded, expected.shape[:2])[::-1], rtol=1e-6)
+
+
+def fake_model(fit, size):
+    """What the exporters use of a model; it marks the brightest pixel of what it sees with hexagons of RADIUS pixels."""
+    config = configs.Config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit, size=size))
+    return types.SimpleNamespace(
+        config=config, classes=CLASSES, input_size=configs.canvas(config.data), variables=[], detect=hexagon_around_brightest,
+    )
+
+
+@pytest.fixture(scope="module", params=["letterbox", "stretch", "short_side"])
+def three(request, tmp_path_factory):
+    """A fit, and the same model as run, SavedModel and .tflite that take images so."""
+    fit = request.param
+    model = fake_model(fit, (48, 90) if fit == "short_side" else (64, 96))
+    folder = tmp_path_factory.mktemp(fit)
+    paths = [
+        saved_model.export_saved_model(model, CLASSES, folder / "saved_model"),
+        tflite.export_tflite(model, CLASSES, folder / "model.tflite"),
+    ]
+    return fit, {"run": run_predictor(model), **{path.name: load_predictor(path) for path in paths}}, paths
+
+
+def expected_scale(fit, name, height, width):
+    """Pixels of the image in one of the network's input, along x and along y, by hand."""
+    if fit == "stretch":
+        return width / 96, height / 64
+    if fit == "short_side" and name != "model.tflite":
+        side = min(48 / min(height, width), 90 / max(height, width))
+    else:
+        side = min(64 / height, 96 / width)
+    return width / round(width * side), height / round(height * side)
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (96, 64), (128, 192), (40, 150), (150, 40), (48, 90), (90, 48)])
+def test_all_three_put_polygons_onto_the_image(three, height, width):
+    fit, predictors, _ = three
+    x, y = width // 3, height // 2
+    for name, predictor in predictors.items():
+        wide, high = expected_scale(fit, name, height, width)
+        size = int(np.ceil(2 * max(wide, high)))  # so that a pixel of the input is bright whatever the resizing
+        found, = predictor([spot(height, width, x, y, size)])
+        polygon = found.polygons[1]  # the smaller hexagon
+        assert polygon[0, 0] - polygon[3, 0] == pytest.approx(RADIUS * wide, rel=1e-4), name
+        assert polygon[1, 1] - polygon[4, 1] == pytest.approx(RADIUS * np.sqrt(3) / 2 * high, rel=1e-4), name
+        center = (polygon[0] + polygon[3]) / 2
+        assert (x - wide, y - high) <= tuple(center) and tuple(center) <= (x + size + wide, y + size + high), name
+    same = ["saved_model"] if fit == "short_side" else ["saved_model", "model.tflite"]
+    run, *others = (predictors[name]([spot(height, width, x, y, size)])[0] for name in ("run", *same))
+    for other in others:
+        np.testing.assert_allclose(run.polygons, other.polygons, atol=1e-2)
+
+
+def test_a_batch_of_mixed_images_comes_back_in_order(three):
+    _, predictors, _ = three
+    images = [spot(64, 96, 60, 20, 6), spot(96, 64, 20, 60, 6), spot(64, 96, 10, 40, 6), spot(30, 30, 12, 12, 4)]
+    for name, predictor in predictors.items():
+        together, alone = predictor(images), [predictor([image])[0] for image in images]
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(one.polygons, other.polygons, err_msg=name)
+        assert predictor([]) == []
+
+
+def test_metadata_says_how_an_image_is_resized(three):
+    fit, predictors, (saved, lite_file) = three
+    model = lite.PolarMaskLite(lite_file)
+    assert model.metadata["input"]["resize"] == ("letterbox" if fit == "short_side" else fit)
+    assert json.loads((saved / "assets.extra" / "metadata.json").read_text())["input"]["resize"] == fit
+    assert {predictor.input_size for predictor in predictors.values()} == {(64, 96)}  # short_side's in multiples of 32
+
+
+def test_one_graph_for_inputs_of_every_size():
+    traces = []
+
+    def detect(images):
+        traces.append(images.shape)
+        return hexagon_around_brightest(images)
+
+    model = fake_model("short_side", (48, 90))
+    model.detect = detect
+    run_predictor(model)([spot(h, w, 5, 5, 4) for h, w in ((40, 60), (60, 40), (30, 90), (64, 64))])
+    assert [shape.as_list() for shape in traces] == [[None, None, None, 3]]
+
+
+@pytest.fixture(scope="module")
+def short_side_export(tmp_path_factory):
+    """A real network with weights of chance whose images are resized by their shorter side: run directory and exports."""
+    from polarmask_tf import train
+    from polarmask_tf.data import records
+    from polarmask_tf.modeling.polarmask import PolarMask
+
+    folder = tmp_path_factory.mktemp("short_side")
+    overrides = [
+        "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.fpn.levels=[3,4,5,6]", "targets.ranges=[]",
+        "model.head.channels=16", "model.head.convs=1", "data.fit=short_side", "data.size=[48,90]",
+        "postprocess.max_detections=20", "postprocess.score_threshold=0.001", f"data.val={folder / 'data'}",
+    ]
+    config = configs.load("shapes", overrides)
+    model = PolarMask(config, 1)
+    model.build((None, *configs.canvas(config.data), 3))
+    rng = np.random.default_rng(0)
+    for variable in model.head.variables:  # weights of its start give every location nearly the same score
+        variable.assign(variable + rng.normal(0, 0.1, variable.shape))
+    train.write_run(folder / "run", config, {"classes": [{"name": "a", "category_id": 1}]})
+    train.save_weights(model, folder / "run")
+    (folder / "data").mkdir()
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((48, 80), (80, 48), (48, 48), (48, 90), (64, 64))]
+    shard = folder / "data" / "val-00000-of-00001.tfrecord"
+    with open(shard, "wb") as out:
+        for i, image in enumerate(images):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG")
+            records.write_record(out, records.encode_example(
+                encoded=file.getvalue(), format="png", file_name="x.png", image_id=i, height=image.shape[0],
+                width=image.shape[1], instances=[records.Instance(1, 0, "a", False, 1.0, (0, 0, 1, 1), [], b"")],
+            ))
+    content = {
+        "format": records.FORMAT, "name": "val", "num_images": len(images), "num_instances": 5, "num_crowd": 0,
+        "classes": [{"name": "a", "category_id": 1}], "max_instances": 1, "max_edges": 3, "shards": [shard.name], "skipped": {},
+    }
+    (folder / "data" / "dataset.json").write_text(json.dumps(content))
+    rows = export.export(folder / "run", folder / "out")
+    return folder, rows, images
+
+
+def test_a_network_finds_the_same_lying_and_standing(short_side_export):
+    folder, _, images = short_side_export
+    run, exported = load_predictor(folder / "run"), load_predictor(folder / "out" / "saved_model")
+    assert run.input_size == exported.input_size == (64, 96)
+    for image in images[:4]:  # of a size that needs no resizing, which differs by a gray level
+        row = parity.compare(run, exported, [image])
+        assert row["detections"] == row["matched"] > 5
+        assert row["score"] < 1e-5 and row["pixels"] < 1e-2
+    together = run(images)  # three shapes of input in one call
+    for one, image in zip(together, images, strict=True):
+        assert (one.polygons >= 0).all() and (one.polygons <= image.shape[1::-1]).all()
+        np.testing.assert_allclose(one.scores, run([image])[0].scores, atol=1e-5)
+
+
+def test_export_compares_each_on_images_resized_as_it_does(short_side_export, capsys):
+    from polarmask_tf.train import load_run
+
+    folder, rows, images = short_side_export
+    # The .tflite letterboxes, and so does the Keras model that it is compared with: both resize by Pillow, and all agree.
+    keras, edge = run_predictor(load_run(folder / "run"), "letterbox"), load_predictor(folder / "out" / "model.tflite")
+    for image in images:
+        one, other = keras([image])[0], edge([image])[0]
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+        np.testing.assert_allclose(one.polygons, other.polygons, atol=1e-2)
+    assert rows["model.tflite"]["detections"] == sum(len(found.scores) for found in keras(images)) > 20
+    assert rows["model.tflite"]["pixels"] < 1e-2
+    assert lite.PolarMaskLite(folder / "out" / "model.tflite").metadata["input"]["resize"] == "letterbox"
+    export.export(folder / "run", folder / "again", images=folder / "data")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: model.tflite fits every image into 64 x 96: a standing one gets smaller in it than in training"
+    ]
 
 
 def detections(*rows):

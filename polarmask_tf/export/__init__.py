@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def export(run: Path, out: Path, *, images: Path | None = None, **overrides) -> 
     from polarmask_tf.data import records
     from polarmask_tf.export import parity
     from polarmask_tf.export.saved_model import export_saved_model
-    from polarmask_tf.export.tflite import export_tflite
-    from polarmask_tf.predict import load_predictor
+    from polarmask_tf.export.tflite import export_tflite, fit
+    from polarmask_tf.predict import load_predictor, run_predictor
     from polarmask_tf.train import load_run
 
     overrides = {key: value for key, value in overrides.items() if value is not None}
@@ -46,6 +47,10 @@ def export(run: Path, out: Path, *, images: Path | None = None, **overrides) -> 
             size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
             print(f"{path}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
         shutil.copyfile(lite.__file__, out / "lite.py")
+        if fit(model.config.data) != model.config.data.fit:
+            height, width = model.input_size
+            print(f"warning: model.tflite fits every image into {height} x {width}: a standing one gets smaller in it than in "
+                  "training", file=sys.stderr)
     except OSError as e:
         raise InputError(f"{out}: cannot be written: {e.strerror}") from None
     rows = {}
@@ -54,9 +59,9 @@ def export(run: Path, out: Path, *, images: Path | None = None, **overrides) -> 
     else:
         encoded = [encoded for _, encoded in itertools.islice(records.iter_images(data), PARITY_IMAGES)]
         pictures = [lite.read_image(io.BytesIO(content)) for content in encoded]
-        keras = load_predictor(run, **overrides)
-        for name in ("saved_model", "model.tflite"):
-            rows[name] = parity.compare(keras, load_predictor(out / name), pictures)
+        # Each against Keras on images that are resized as it resizes them.
+        for name, resize in (("saved_model", model.config.data.fit), ("model.tflite", fit(model.config.data))):
+            rows[name] = parity.compare(run_predictor(model, resize), load_predictor(out / name), pictures)
         print(parity.format_table(rows))
     print(f"next: python {out / 'lite.py'} {out / 'model.tflite'} IMAGE")
     return rows

@@ -9,21 +9,23 @@ from pathlib import Path
 import tensorflow as tf
 
 from polarmask_tf import __version__
+from polarmask_tf.config import canvas
+from polarmask_tf.data import transforms
 from polarmask_tf.modeling.polarmask import PolarMask
 
 OUTPUTS = ("num_detections", "detection_scores", "detection_classes", "detection_boxes", "detection_polygons")
 
 
-def metadata(model: PolarMask, classes: list[dict]) -> dict:
-    """What a user of an exported file needs to know, stored with it as metadata.json."""
-    height, width = model.config.data.size
+def metadata(model: PolarMask, classes: list[dict], resize: str | None = None) -> dict:
+    """What a user of an exported file needs to know, stored with it as metadata.json; `resize` defaults to data.fit."""
+    height, width = canvas(model.config.data)
     return {
         "format": "polarmask_tf/1",
         "version": __version__,
         "classes": classes,
         "input": {
             "height": height, "width": width, "layout": "NHWC, RGB, uint8, 0..255, pixels as decoded (no EXIF rotation)",
-            "letterbox": "resized keeping the ratio, top left, padded with zeros",
+            "resize": resize or model.config.data.fit,
         },
         "output": "detection_boxes are ymin, xmin, ymax, xmax and detection_polygons x, y, relative to the image passed in",
         "rays": model.config.model.rays,
@@ -32,18 +34,22 @@ def metadata(model: PolarMask, classes: list[dict]) -> dict:
     }
 
 
-def letterbox(images: tf.Tensor, size: tuple[int, int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """uint8 [B, h, w, 3] to [B, *size, 3]: resized keeping the ratio, top left, padded with zeros.
+def resize(images: tf.Tensor, size: tuple[int, int], fit: str) -> tuple[tf.Tensor, tf.Tensor]:
+    """uint8 [B, h, w, 3] to what the network takes, [B, H, W, 3]: scaled as DataConfig.fit says, padded with zeros.
 
-    Returns the canvas, uint8, and the part of its width and height that the images fill, float32 [2], in (0, 1].
+    H and W are `size`; with short_side the scaled image's own sides in multiples of 32. Returns the canvas, uint8, and
+    the part of its width and height that the images fill, float32 [2], in (0, 1].
     """
-    canvas = tf.constant(size, tf.float32)
-    source = tf.cast(tf.shape(images)[1:3], tf.float32)
-    scaled = tf.maximum(tf.round(source * tf.reduce_min(canvas / source)), 1.0)
+    # In double precision the same sides as lite.letterbox finds: one rounded otherwise is another picture.
+    source = tf.cast(tf.shape(images)[1:3], tf.float64)
+    scaled = tf.maximum(tf.round(source * transforms.factors(source, size, fit)), 1.0)
+    whole = tf.math.ceil(scaled / 32) * 32 if fit == "short_side" else tf.constant(size, tf.float64)
     placed = tf.raw_ops.ScaleAndTranslate(
-        images=images, size=size, scale=scaled / source, translation=tf.zeros(2), kernel_type="triangle", antialias=True
+        images=images, size=tf.cast(whole, tf.int32), scale=tf.cast(scaled / source, tf.float32), translation=tf.zeros(2),
+        kernel_type="triangle", antialias=True,
     )
-    return tf.cast(tf.clip_by_value(tf.round(placed), 0.0, 255.0), tf.uint8), (scaled / canvas)[::-1]
+    placed = tf.ensure_shape(placed, [None, *((None, None) if fit == "short_side" else size), 3])
+    return tf.cast(tf.clip_by_value(tf.round(placed), 0.0, 255.0), tf.uint8), tf.cast((scaled / whole)[::-1], tf.float32)
 
 
 class Serving(tf.Module):
@@ -53,12 +59,12 @@ class Serving(tf.Module):
     def __init__(self, model: PolarMask):
         super().__init__()
         self.variables_ = list(model.variables)
-        size = model.config.data.size
+        data = model.config.data
 
         @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
         def detect(images):
-            canvas, filled = letterbox(images, size)
-            found = model.detect(tf.ensure_shape(canvas, [None, *size, 3]))
+            placed, filled = resize(images, data.size, data.fit)
+            found = model.detect(placed)
             # From the canvas to the image; what reached into the padding is cut at the image's border.
             polygons = tf.clip_by_value(found["detection_polygons"] / filled, 0.0, 1.0)
             boxes = tf.clip_by_value(found["detection_boxes"] / tf.tile(filled[::-1], [2]), 0.0, 1.0)

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from polarmask_tf.config import DataConfig, canvas
 from polarmask_tf.export.saved_model import metadata
 from polarmask_tf.modeling.polarmask import PolarMask
+
+
+def fit(data: DataConfig) -> str:
+    """How an image meets the file's one fixed size: data.fit, but letterbox for short_side, which has no one size."""
+    return "letterbox" if data.fit == "short_side" else data.fit
 
 
 def convert(model: PolarMask) -> bytes:
@@ -24,7 +30,7 @@ def convert(model: PolarMask) -> bytes:
             super().__init__()
             self.variables_ = list(model.variables)
 
-        @tf.function(input_signature=[tf.TensorSpec([1, *model.config.data.size, 3], tf.uint8, "images")])
+        @tf.function(input_signature=[tf.TensorSpec([1, *canvas(model.config.data), 3], tf.uint8, "images")])
         def detect(self, images):
             return model.detect(images)
 
@@ -57,6 +63,6 @@ def export_tflite(model: PolarMask, classes: list[dict], out: Path) -> Path:
     beside = out.with_name(out.name + ".tmp")
     beside.write_bytes(convert(model))
     with zipfile.ZipFile(beside, "a") as archive:
-        archive.writestr("metadata.json", json.dumps(metadata(model, classes), indent=1))
+        archive.writestr("metadata.json", json.dumps(metadata(model, classes, fit(model.config.data)), indent=1))
     os.replace(beside, out)
     return out
