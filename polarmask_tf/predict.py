@@ -1,5 +1,6 @@
 """One way to ask a run directory, a SavedModel or a .tflite file for polygons; pictures and COCO results of them."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from polarmask_tf import lite, visualize
+from polarmask_tf.config import canvas
 from polarmask_tf.errors import InputError
 from polarmask_tf.evaluate import annotation_rle, detections_to_results, read_coco
 
@@ -111,13 +113,11 @@ def _load_saved_model(path):
 
     def run(images, loaded=loaded):  # the signature only holds weak references: `loaded` must live as long as it
         found = [None] * len(images)
-        shapes = [image.shape for image in images]
-        for shape in dict.fromkeys(shapes):  # images of one size make a batch
-            rows = [index for index, other in enumerate(shapes) if other == shape]
+        for rows in _of_one_shape(images):
             outputs = signature(images=tf.constant(np.stack([images[index] for index in rows])))
             outputs = {name: tensor.numpy() for name, tensor in outputs.items()}
-            height, width = shape[:2]
             for row, index in enumerate(rows):
+                height, width = images[index].shape[:2]
                 found[index] = lite.unpack(outputs, row, width, height, height, width)
         return found
 
@@ -125,26 +125,52 @@ def _load_saved_model(path):
 
 
 def _load_run(path, score_threshold, max_detections):
-    import tensorflow as tf
-
     from polarmask_tf.train import load_run
 
     overrides = {"score_threshold": score_threshold, "max_detections": max_detections}
-    model = load_run(path, **{key: value for key, value in overrides.items() if value is not None})
-    height, width = model.input_size
-    detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, height, width, 3), tf.uint8)])
+    return run_predictor(load_run(path, **{key: value for key, value in overrides.items() if value is not None}))
+
+
+def run_predictor(model, fit=None):
+    """The model that train.load_run gives -> Predictor; images meet it by `fit`, see DataConfig (default: as in training)."""
+    import tensorflow as tf
+
+    data = model.config.data
+    fit = fit or data.fit
+    size = canvas(data)
+    fixed = (None, None) if fit == "short_side" else size  # one graph for inputs of every size
+    detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
+
+    def place(image):
+        return _short_side(image, *data.size) if fit == "short_side" else lite.letterbox(image, *size, fit == "stretch")
 
     def run(images):
-        if not images:
-            return []
-        canvases, backs = zip(*(lite.letterbox(image, height, width) for image in images), strict=True)
-        outputs = {name: tensor.numpy() for name, tensor in detect(np.stack(canvases)).items()}
-        return [
-            lite.unpack(outputs, row, width * back[0], height * back[1], *image.shape[:2])
-            for row, (image, back) in enumerate(zip(images, backs, strict=True))
-        ]
+        placed, backs = zip(*map(place, images), strict=True) if images else ((), ())
+        found = [None] * len(images)
+        for rows in _of_one_shape(placed):
+            outputs = {name: tensor.numpy() for name, tensor in detect(np.stack([placed[i] for i in rows])).items()}
+            for row, index in enumerate(rows):
+                (height, width), (back_x, back_y) = placed[index].shape[:2], backs[index]
+                found[index] = lite.unpack(outputs, row, width * back_x, height * back_y, *images[index].shape[:2])
+        return found
 
-    return Predictor("run", model.classes, (height, width), 8, run)
+    return Predictor("run", model.classes, size, 8, run)
+
+
+def _short_side(image, shorter, longer):
+    """The paper's inputs: see DataConfig.fit for the rule and lite.place for what is returned."""
+    sides = image.shape[:2]
+    scale = min(shorter / min(sides), longer / max(sides))
+    filled = tuple(max(1, round(side * scale)) for side in sides)
+    return lite.place(image, filled, tuple(-(-side // 32) * 32 for side in filled))
+
+
+def _of_one_shape(images):
+    """Lists of the indices of images that can be stacked."""
+    groups = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(index)
+    return list(groups.values())
 
 
 def read_image(path):
@@ -155,52 +181,108 @@ def read_image(path):
         raise InputError(str(error)) from None
 
 
-def predict(predictor, source, out, *, score_threshold=0.3, truth=None, limit=None, progress=True):
+def predict(predictor, source, out, *, score_threshold=None, truth=None, limit=None, results_only=False, progress=True):
     """Run `predictor` over an image file, or over the (first `limit`) files of a directory, and write what it finds.
 
-    out/overlays/NAME.png: the image with its polygons; out/results.json: COCO results with the original category ids
-    and the image's id in `truth` (a COCO JSON), else its file name's number, else its file name. With `truth` also
-    out/sheet.png: up to 12 images, ground truth beside prediction. Files that are no images are named on stderr,
-    counted and left out.
-    Returns {"images", "detections", "skipped": {file name: reason}, "results": Path, "sheet": Path | None}.
-    Raises InputError if no file is an image, or if `out` cannot be written.
+    out/results.json: COCO results with the original category ids and the image's id in `truth` (a COCO JSON, which may
+    lack annotations), else its file name's number, else its file name. out/overlays/NAME.png: the image with its polygons.
+    out/sheet.png: up to 12 of the images (figure 8), beside their ground truth where `truth` has annotations.
+    With `results_only` there are no pictures, `score_threshold` is the predictor's own in place of 0.3, and of a
+    directory only the images of `truth` are taken: what an evaluation server wants. Files that are no images, and then
+    images of `truth` that are not there, are named on stderr, counted and left out.
+    Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
+    "sheet": Path | None}. Raises InputError if no file is an image, or if `out` cannot be written.
     """
     source, out = Path(source), Path(out)
-    files = _files(source)[:limit]
-    dataset = read_coco(truth) if truth is not None else None
+    files, missing = _files(source), []
+    if score_threshold is None:
+        score_threshold = 0.0 if results_only else 0.3
+    dataset = _read_truth(truth) if truth is not None else None
     entries = _truth_entries(files, dataset)
+    if results_only and dataset is not None:
+        files, missing = _only_of_truth(files, entries, dataset, source, truth)
+    files = files[:limit]
     ids, names = _image_ids(files, entries), _overlay_names(files)
-    shown = {list(entries)[int(index)] for index in np.linspace(0, len(entries) - 1, SHEET_IMAGES) if entries}
-    results, pairs, skipped, images = [], [], {}, 0
-    _make_directory(out / "overlays")
-    for file in tqdm(files, desc="predict", unit="image", disable=not progress):
-        try:
-            image = read_image(file)
-        except InputError as error:
-            skipped[file.name] = str(error)
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            continue
-        images += 1
-        found = predictor([image])[0].above(score_threshold)
-        results += detections_to_results(found, ids[file], predictor.classes, *image.shape[:2])
-        _save_picture(_draw_found(image, found, predictor.classes), out / "overlays" / names[file])
-        if file in shown:
-            true, shapes = _draw_truth(image, entries[file], dataset, predictor.classes)
-            caption = f"{file.name}: {shapes} true, {len(found.scores)} found"
-            pairs.append((true, _draw_found(image, found, predictor.classes, fit=visualize.SHEET_SIDE), caption))
-    if not images:
-        reason = next(iter(skipped.values()))
-        raise InputError(f"{source}: no image to predict on: {reason}" + (", ..." if len(files) > 1 else ""))
-    if skipped:
-        more = ", ..." if len(skipped) > 5 else ""
-        print(f"skipped {len(skipped)} of {len(files)} files: {', '.join(list(skipped)[:5])}{more}", file=sys.stderr)
-    _write(out / "results.json", lambda beside: beside.write_text(json.dumps(results), encoding="utf-8"))
-    if dataset is not None and not pairs:
+    beside_truth = bool(dataset and dataset["annotations"])
+    shown = [] if results_only else _spread([file for file in files if not beside_truth or file in entries], SHEET_IMAGES)
+    cells, skipped, images, detections = [], {}, 0, 0
+    _make_directory(out if results_only else out / "overlays")
+    with _beside(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
+        for file in tqdm(files, desc="predict", unit="image", disable=not progress):
+            image = _read_or_skip(file, skipped)
+            if image is None:
+                continue
+            images += 1
+            found = predictor([image])[0].above(score_threshold)
+            # A line each, written at once: a test set has millions.
+            for result in detections_to_results(found, ids[file], predictor.classes, *image.shape[:2]):
+                results.write((",\n" if detections else "[") + json.dumps(result))
+                detections += 1
+            if results_only:
+                continue
+            _save_picture(_draw_found(image, found, predictor.classes), out / "overlays" / names[file])
+            if file in shown:
+                cells.append(_cell(file, image, found, predictor.classes, entries[file] if beside_truth else None, dataset))
+        results.write("]" if detections else "[]")
+        _report_skipped(skipped, len(files), images, source)
+    if beside_truth and not cells and not results_only:
         print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
-    if pairs:
-        _save_picture(visualize.sheet(pairs, title=f"PolarMask, {len(pairs)} of {images} images"), out / "sheet.png")
-    paths = {"results": out / "results.json", "sheet": out / "sheet.png" if pairs else None}
-    return {"images": images, "detections": len(results), "skipped": skipped, **paths}
+    if cells:
+        heads = ("ground truth", "prediction") if beside_truth else ()
+        title = f"PolarMask, {len(cells)} of {images} images"
+        _save_picture(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
+    counts = {"images": images, "detections": detections, "skipped": skipped, "missing": missing}
+    return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
+
+
+def compare(predictors, source, out, *, score_threshold=0.3, images=6, title=""):
+    """Writes the picture `out`: what each of `predictors` (name -> Predictor) finds in the same images, side by side.
+
+    This is figure 6 of the paper. `source` is a directory, an image file or a list of files, of which up to `images` are
+    taken, spread over all. Returns `out`; raises InputError if no file is an image, or if `out` cannot be written.
+    """
+    files = list(map(Path, source)) if isinstance(source, list | tuple) else _files(Path(source))
+    skipped, cells = {}, []
+    chosen = _spread(files, images)
+    for file in chosen:
+        image = _read_or_skip(file, skipped)
+        if image is None:
+            continue
+        pairs = [(p.classes, p([image])[0].above(score_threshold)) for p in predictors.values()]
+        pictures = [_draw_found(image, found, classes, fit=visualize.SHEET_SIDE) for classes, found in pairs]
+        cells.append((*pictures, f"{file.name}: {', '.join(str(len(found.scores)) for _, found in pairs)} found"))
+    _report_skipped(skipped, len(chosen), len(cells), source)
+    _make_directory(Path(out).parent)
+    _save_picture(visualize.sheet(cells, heads=tuple(predictors), title=title), Path(out))
+    return Path(out)
+
+
+def _spread(items, count):
+    """Up to `count` of the items, evenly from the first to the last."""
+    return [items[i] for i in dict.fromkeys(np.linspace(0, len(items) - 1, count).astype(int).tolist())] if items else []
+
+
+def _read_or_skip(file, skipped):
+    """The image of a file, or None, said on stderr and noted in `skipped`."""
+    try:
+        return read_image(file)
+    except InputError as error:
+        skipped[file.name] = str(error)
+        tqdm.write(f"skipped {error}", file=sys.stderr)
+        return None
+
+
+def _report_skipped(skipped, files, images, source):
+    if not images:
+        reason = next(iter(skipped.values()), "no files")
+        raise InputError(f"{source}: no image to predict on: {reason}" + (", ..." if files > 1 else ""))
+    if skipped:
+        print(f"skipped {len(skipped)} of {files} files: {_some(skipped)}", file=sys.stderr)
+
+
+def _some(names):
+    names = list(names)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _files(source):
@@ -216,12 +298,42 @@ def _files(source):
     return files
 
 
+def _read_truth(path):
+    """The COCO dict of `path`; of one without annotations, like COCO's files of its test images, the images alone."""
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return read_coco(path)  # which says what is wrong with it
+    if not isinstance(document, dict) or not isinstance(document.get("images"), list) or document.get("annotations"):
+        return read_coco(path)
+    images = [
+        image for image in document["images"]
+        if isinstance(image, dict) and isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
+    ]
+    if not images:
+        raise InputError(f"{path}: names no images; its list 'images' needs objects with an integer 'id' and a 'file_name'")
+    if unusable := len(document["images"]) - len(images):
+        print(f"skipped {unusable} of {len(document['images'])} images of {path}: no 'id' or 'file_name'", file=sys.stderr)
+    return {"images": images, "annotations": [], "categories": []}
+
+
 def _truth_entries(files, dataset):
     """File -> its entry of the truth's images, by the name as it stands there or else without its directory."""
     images = dataset["images"] if dataset else []
     by_name = {Path(image["file_name"]).name: image for image in images}
     by_name |= {image["file_name"]: image for image in images}
     return {file: by_name[file.name] for file in files if file.name in by_name}
+
+
+def _only_of_truth(files, entries, dataset, source, truth):
+    """Those of the files that `truth` names, and the names of its images that are not among them."""
+    there = {entry["id"] for entry in entries.values()}
+    missing = [image["file_name"] for image in dataset["images"] if image["id"] not in there]
+    if not there:
+        raise InputError(f"{source}: holds none of the {len(missing)} images of {truth}, like {missing[0]}")
+    if missing:
+        print(f"missing {len(missing)} of {len(dataset['images'])} images of {truth}: {_some(missing)}", file=sys.stderr)
+    return [file for file in files if file in entries], missing
 
 
 def _image_ids(files, entries):
@@ -246,6 +358,15 @@ def _draw_found(image, found, classes, fit=None):
     labels = ["" if plain else classes[index]["name"] for index in found.classes]
     colors = visualize.colors_for(found.classes, len(classes))
     return visualize.draw(image, list(found.polygons), labels, found.scores, colors, fit=fit)
+
+
+def _cell(file, image, found, classes, entry, dataset):
+    """A cell of the sheet: the picture of what was found, after that of the ground truth if there is an entry of it."""
+    picture = _draw_found(image, found, classes, fit=visualize.SHEET_SIDE)
+    if entry is None:
+        return picture, f"{file.name}: {len(found.scores)} found"
+    true, shapes = _draw_truth(image, entry, dataset, classes)
+    return true, picture, f"{file.name}: {shapes} true, {len(found.scores)} found"
 
 
 def _draw_truth(image, entry, dataset, classes):
@@ -277,16 +398,20 @@ def _make_directory(path):
         raise InputError(f"{path}: cannot make this directory: {error.strerror or error}") from None
 
 
-def _write(path, write):
-    """Write beside `path`, then rename: nobody ever sees half a file."""
-    beside = path.with_name(f".{path.name}.part")
+@contextlib.contextmanager
+def _beside(path):
+    """A path to write to, renamed to `path` at the end unless an error came between: nobody ever sees half a file."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        write(beside)
-        os.replace(beside, path)
+        yield part
+        os.replace(part, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot write it: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone if all went well
+            part.unlink()
 
 
 def _save_picture(picture, path):
-    _write(path, lambda beside: picture.save(beside, format="PNG"))
+    with _beside(path) as part:
+        picture.save(part, format="PNG")

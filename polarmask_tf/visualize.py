@@ -1,6 +1,7 @@
 """Pictures: an image with its instances, a sheet of ground truth beside prediction. NumPy and Pillow only."""
 
 import colorsys
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -123,32 +124,41 @@ def _fit(picture, side):
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def sheet(pairs, *, title="", side=SHEET_SIDE):
-    """Pairs (ground truth PIL.Image, prediction PIL.Image, caption) -> one PIL.Image, a pair a cell, side by side."""
-    columns = 1 if len(pairs) <= 2 else 2 if len(pairs) <= 8 else 3
-    rows = -(-len(pairs) // columns)
-    gap, between, line = 28, 6, 24
-    head = 96 if title else 56
-    pairs = [(_fit(truth, side), _fit(prediction, side), caption) for truth, prediction, caption in pairs]
-    high = [max(truth.height for truth, _, _ in pairs[r * columns : (r + 1) * columns]) for r in range(rows)]
-    wide = gap + columns * (2 * side + between + gap)
-    canvas = Image.new("RGB", (wide, head + sum(high) + rows * (line + gap)), PAPER)
+def sheet(cells, *, heads=("ground truth", "prediction"), title="", side=SHEET_SIDE):
+    """Cells (PIL.Image, ..., caption), each of as many pictures, side by side -> one PIL.Image.
+
+    heads: a text over each picture of a cell, or none at all.
+    """
+    pictures = len(cells[0]) - 1
+    columns = math.ceil(math.sqrt(len(cells) / pictures))
+    gap, between, line, head = 28, 6, 24, 28 + (28 if heads else 0) + (40 if title else 0)
+    rows = [
+        [([_fit(picture, side) for picture in shown], caption) for *shown, caption in cells[first : first + columns]]
+        for first in range(0, len(cells), columns)
+    ]
+    high = [max(picture.height for shown, _ in row for picture in shown) for row in rows]
+    inner = pictures * (side + between) - between
+    canvas = Image.new("RGB", (gap + columns * (inner + gap), head + sum(high) + len(rows) * (line + gap)), PAPER)
     pen = ImageDraw.Draw(canvas)
     if title:
         pen.text((gap, 24), title, font=ImageFont.load_default(26), fill=INK)
     small, tiny = ImageFont.load_default(16), ImageFont.load_default(15)
     y = head
-    for column in range(min(columns, len(pairs))):
-        x = gap + column * (2 * side + between + gap)
-        pen.text((x, y - 26), "ground truth", font=small, fill=INK)
-        pen.text((x + side + between, y - 26), "prediction", font=small, fill=INK)
-    for row in range(rows):
-        for column, (truth, prediction, caption) in enumerate(pairs[row * columns : (row + 1) * columns]):
-            x = gap + column * (2 * side + between + gap)
-            canvas.paste(truth, (x, y))
-            canvas.paste(prediction, (x + side + between, y))
-            while caption and pen.textlength(caption, font=tiny) > 2 * side + between:
-                caption = caption[:-2].rstrip("…") + "…" if len(caption) > 2 else ""
-            pen.text((x, y + truth.height + 4), caption, font=tiny, fill=FAINT)
-        y += high[row] + line + gap
+    for number, row in enumerate(rows):
+        for column, (shown, caption) in enumerate(row):
+            left = gap + column * (inner + gap)
+            for k, picture in enumerate(shown):
+                x = left + k * (side + between)
+                canvas.paste(picture, (x, y))
+                if number == 0 and heads:
+                    pen.text((x, y - 26), _cut(pen, heads[k], small, side), font=small, fill=INK)
+            pen.text((left, y + shown[0].height + 4), _cut(pen, caption, tiny, inner), font=tiny, fill=FAINT)
+        y += high[number] + line + gap
     return canvas
+
+
+def _cut(pen, text, font, width):
+    """As much of a text as fits into `width` pixels."""
+    while text and pen.textlength(text, font=font) > width:
+        text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+    return text

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 import types
@@ -9,6 +10,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from test_lite import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
 
+from polarmask_tf import config as configs
 from polarmask_tf import lite, predict
 from polarmask_tf.errors import InputError
 from polarmask_tf.predict import Detections, Predictor, load_predictor
@@ -24,9 +26,12 @@ def run(tmp_path, monkeypatch):
     """A run directory whose load_run gives the hexagon model, and the overrides that it was loaded with."""
     calls = []
 
+    config = configs.Config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=(HEIGHT, WIDTH)))
+
     def load_run(path, **overrides):
         calls.append(overrides)
-        return types.SimpleNamespace(classes=CLASSES, input_size=(HEIGHT, WIDTH), detect=hexagon_around_brightest)
+        return types.SimpleNamespace(classes=CLASSES, config=config, detect=hexagon_around_brightest)
 
     monkeypatch.setitem(sys.modules, "polarmask_tf.train", types.SimpleNamespace(load_run=load_run))
     (tmp_path / "run").mkdir()
@@ -160,9 +165,10 @@ def test_predict_writes_overlays_and_coco_results(exports, folder, tmp_path, cap
     out = tmp_path / "deep" / "out"
     done = predict.predict(load_predictor(exports["tflite"]), folder, out, score_threshold=0.0, progress=False)
     assert (done["images"], done["detections"], list(done["skipped"])) == (3, 6, ["notes.txt"])
-    assert "notes.txt" in done["skipped"]["notes.txt"] and done["sheet"] is None
+    assert "notes.txt" in done["skipped"]["notes.txt"]
     assert "skipped 1 of 4 files: notes.txt" in capsys.readouterr().err
-    assert sorted(path.name for path in out.rglob("*")) == ["12.png", "known.png", "moon.png", "overlays", "results.json"]
+    names = ["12.png", "known.png", "moon.png", "overlays", "results.json", "sheet.png"]
+    assert sorted(path.name for path in out.rglob("*")) == names
     results = json.loads(done["results"].read_text())
     assert {result["image_id"] for result in results} == {12, "moon.png", "known.png"}
     assert Image.open(out / "overlays" / "12.png").size == (96 * 6, 64 * 6)
@@ -236,8 +242,10 @@ def test_an_output_that_cannot_be_written_is_an_error(exports, folder, tmp_path,
     [
         ("no json", "not valid JSON"),
         ("[]", "holds a list"),
-        ('{"images": []}', "no key 'annotations'"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', r"categories\[0\] needs"),
+        ('{"images": 3, "annotations": []}', "no key 'categories'|'images' is a int"),
+        ('{"images": [], "categories": []}', "names no images"),
+        ('{"images": [3, {"id": "x", "file_name": "y"}]}', "names no images"),
+        ('{"images": [], "annotations": [{}], "categories": [{"id": 1}]}', r"categories\[0\] needs"),
     ],
 )
 def test_a_wrong_truth_is_an_error(exports, folder, tmp_path, text, expected):
@@ -249,11 +257,12 @@ def test_a_wrong_truth_is_an_error(exports, folder, tmp_path, text, expected):
 
 def test_the_sheet_takes_a_dozen_spread_over_all(tmp_path, monkeypatch):
     images = [{"id": i, "file_name": f"{i:02}.png", "height": 8, "width": 8} for i in range(30)]
+    square = {"id": 1, "image_id": 3, "category_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5, 1, 5]], "area": 16, "iscrowd": 0}
     for image in images:
         Image.new("RGB", (8, 8)).save(tmp_path / image["file_name"])
     truth = tmp_path / "truth" / "truth.json"
     truth.parent.mkdir()
-    truth.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    truth.write_text(json.dumps({"images": images, "annotations": [square], "categories": [{"id": 1, "name": "a"}]}))
     nothing = {"scores": np.zeros(0), "classes": np.zeros(0, int), "boxes": np.zeros((0, 4)), "polygons": np.zeros((0, 4, 2))}
     predictor = Predictor("run", [{"name": "a", "category_id": 1}], (8, 8), 1, lambda images: [nothing for _ in images])
     captions = []
@@ -273,3 +282,139 @@ def test_truth_that_cannot_be_drawn_is_named_and_left_out(exports, folder, tmp_p
     done = predict.predict(predictor, folder, tmp_path / "out", truth=tmp_path / "truth.json", progress=False)
     assert done["sheet"].exists()
     assert "not drawn: annotation 1 of image 5: polygon with fewer than 3 points" in capsys.readouterr().err
+
+
+# ---- for an evaluation server
+
+
+def image_info(path, *names, **more):
+    """What COCO gives for its test images: no annotations."""
+    images = [{"id": 100 + i, "file_name": name, "height": 9, "width": 9} for i, name in enumerate(names)]
+    path.write_text(json.dumps({"images": images, "categories": [{"id": 3, "name": "moon"}], **more}))
+    return path
+
+
+@pytest.mark.parametrize("more", [{}, {"annotations": []}])
+def test_results_only_writes_one_file_for_the_images_of_a_json(exports, folder, tmp_path, capsys, more):
+    truth = image_info(tmp_path / "info.json", "known.png", "gone.png", "moon.png", "lost.png", **more)
+    predictor, out = load_predictor(exports["tflite"]), tmp_path / "out"
+    done = predict.predict(predictor, folder, out, truth=truth, results_only=True, progress=False)
+    assert [path.name for path in out.rglob("*")] == ["results.json"] and done["sheet"] is None
+    assert (done["images"], done["missing"], done["skipped"]) == (2, ["gone.png", "lost.png"], {})
+    assert "missing 2 of 4 images" in (error := capsys.readouterr().err) and "gone.png, lost.png" in error
+    results = json.loads(done["results"].read_text())
+    # Also the weak detections, which COCO's average precision counts, and the ids of the JSON.
+    assert sorted((r["image_id"], round(r["score"], 1)) for r in results) == [(100, 0.4), (100, 0.9), (102, 0.4), (102, 0.9)]
+    assert done["detections"] == 4
+    for result in results:
+        assert set(result) == {"image_id", "category_id", "score", "segmentation", "bbox"}
+        assert isinstance(result["segmentation"]["counts"], str)
+        side = {100: [96, 64], 102: [40, 40]}[result["image_id"]]
+        assert result["segmentation"]["size"] == side and coco_mask.decode(result["segmentation"]).shape == tuple(side)
+
+
+def test_results_only_and_with_pictures_agree(exports, folder, tmp_path):
+    predictor = load_predictor(exports["tflite"])
+    one = predict.predict(predictor, folder, tmp_path / "one", results_only=True, progress=False)
+    other = predict.predict(predictor, folder, tmp_path / "other", score_threshold=0.0, progress=False)
+    assert one["results"].read_text() == other["results"].read_text()
+    assert one["images"] == 3 and list(one["skipped"]) == ["notes.txt"]
+    sure = predict.predict(predictor, folder, tmp_path / "sure", results_only=True, score_threshold=0.5, progress=False)
+    assert sure["detections"] == 3
+
+
+def test_limit_counts_images_of_the_json(exports, folder, tmp_path):
+    truth = image_info(tmp_path / "info.json", "moon.png", "known.png")
+    predictor = load_predictor(exports["tflite"])
+    done = predict.predict(predictor, folder, tmp_path / "out", truth=truth, limit=1, results_only=True, progress=False)
+    assert done["images"] == 1 and {r["image_id"] for r in json.loads(done["results"].read_text())} == {101}  # known.png
+
+
+def test_a_json_of_other_images_is_an_error(exports, folder, tmp_path):
+    truth = image_info(tmp_path / "info.json", "a.png", "b.png")
+    with pytest.raises(InputError, match=r"holds none of the 2 images of .*, like a\.png"):
+        predict.predict(load_predictor(exports["tflite"]), folder, tmp_path / "out", truth=truth, results_only=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_entries_of_the_json_that_cannot_be_used_are_counted(exports, folder, tmp_path, capsys):
+    truth = image_info(tmp_path / "info.json", "moon.png")
+    document = json.loads(truth.read_text())
+    document["images"] += [{"id": 5}, 7]
+    truth.write_text(json.dumps(document))
+    predict.predict(load_predictor(exports["tflite"]), folder, tmp_path / "out", truth=truth, results_only=True, progress=False)
+    assert f"skipped 2 of 3 images of {truth}" in capsys.readouterr().err
+
+
+def test_nothing_found_is_an_empty_list(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    nothing = {"scores": np.zeros(0), "classes": np.zeros(0, int), "boxes": np.zeros((0, 4)), "polygons": np.zeros((0, 4, 2))}
+    predictor = Predictor("run", [{"name": "a", "category_id": 1}], (8, 8), 1, lambda images: [nothing for _ in images])
+    done = predict.predict(predictor, tmp_path / "1.png", tmp_path / "out", results_only=True, progress=False)
+    assert done["detections"] == 0 and json.loads(done["results"].read_text()) == []
+
+
+def test_a_failure_halfway_leaves_no_results(folder, tmp_path):
+    """An older results.json stays, and no half-written one is beside it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("older")
+
+    def run(images):
+        if images[0].shape[0] == 96:
+            raise RuntimeError("out of memory")
+        return [{"scores": np.ones(1), "classes": np.zeros(1, int), "boxes": np.ones((1, 4)), "polygons": np.ones((1, 4, 2))}]
+
+    predictor = Predictor("run", [{"name": "a", "category_id": 1}], (8, 8), 1, run)
+    with pytest.raises(RuntimeError):
+        predict.predict(predictor, folder, tmp_path / "out", results_only=True, progress=False)
+    assert [(path.name, path.read_text()) for path in (tmp_path / "out").iterdir()] == [("results.json", "older")]
+
+
+# ---- sheets without ground truth
+
+
+def drawn_sheet(monkeypatch):
+    """The cells and heads that visualize.sheet is given, as it is called."""
+    calls = []
+    draw = predict.visualize.sheet
+    monkeypatch.setattr(predict.visualize, "sheet", lambda cells, **kw: calls.append((cells, kw["heads"])) or draw(cells, **kw))
+    return calls
+
+
+def test_the_sheet_without_truth_shows_predictions_alone(exports, folder, tmp_path, monkeypatch):
+    calls = drawn_sheet(monkeypatch)
+    done = predict.predict(load_predictor(exports["tflite"]), folder, tmp_path / "out", score_threshold=0.5, progress=False)
+    (cells, heads), = calls
+    assert heads == () and [len(cell) for cell in cells] == [2, 2, 2]
+    assert [cell[-1] for cell in cells] == ["12.png: 1 found", "known.png: 1 found", "moon.png: 1 found"]
+    assert Image.open(done["sheet"]).width > 384
+
+
+def test_compare_shows_the_same_images_for_every_model(exports, folder, tmp_path, monkeypatch):
+    calls = drawn_sheet(monkeypatch)
+    one = load_predictor(exports["tflite"])
+    sure = load_predictor(exports["tflite"], score_threshold=0.5)
+    shifted = dataclasses.replace(sure, run=lambda images: [{**f, "polygons": f["polygons"] + 5} for f in sure.run(images)])
+    models, out = {"Smooth-L1": shifted, "Polar IoU": one}, tmp_path / "deep" / "f.png"
+    assert predict.compare(models, folder, out, score_threshold=0.1) == out
+    (cells, heads), = calls
+    assert heads == ("Smooth-L1", "Polar IoU")
+    assert [cell[-1] for cell in cells] == ["12.png: 1, 2 found", "known.png: 1, 2 found", "moon.png: 1, 2 found"]
+    for left, right, _ in cells:
+        assert left.size == right.size and (np.asarray(left) != np.asarray(right)).any()
+    assert Image.open(out).width > 2 * 384 and [path.name for path in out.parent.iterdir()] == ["f.png"]
+
+
+def test_compare_takes_a_list_of_files_and_spreads_over_them(exports, folder, tmp_path, monkeypatch, capsys):
+    calls = drawn_sheet(monkeypatch)
+    model = {"a": load_predictor(exports["tflite"])}
+    files = [str(folder / name) for name in ("12.png", "moon.png", "known.png")]
+    predict.compare(model, files, tmp_path / "a.png", images=2)
+    predict.compare(model, folder / "moon.png", tmp_path / "b.png")
+    predict.compare(model, [folder / "notes.txt", folder / "12.png"], tmp_path / "c.png")
+    names = [[cell[-1].split(":")[0] for cell in cells] for cells, _ in calls]
+    assert names == [["12.png", "known.png"], ["moon.png"], ["12.png"]]
+    assert "skipped 1 of 2 files: notes.txt" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no image to predict on"):
+        predict.compare(model, folder / "notes.txt", tmp_path / "d.png")
+    assert not (tmp_path / "d.png").exists()

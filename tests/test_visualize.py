@@ -133,6 +133,36 @@ def test_a_sheet_holds_every_pair_side_by_side(count):
         assert (truth.min(axis=0)[0] == prediction.min(axis=0)[0]) and truth.max(axis=0)[1] < prediction.min(axis=0)[1]
 
 
+@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_a_sheet_takes_any_number_of_pictures_a_cell(count, pictures):
+    cells = [
+        (*(Image.new("RGB", (64, 40 + 8 * k), (k, index, 255)) for k in range(pictures)), f"image {index}")
+        for index in range(count)
+    ]
+    page = np.asarray(visualize.sheet(cells, heads=[f"model {k}" for k in range(pictures)], side=64)).astype(int)
+    corners = []
+    for index in range(count):
+        found = [np.argwhere((page == (k, index, 255)).all(axis=-1)) for k in range(pictures)]
+        assert all(len(pixels) == 64 * (40 + 8 * k) for k, pixels in enumerate(found))
+        tops, lefts = np.array([pixels.min(axis=0) for pixels in found]).T
+        assert len(set(tops)) == 1 and (np.diff(lefts) > 64).all()
+        corners.append((tops[0], lefts[0]))
+    assert corners == sorted(corners)  # row by row
+    if pictures == 1 and count == 12:
+        assert len({left for _, left in corners}) == 4 and page.shape[1] < 2 * page.shape[0]
+
+
+def test_heads_stand_over_the_first_row_and_are_cut():
+    cells = [(Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64)), "") for _ in range(2)]
+    bare = np.asarray(visualize.sheet(cells, heads=(), side=64))
+    page = np.asarray(visualize.sheet(cells, heads=("one", "a very long name of a model " * 9), side=64))
+    assert page.shape[0] == bare.shape[0] + 28 and page.shape[1] == bare.shape[1]
+    over = (page[28:56] != page[0, 0]).any(axis=(0, 2))  # columns with ink
+    assert over[28:92].any() and over[98:162].any() and not over[162:].any()
+    np.testing.assert_array_equal(page[56:], bare[28:])
+
+
 def test_a_caption_that_is_too_long_is_cut_not_spilled():
     pair = (Image.new("RGB", (64, 64)), Image.new("RGB", (64, 64)), "a very long file name " * 20)
     page = np.asarray(visualize.sheet([pair], side=64))
