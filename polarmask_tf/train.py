@@ -20,6 +20,7 @@ from polarmask_tf import optimizers, targets
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
+from polarmask_tf.modeling import pretrained
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.tensors import summarize
 
@@ -55,8 +56,6 @@ def train(config: Config, run: Path, *, restart: bool = False, start: Path | Non
     elif start:
         start_from(model, start)
     elif config.model.backbone.weights:
-        from polarmask_tf.modeling import pretrained
-
         pretrained.initialize(model.backbone, config.model)
     done, steps = int(model.optimizer.iterations), config.train.steps
     if done >= steps:

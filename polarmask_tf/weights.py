@@ -17,8 +17,9 @@ from polarmask_tf import config as configs
 from polarmask_tf import train
 from polarmask_tf.data import records
 from polarmask_tf.errors import InputError
+from polarmask_tf.modeling import pretrained
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.tensors import read_tensors, summarize
+from polarmask_tf.tensors import read_tensors
 
 # The 80 classes of COCO in the order of their ids, which is that of the released models' class scores.
 COCO = {
@@ -111,19 +112,15 @@ def _check_kind(checkpoint, tensors, config, num_classes):
 
 def _assign(checkpoint, tensors, model) -> list[str]:
     """Every tensor to its variable; returns the names of a box branch that the model lacks."""
-    targets = {f"backbone.{key}": variable for key, variable in _backbone_keys(model.backbone).items()}
+    targets = {f"backbone.{key}": variable for key, variable in pretrained.variables(model.backbone).items()}
     targets |= _fpn_keys(model.fpn) | _head_keys(model.head)
     box = {key for key in tensors if re.match(r"bbox_head\.(reg_convs|polar_reg|scales_bbox)\b", key)}
     left = sorted(box - set(targets))
-    missing = [key for key in targets if key not in tensors]
-    unexpected = [key for key in tensors if key not in targets and key not in left]
-    values = {key: _from_torch(tensors[key]) for key in targets if key in tensors}
-    wrong = [
-        f"{key} ({list(tensors[key].shape)})" for key, value in values.items() if value.shape != tuple(targets[key].shape)
-    ]
-    for what, names in (("misses", missing), ("has, for this config, unknown", unexpected), ("has of another shape", wrong)):
-        if names:
-            raise InputError(f"{checkpoint}: {what} {len(names)} tensors: {summarize(names)}; is it of this config?")
+    # Kernels are [out, in, height, width] there.
+    values = {
+        key: value.transpose(2, 3, 1, 0) if value.ndim == 4 else value for key, value in tensors.items() if key not in left
+    }
+    pretrained.check(targets, values, str(checkpoint))
     if model.config.model.backbone.stride_in == "1x1":
         values["backbone.conv1.weight"] = values["backbone.conv1.weight"][:, :, ::-1]
     turn = released_rays(model.config.model.rays)
@@ -132,32 +129,6 @@ def _assign(checkpoint, tensors, model) -> list[str]:
     for key, variable in targets.items():
         variable.assign(values[key])
     return left
-
-
-def _from_torch(tensor: np.ndarray) -> np.ndarray:
-    """Convolution kernels from [out, in, h, w] to [h, w, in, out]; vectors and scalars as they are."""
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
-
-
-def _backbone_keys(backbone) -> dict[str, tf.Variable]:
-    layers = {"conv1": backbone.stem, "bn1": backbone.stem_norm}
-    for stage, blocks in enumerate(backbone.stages, 1):
-        for number, block in enumerate(blocks):
-            name = f"layer{stage}.{number}"
-            layers |= {f"{name}.conv{i}": conv for i, conv in enumerate(block.convs, 1)}
-            layers |= {f"{name}.bn{i}": norm for i, norm in enumerate(block.norms, 1)}
-            if block.shortcut is not None:
-                layers |= {f"{name}.downsample.0": block.shortcut, f"{name}.downsample.1": block.shortcut_norm}
-    keys = {}
-    for name, layer in layers.items():
-        if hasattr(layer, "conv"):
-            keys[f"{name}.weight"] = layer.conv.kernel
-        else:
-            keys |= {
-                f"{name}.weight": layer.gamma, f"{name}.bias": layer.beta,
-                f"{name}.running_mean": layer.moving_mean, f"{name}.running_var": layer.moving_variance,
-            }
-    return keys
 
 
 def _fpn_keys(fpn) -> dict[str, tf.Variable]:

@@ -246,10 +246,10 @@ def test_refusals(small, tmp_path):
     assert "has 3 classes, not 80; give the data" in refusal(small_state(classes=3), tmp_path)
     assert "has 36 rays, not 8; set model.rays" in refusal(small_state(rays=36), tmp_path)
     missing = changed(small, drop=["neck.fpn_convs.3.conv.bias"])
-    assert "misses 1 tensors: neck.fpn_convs.3.conv.bias" in refusal(missing, tmp_path)
-    assert "unknown 1 tensors: neck.extra" in refusal(changed(small, **{"neck.extra": np.zeros(3, np.float32)}), tmp_path)
+    assert "tensors 1 missing (neck.fpn_convs.3.conv.bias)" in refusal(missing, tmp_path)
+    assert "tensors 1 unexpected (neck.extra)" in refusal(changed(small, **{"neck.extra": np.zeros(3, np.float32)}), tmp_path)
     wrong = changed(small, **{"neck.fpn_convs.0.conv.bias": np.zeros(128, np.float32)})
-    assert "another shape 1 tensors: neck.fpn_convs.0.conv.bias ([128])" in refusal(wrong, tmp_path)
+    assert "1 of another shape (neck.fpn_convs.0.conv.bias (128 instead of 256))" in refusal(wrong, tmp_path)
     six = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, rays=18))
     assert "unless 4 divides" in refusal(small_state(rays=18), tmp_path, six)
 

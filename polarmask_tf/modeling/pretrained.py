@@ -84,6 +84,13 @@ def variables(backbone: ResNet) -> dict[str, tf.Variable]:
 
 def assign(named: dict[str, tf.Variable], tensors: dict[str, np.ndarray], source: str) -> None:
     """Assigns tensors (kernels as TensorFlow has them) of the same names and shapes; all of them, or InputError and none."""
+    check(named, tensors, source)
+    for name, variable in named.items():
+        variable.assign(tensors[name])
+
+
+def check(named: dict[str, tf.Variable], tensors: dict[str, np.ndarray], source: str) -> None:
+    """InputError, naming the first few, unless names and shapes are the same."""
     missing = [name for name in named if name not in tensors]
     unexpected = [name for name in tensors if name not in named]
     wrong = [
@@ -95,9 +102,7 @@ def assign(named: dict[str, tf.Variable], tensors: dict[str, np.ndarray], source
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)) if names
     ]
     if problems:
-        raise InputError(f"{source}: weights of another network than model.backbone: tensors " + "; ".join(problems))
-    for name, variable in named.items():
-        variable.assign(tensors[name])
+        raise InputError(f"{source}: weights of another network than the config's: tensors " + "; ".join(problems))
 
 
 def torchvision_tensors(path: str) -> dict[str, np.ndarray]:
