@@ -68,9 +68,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
     sub.add_argument("images", type=Path, help="image file, or directory of images")
     sub.add_argument("--out", type=Path, required=True, help="directory for overlays/ and results.json")
-    sub.add_argument("--score-threshold", type=float, default=0.3, help="least score drawn (default %(default)s)")
+    sub.add_argument("--score-threshold", type=float, help="least score (default 0.3; with --results-only the model's own)")
     sub.add_argument("--limit", type=_positive, help="only the first images of the directory")
-    sub.add_argument("--truth", type=Path, metavar="JSON", help="COCO annotations: adds sheet.png, truth beside prediction")
+    sub.add_argument("--truth", type=Path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
+    sub.add_argument("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
 
     sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     sub.add_argument("run", type=Path, help="run directory")
@@ -92,7 +93,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rays", type=_numbers, metavar="N,N,...", help="numbers of rays (default: 8,12,18,24,36,72,120)")
     sub.add_argument("--limit", type=_positive, help="only the first images")
 
-    sub = command("benchmark", benchmark, "CPU time of targets, input pipeline, convert, RLE and evaluation, one thread")
+    sub = command("summary", summary, "parameters, multiply-adds and memory of a config, part by part")
+    sub.add_argument("config", help="YAML file, or the name of a shipped one")
+    sub.add_argument("--classes", type=_positive, default=80, help="number of classes (default %(default)s)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like model.rays=72")
+
+    sub = command("benchmark", benchmark, "inference time of configs and runs; without any: CPU time of the data side")
+    sub.add_argument("models", nargs="*", metavar="CONFIG|RUN", help="timed in turns, one image, on the GPU if there is one")
+    sub.add_argument("--repeats", type=_positive, default=10, help="timed calls of each model (default %(default)s)")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
 
@@ -157,8 +165,12 @@ def predict(args):
     from polarmask_tf.predict import load_predictor, predict
 
     predictor = load_predictor(args.model)
-    done = predict(predictor, args.images, args.out, score_threshold=args.score_threshold, truth=args.truth, limit=args.limit)
-    print(f"{done['detections']} detections in {done['images']} images; pictures in {args.out / 'overlays'}, {done['results']}")
+    done = predict(
+        predictor, args.images, args.out, score_threshold=args.score_threshold, truth=args.truth, limit=args.limit,
+        results_only=args.results_only,
+    )
+    pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
+    print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
 
 
 def export(args):
@@ -185,17 +197,30 @@ def upper_bound(args):
     upper_bound.run(args.data, args.out, args.rays or upper_bound.RAYS, args.limit)
 
 
-def benchmark(args):
-    from polarmask_tf.benchmark import run
+def summary(args):
+    from polarmask_tf import config
 
-    rows = run()
-    for row in rows:
-        print(f"{row['value']:8.2f} {row['unit']:<14} {row['what']}")
+    settings = config.load(args.config, args.set)
+    from polarmask_tf.summary import run
+
+    run(settings, args.classes)
+
+
+def benchmark(args):
+    from polarmask_tf import benchmark
+
+    if args.models:
+        rows = benchmark.run_models(args.models, repeats=args.repeats)
+        print(benchmark.format_models(rows))
+    else:
+        rows = benchmark.run()
+        for row in rows:
+            print(f"{row['value']:8.2f} {row['unit']:<14} {row['what']}")
     if args.csv:
         with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["what", "value", "unit"])
+            writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows({**row, "value": round(row["value"], 3)} for row in rows)
+            writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
