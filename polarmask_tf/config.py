@@ -233,6 +233,8 @@ def check(config: Config) -> None:
          f"model.backbone.blocks is {list(model.backbone.blocks)}: four numbers of at least 1 are needed (C2 to C5)"),
         (len(model.mean) == len(model.std) == 3 and min(model.std) > 0,
          "model.mean and model.std are three numbers each, those of std positive"),
+        (model.backbone.multiplier == 1 or model.backbone.type != "resnet",
+         "model.backbone.multiplier is for the mobile backbones; a resnet has model.backbone.width"),
         (model.backbone.groups == 1 or model.backbone.block == "bottleneck",
          "model.backbone.groups above 1 needs model.backbone.block: bottleneck"),
         (0 <= model.backbone.freeze_at <= 5, f"model.backbone.freeze_at is {model.backbone.freeze_at}: 0 to 5 are possible"),

@@ -165,6 +165,12 @@ def test_ill_typed_values_are_refused_with_what_is_wanted(override, words):
     assert words in message and override.split("=")[0].removesuffix(".x") in message
 
 
+def test_sizes_of_short_side_need_no_multiples_but_an_order():
+    assert load("shapes", ["data.fit=short_side", "data.size=[100, 167]"]).data.size == (100, 167)
+    assert "the shorter side" in refusal("shapes", ["data.fit=short_side", "data.size=[167, 100]"])
+    assert "data.crop" in refusal("shapes", ["data.fit=short_side", "data.size=[96, 128]", "data.crop=[64, 64]"])
+
+
 @pytest.mark.parametrize("override", ["train.steps", "=3", "", "train.steps: 3", "train.steps=[1", "train.steps=@"])
 def test_malformed_overrides_are_refused(override):
     assert "override" in refusal("shapes", [override])
@@ -172,6 +178,12 @@ def test_malformed_overrides_are_refused(override):
 
 @pytest.mark.parametrize(("override", "words"), [
     ("model.rays=3", "model.rays"),
+    ("model.backbone.groups=8", "block: bottleneck"),
+    ("model.backbone.multiplier=0.5", "model.backbone.width"),
+    ("model.backbone.freeze_at=6", "0 to 5"),
+    ("conventions=released", "model.head.box: true"),
+    ("train.decay=l2", "optimizer: sgd"),
+    ("train.bias_rate=2", "train.decay: l2"),
     ("model.fpn.levels=[]", "model.fpn.levels"),
     ("model.fpn.levels=[3, 5]", "model.fpn.levels"),
     ("model.fpn.levels=[4, 3]", "model.fpn.levels"),
