@@ -189,7 +189,8 @@ def read_run(run: Path) -> tuple[Config, list]:
 
 def _prepare_run(config: Config, info, run: Path, restart: bool) -> None:
     """Makes the run directory, or refuses one that belongs to something else. Lengthening a training is allowed."""
-    if (run / "config.yaml").is_file() and not restart:
+    # A run that ended before its first checkpoint, of missing weights for example, holds nothing to protect.
+    if (run / "config.yaml").is_file() and not restart and tf.train.latest_checkpoint(str(run / "checkpoints")):
         before, classes = read_run(run)
         if classes != info.classes:
             raise InputError(

@@ -68,3 +68,13 @@ def test_a_recipe_trains_evaluates_and_exports(data, tmp_path, capfd, recipe):
     assert "backbone/stage3_block1/conv1/conv/kernel:0" not in frozen
     assert (model.backbone.stem_norm.moving_mean.numpy() == 0).all()
     shutil.rmtree(tmp_path)
+
+
+def test_weights_that_are_missing_cost_nothing_but_a_line(data, tmp_path, capfd):
+    """The run directory stays usable: what could not be loaded is given otherwise the next time."""
+    narrow = [word for item in (*NARROW, SIZES["paper_1x"]) for word in ("--set", item)]
+    common = ["train", "--config", "paper_1x", "--data", data / "train", "--out", tmp_path / "run", *narrow]
+    assert polarmask(*common, "--set", f"model.backbone.weights={tmp_path / 'none.h5'}") == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("polarmask: error: ") and "model.backbone.weights" in error
+    assert polarmask(*common) == 0
