@@ -145,7 +145,7 @@ def train(args):
 
 def evaluate(args):
     from polarmask_tf import evaluate
-    from polarmask_tf.predict import load_predictor
+    from polarmask_tf.predictor import load_predictor
 
     predictor = load_predictor(
         args.model, score_threshold=args.score_threshold,
@@ -162,7 +162,8 @@ def evaluate(args):
 
 
 def predict(args):
-    from polarmask_tf.predict import load_predictor, predict
+    from polarmask_tf.predict import predict
+    from polarmask_tf.predictor import load_predictor
 
     predictor = load_predictor(args.model)
     done = predict(

@@ -175,7 +175,8 @@ def _write(args, results):
 
 
 def _figure6(args, runs, settings):
-    from polarmask_tf.predict import compare, load_predictor
+    from polarmask_tf.predict import compare
+    from polarmask_tf.predictor import load_predictor
 
     predictors = {
         label: load_predictor(runs[configs.dump(settings[name])].with_name(

@@ -100,7 +100,7 @@ def test_evaluate_gives_the_same_numbers_for_all_three(work):
 
 def test_exports_agree_with_keras(work):
     from polarmask_tf.export import parity
-    from polarmask_tf.predict import load_predictor
+    from polarmask_tf.predictor import load_predictor
 
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, size, np.uint8) for size in ((64, 96, 3), (50, 120, 3), (200, 90, 3))]

@@ -13,7 +13,7 @@ from test_lite import CLASSES, RADIUS, hexagon_around_brightest, spot
 from polarmask_tf import config as configs
 from polarmask_tf import export, lite
 from polarmask_tf.export import parity, saved_model, tflite
-from polarmask_tf.predict import Detections, _short_side, load_predictor, run_predictor
+from polarmask_tf.predictor import Detections, _short_side, load_predictor, run_predictor
 
 SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47), (120, 50), (427, 640), (2000, 3)]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polarmask_tf import cli
-from polarmask_tf.predict import load_predictor
+from polarmask_tf.predictor import load_predictor
 
 NARROW = [
     "model.backbone.blocks=[1,1,1,1]", "model.backbone.width=8", "model.backbone.weights=''", "model.fpn.channels=16",

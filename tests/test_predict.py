@@ -13,7 +13,7 @@ from test_lite import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_ar
 from polarmask_tf import config as configs
 from polarmask_tf import lite, predict
 from polarmask_tf.errors import InputError
-from polarmask_tf.predict import Detections, Predictor, load_predictor
+from polarmask_tf.predictor import Detections, Predictor, load_predictor, read_image
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +122,7 @@ def test_a_predictor_refuses_what_is_no_image(exports):
 def test_read_image_raises_input_errors(tmp_path):
     for path in damaged_images(tmp_path):
         with pytest.raises(InputError) as error:
-            predict.read_image(path)
+            read_image(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
