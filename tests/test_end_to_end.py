@@ -233,3 +233,38 @@ def test_the_readmes_python(work, tmp_path, monkeypatch):
     names = {}
     exec(code, names)
     assert names["found"].polygons.shape[1:] == (12, 2)
+
+
+def test_what_a_server_wants(work, tmp_path, capsys):
+    """Results alone, with the ids of a JSON without annotations."""
+    info = json.loads((work / "shapes/val/annotations.json").read_text())
+    for image in info["images"]:
+        image["id"] += 500
+    (tmp_path / "info.json").write_text(json.dumps({"images": info["images"], "categories": info["categories"]}))
+    source = ("predict", work / "run", work / "shapes/val/images")
+    assert polarmask(*source, "--truth", tmp_path / "info.json", "--results-only", "--out", tmp_path / "out") == 0
+    assert "pictures" not in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["results.json"]
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results and {result["image_id"] for result in results} <= {image["id"] for image in info["images"]}
+
+
+def test_a_training_starts_from_another_run(work, tmp_path, capsys):
+    common = ["train", "--config", "shapes", "--data", work / "data/train", "--start", work / "run", "--out", tmp_path / "run"]
+    assert polarmask(*common, *settings("train.steps=2")) == 0
+    assert re.search(r"starting from \S+: (\d+) of \1 tensors", capsys.readouterr().out)
+    assert polarmask(*common, "--restart", *settings("train.steps=2"), "--start", tmp_path / "none") == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_upper_bound_summary_and_model_benchmark(work, tmp_path, capsys):
+    assert polarmask("upper-bound", work / "shapes/val/annotations.json", "--rays", "8,36", "--out", tmp_path) == 0
+    assert "With 36 rays" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"upper_bound.csv", "upper_bound.png"}
+    assert polarmask("upper-bound", work / "data/val", "--rays", "3") == 2
+    assert polarmask("summary", "shapes", "--classes", "4", *settings()) == 0
+    assert re.search(r"^total .* MB$", capsys.readouterr().out, re.M)
+    assert polarmask("benchmark", work / "run", "--repeats", "1", "--csv", tmp_path / "fps.csv") == 0
+    rows = (tmp_path / "fps.csv").read_text().splitlines()
+    assert len(rows) == 3 and "fps" in rows[0] and "network and post-processing" in rows[2]
+    assert polarmask("benchmark", tmp_path / "none") == 2
