@@ -20,11 +20,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from polarmask_tf import config, geometry, lite, summary, targets
+from polarmask_tf import config, geometry, targets
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.data.convert import convert
 from polarmask_tf.evaluate import coco_metrics, polygons_to_rle
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.predictor import network_input
 from polarmask_tf.train import load_run
 
 
@@ -60,7 +61,7 @@ def run_models(
     for number, source in enumerate(models, 1):
         name = f"config {number}" if isinstance(source, config.Config) else str(source)
         model, options = _model(source)
-        inputs = [tf.constant(_placed(image, model.config.data)[np.newaxis]) for image in images]
+        inputs = [tf.constant(network_input(image, model.config.data)[0][np.newaxis]) for image in images]
         network = tf.function(lambda x, model=model: model(x, training=False))
         both = tf.function(lambda x, model=model, options=options: model.detect(x, **options))
         cases += [(name, inputs, "network", network), (name, inputs, "network and post-processing", both)]
@@ -113,15 +114,6 @@ def _model(source):
             return load_run(source), {}
         source = config.load(source)
     return PolarMask(source, 80), {"score_threshold": 0.0}
-
-
-def _placed(image: np.ndarray, data: config.DataConfig) -> np.ndarray:
-    """The image as the network's input, see DataConfig.fit."""
-    size = summary.input_size(data, image.shape[:2])
-    if data.fit != "short_side":
-        return lite.letterbox(image, *size, data.fit == "stretch")[0]
-    factor = min(data.size[0] / min(image.shape[:2]), data.size[1] / max(image.shape[:2]))
-    return lite.place(image, tuple(round(side * factor) for side in image.shape[:2]), size)[0]
 
 
 def _wall_and_cpu(function, x) -> tuple[float, float]:

@@ -133,11 +133,8 @@ def run_predictor(model, fit=None):
     fixed = (None, None) if fit == "short_side" else size  # one graph for inputs of every size
     detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
 
-    def place(image):
-        return _short_side(image, *data.size) if fit == "short_side" else lite.letterbox(image, *size, fit == "stretch")
-
     def run(images):
-        placed, backs = zip(*map(place, images), strict=True) if images else ((), ())
+        placed, backs = zip(*(network_input(i, data, fit) for i in images), strict=True) if images else ((), ())
         found = [None] * len(images)
         for rows in _of_one_shape(placed):
             outputs = {name: tensor.numpy() for name, tensor in detect(np.stack([placed[i] for i in rows])).items()}
@@ -149,9 +146,12 @@ def run_predictor(model, fit=None):
     return Predictor("run", model.classes, size, 8, run)
 
 
-def _short_side(image, shorter, longer):
-    """The paper's inputs: see DataConfig.fit for the rule and lite.place for what is returned."""
-    sides = image.shape[:2]
+def network_input(image, data, fit=None):
+    """uint8 [h, w, 3] as the network sees it under DataConfig `data`; see its `fit`, and lite.place for what is returned."""
+    fit = fit or data.fit
+    if fit != "short_side":
+        return lite.letterbox(image, *canvas(data), fit == "stretch")
+    sides, (shorter, longer) = image.shape[:2], data.size
     scale = min(shorter / min(sides), longer / max(sides))
     filled = tuple(max(1, round(side * scale)) for side in sides)
     return lite.place(image, filled, tuple(-(-side // 32) * 32 for side in filled))

@@ -10,6 +10,7 @@ import tensorflow as tf
 from polarmask_tf import benchmark, config
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.predictor import network_input
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_a_picture_is_scaled_as_the_config_says():
     picture = np.full((480, 640, 3), 7, np.uint8)
 
     def filled(fit, size):
-        placed = benchmark._placed(picture, config.load("shapes", [f"data.fit={fit}", f"data.size={size}"]).data)
+        placed = network_input(picture, config.load("shapes", [f"data.fit={fit}", f"data.size={size}"]).data)[0]
         return placed.shape[:2], (int((placed[:, 0, 0] == 7).sum()), int((placed[0, :, 0] == 7).sum()))
 
     assert filled("letterbox", [64, 64]) == ((64, 64), (48, 64))

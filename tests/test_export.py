@@ -13,7 +13,7 @@ from test_lite import CLASSES, RADIUS, hexagon_around_brightest, spot
 from polarmask_tf import config as configs
 from polarmask_tf import export, lite
 from polarmask_tf.export import parity, saved_model, tflite
-from polarmask_tf.predictor import Detections, _short_side, load_predictor, run_predictor
+from polarmask_tf.predictor import Detections, load_predictor, network_input, run_predictor
 
 SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47), (120, 50), (427, 640), (2000, 3)]
 
@@ -23,10 +23,7 @@ SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47)
 def test_the_graphs_resizing_is_pillows(fit, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     placed, filled = saved_model.resize(image[None], (64, 96), fit)
-    if fit == "short_side":
-        expected, (back_x, back_y) = _short_side(image, 64, 96)
-    else:
-        expected, (back_x, back_y) = lite.letterbox(image, 64, 96, fit == "stretch")
+    expected, (back_x, back_y) = network_input(image, configs.DataConfig(size=(64, 96), fit=fit))
     assert placed.shape[1:] == expected.shape
     assert np.abs(placed[0].numpy().astype(int) - expected).max() <= 1
     height, width = expected.shape[:2]
@@ -39,7 +36,7 @@ def test_the_graph_finds_the_same_canvas_for_every_size():
     for size in [*rng.integers(1, 800, (100, 2)).tolist(), [640, 1066], [333, 555], [25, 50], [97, 64]]:
         image = np.zeros((*size, 3), np.uint8)
         rounded = [max(1, round(side * min(48 / min(size), 90 / max(size)))) for side in size]  # the rule, by hand
-        expected, back = _short_side(image, 48, 90)
+        expected, back = network_input(image, configs.DataConfig(size=(48, 90), fit="short_side"))
         assert expected.shape[:2] == tuple(-(-side // 32) * 32 for side in rounded)
         np.testing.assert_allclose(back, np.divide(size, rounded)[::-1])
         placed, filled = saved_model.resize(image[None], (48, 90), "short_side")
