@@ -50,6 +50,7 @@ HARD_KINDS = "circle,rectangle,triangle,star,bar,ellipse,ell,cee"  # half of the
 
 
 def main() -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     args = _arguments()
     unknown = [table for table in args.tables if table not in TABLES]
     if unknown:
