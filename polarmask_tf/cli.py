@@ -113,7 +113,10 @@ def _positive(text: str) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers like 18,36,72") from None
 
 
 def shapes(args):

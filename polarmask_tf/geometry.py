@@ -178,6 +178,11 @@ def box_distances(points: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
     return tf.concat([points - boxes[..., :2], boxes[..., 2:] - points], axis=-1)
 
 
+def box_rays(points: tf.Tensor, boxes: tf.Tensor) -> tf.Tensor:
+    """The same in the order of four rays (right, down, left, up), which measure boxes and not contours; see assemble."""
+    return tf.gather(box_distances(points, boxes), [2, 3, 0, 1], axis=-1)
+
+
 def cartesian_centerness(distances: tf.Tensor) -> tf.Tensor:
     """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) of distances [..., 4]: [...] (FCOS, equation 3)."""
     low, high = distances[..., :2], distances[..., 2:]

@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import tensorflow as tf
 
-from polarmask_tf.config import CONVENTIONS, Config, DataConfig, canvas
+from polarmask_tf.config import CONVENTIONS, Config, DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.predictor import network_input
 
 PICTURE = (480, 640)  # height and width of most COCO images, for configs whose input follows the image's ratio
 # The first letters of what belongs to a tower in the head's scope.
@@ -42,11 +44,7 @@ def run(config: Config, num_classes: int = 80) -> list[dict]:
 
 def input_size(data: DataConfig, image: tuple[int, int] = PICTURE) -> tuple[int, int]:
     """Height and width of the network's input for an image [height, width]; only `fit: short_side` depends on it."""
-    if data.fit != "short_side":
-        return canvas(data)
-    factor = min(data.size[0] / min(image), data.size[1] / max(image))
-    height, width = (-(-round(side * factor) // 32) * 32 for side in image)
-    return height, width
+    return network_input(np.zeros((*image, 3), np.uint8), data)[0].shape[:2]
 
 
 def summarize(config: Config, num_classes: int = 80, size: tuple[int, int] | None = None) -> list[dict]:

@@ -132,7 +132,7 @@ def encode(
     chosen = tf.stack([image, tf.gather_nd(owner, positives)], axis=-1)
     distances = geometry.box_distances(points, tf.gather_nd(boxes, chosen))
     if rays == 4:
-        lengths = tf.gather(distances, [2, 3, 0, 1], axis=-1)  # in the order of the rays: +x, +y, -x, -y
+        lengths = geometry.box_rays(points, tf.gather_nd(boxes, chosen))
     else:
         lengths = geometry.ray_lengths(points, tf.gather_nd(edges, chosen), rays, tf.gather(window, image))
     labels = tf.gather(instances["classes"], tf.maximum(owner, 0), batch_dims=1)

@@ -57,6 +57,9 @@ def train(config: Config, run: Path, *, restart: bool = False, start: Path | Non
         start_from(model, start)
     elif config.model.backbone.weights:
         pretrained.initialize(model.backbone, config.model)
+    elif config.model.backbone.norm == "frozen" or config.model.backbone.freeze_at:
+        print("warning: frozen parts of the backbone start from noise and stay so: set model.backbone.weights, or give --start",
+              file=sys.stderr)
     done, steps = int(model.optimizer.iterations), config.train.steps
     if done >= steps:
         print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")

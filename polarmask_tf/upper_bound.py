@@ -179,9 +179,14 @@ def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edg
         edges = made["edges"][:, : tf.reduce_max(tf.where(used, tf.range(max_edges) + 1, 1))]
         window = tf.tile([[0.0, 0.0, float(size[1]), float(size[0])]], [kept, 1])
         points = {"mass": made["centers"], "box": (made["boxes"][:, :2] + made["boxes"][:, 2:]) / 2}
+
+        def lengths(center, n):
+            if n == 4:  # as in training
+                return geometry.box_rays(points[center], made["boxes"])
+            return geometry.ray_lengths(points[center], edges, n, window)
+
         return made["classes"], [
-            geometry.assemble(points[center], geometry.ray_lengths(points[center], edges, n, window))
-            for center in centers for n in rays
+            geometry.assemble(points[center], lengths(center, n)) for center in centers for n in rays
         ]
 
     def rebuild(image, report):

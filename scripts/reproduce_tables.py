@@ -203,6 +203,8 @@ def _replace(path, text):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"reproduce_tables: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("reproduce_tables: interrupted; the same command goes on")

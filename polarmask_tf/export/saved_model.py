@@ -29,7 +29,10 @@ def metadata(model: PolarMask, classes: list[dict], resize: str | None = None) -
         },
         "output": "detection_boxes are ymin, xmin, ymax, xmax and detection_polygons x, y, relative to the image passed in",
         "rays": model.config.model.rays,
-        "angles": "point k of a polygon lies at 360 k / rays degrees from +x towards +y (down), seen from its center",
+        "angles": (
+            "the polygon is the box: lower right, lower left, upper left, upper right" if model.config.model.rays == 4
+            else "point k of a polygon lies at 360 k / rays degrees from +x towards +y (down), seen from its center"
+        ),
         "max_detections": model.config.postprocess.max_detections,
     }
 
