@@ -78,3 +78,4 @@ def test_weights_that_are_missing_cost_nothing_but_a_line(data, tmp_path, capfd)
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("polarmask: error: ") and "model.backbone.weights" in error
     assert polarmask(*common) == 0
+    assert "frozen parts of the backbone start from noise" in capfd.readouterr().err

@@ -241,3 +241,10 @@ def test_exact_rays_beat_whole_degrees_on_shapes(tmp_path):
     result = upper_bound(path, (36,), progress=False)
     assert result.ious[:, 0].mean() > integer_degree_ious(path, 36).mean() + 0.01
     assert result.ious[:, 0].mean() > result.ious[:, 1].mean()  # an L's box center lies outside of it
+
+
+def test_four_rays_are_measured_as_they_are_trained(tmp_path):
+    """The polygon is the box: a triangle with two sides along it fills half of it, from either center."""
+    source = coco_file(tmp_path / "triangle.json", [[[[20, 20, 120, 20, 20, 120]]]])
+    result = upper_bound(source, (4,), progress=False)
+    np.testing.assert_allclose(result.ious, 0.5, atol=0.01)
