@@ -82,6 +82,12 @@ class DataConfig:
     scale: tuple[float, float] = (1.0, 1.0)  # scale jitter, times the scale that fits the image into `size`
     max_instances: int = 100  # padding of a training image; an image with more keeps its largest
     shuffle: int = 2048  # images are shuffled in blocks of this many (and so are the shards)
+    sizes: tuple[tuple[int, int], ...] = ()  # multi-scale training: every step takes one of these in place of `size`
+    # What each of several workers reads. data: every shard, and decodes its part of every batch, so that batches are the
+    # same whatever the layout. file: only its own shards, which is faster with many; batches then hang on the layout.
+    sharding: typing.Literal["data", "file"] = "data"
+    damaged: typing.Literal["fail", "skip"] = "fail"  # a shard that cannot be read to its end: stop, or go on without its rest
+    cache: str = ""  # directory that gets the training shards with their images decoded, made once; needs room
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,13 @@ class TrainConfig:
     momentum: float = 0.9  # sgd
     clip_norm: float = 10.0  # 0 = off
     checkpoint_every: int = 200
+    precision: typing.Literal["float32", "float16", "bfloat16"] = "float32"  # of the network in training; weights stay float32
+    jit_compile: bool = False  # the network and its gradient by XLA
+    accumulate: int = 1  # a step's images go through the network in so many parts, one after the other, to save memory
+    ema: float = 0.0  # momentum of the running average of the weights that evaluation and export then take; 0: none
+    deterministic: bool = False  # the same weights from every run, bit for bit; slower
+    evaluate_every: int = 0  # steps between COCO evaluations on data.val; the best model is kept in best/; 0: none
+    patience: int = 0  # stop after so many evaluations without a better AP; 0: never
 
 
 @dataclass(frozen=True)
@@ -250,6 +263,14 @@ def check(config: Config) -> None:
         (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
         (0 < data.scale[0] <= data.scale[1],
          f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed"),
+        (all(len(size) == 2 and (min(size) > 0 and size[0] % 32 == size[1] % 32 == 0 or data.fit == "short_side")
+             for size in data.sizes), "data.sizes is a list of sizes like data.size: [[448, 448], [512, 512]]"),
+        (not (data.sizes and data.crop), "data.sizes does not go with data.crop"),
+        (data.batch % max(config.train.accumulate, 1) == 0,
+         f"data.batch is {data.batch}: not a multiple of train.accumulate ({config.train.accumulate})"),
+        (0 <= config.train.ema < 1, f"train.ema is {config.train.ema}: a number from 0 up to 1, like 0.999, is needed"),
+        (not config.train.evaluate_every or data.val, "train.evaluate_every needs data.val, converted data to evaluate on"),
+        (not config.train.patience or config.train.evaluate_every, "train.patience needs train.evaluate_every"),
         (config.targets.radius > 0, "targets.radius must be positive"),
         (not config.targets.ranges or len(config.targets.ranges) == len(levels) - 1,
          f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"),
@@ -267,7 +288,7 @@ def check(config: Config) -> None:
         "model.backbone.width": 1, "model.fpn.channels": 1, "model.head.channels": 1, "model.head.convs": 0,
         "model.backbone.groups": 1, "model.backbone.group_width": 1, "train.rate_batch": 0, "train.bias_rate": 0,
         "data.max_instances": 1, "data.shuffle": 1, "postprocess.candidates": 1, "train.learning_rate": 0,
-        "train.warmup_steps": 0,
+        "train.warmup_steps": 0, "train.accumulate": 1, "train.evaluate_every": 0, "train.patience": 0,
     }
     for key, least in at_least.items():
         value = functools.reduce(getattr, key.split("."), config)
