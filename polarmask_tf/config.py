@@ -263,7 +263,7 @@ def check(config: Config) -> None:
         (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
         (0 < data.scale[0] <= data.scale[1],
          f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed"),
-        (all(len(size) == 2 and (min(size) > 0 and size[0] % 32 == size[1] % 32 == 0 or data.fit == "short_side")
+        (all(min(size) > 0 and (size[0] % 32 == size[1] % 32 == 0 or data.fit == "short_side")
              for size in data.sizes), "data.sizes is a list of sizes like data.size: [[448, 448], [512, 512]]"),
         (not (data.sizes and data.crop), "data.sizes does not go with data.crop"),
         (data.batch % max(config.train.accumulate, 1) == 0,
