@@ -1,4 +1,4 @@
-"""One way to ask a run directory, a SavedModel or a .tflite file for polygons."""
+"""One way to ask a run directory, a SavedModel, a .tflite file or a served model for polygons."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ class Detections:
 class Predictor:
     """predictor([uint8 [h, w, 3] RGB, ...]) -> [Detections, ...]; the images may differ in size."""
 
-    kind: str  # "run", "saved_model" or "tflite"
+    kind: str  # "run", "saved_model", "tflite" or "served"
     classes: list  # {"name", "category_id"} of each class index
     input_size: tuple  # (height, width) of the network's input
     batch_size: int  # images a call that this back end takes well
@@ -52,14 +52,17 @@ class Predictor:
 
 
 def load_predictor(path, *, score_threshold=None, max_detections=None):
-    """A run directory, a SavedModel directory or a .tflite file -> Predictor.
+    """A run directory, a SavedModel directory, a .tflite file, or the URL (str) of a served model -> Predictor.
 
-    A run takes both overrides into its post-processing; an exported file has its own fixed in the graph, so a lower
-    threshold than that changes nothing. Raises InputError for anything else at `path`, and for more detections than an
-    exported file gives.
+    URLs are http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME, see remote.py. A run takes both overrides into its
+    post-processing; an exported or served model has its own fixed in the graph, so a lower threshold than that changes
+    nothing. Raises InputError for anything else at `path`, and for more detections than an exported model gives.
     """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".tflite":
+    if str(path).startswith(("http://", "https://", "grpc://")):
+        from polarmask_tf import remote
+
+        predictor, most = remote.connect(str(path))
+    elif (path := Path(path)).is_file() and path.suffix == ".tflite":
         predictor, most = _load_tflite(path)
     elif (path / "saved_model.pb").is_file():
         predictor, most = _load_saved_model(path)
@@ -67,7 +70,7 @@ def load_predictor(path, *, score_threshold=None, max_detections=None):
         return _load_run(path, score_threshold, max_detections)
     else:
         what = "is none of these" if path.exists() else "does not exist"
-        kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite file"
+        kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite file, a URL"
         raise InputError(f"{path} {what}: {kinds}")
     if max_detections is not None and most is not None and max_detections > most:
         raise InputError(f"{path} gives at most {most} detections, not {max_detections}; export it again for more")
@@ -99,7 +102,8 @@ def _load_saved_model(path):
         raise InputError(f"{file}: missing or broken; export the SavedModel with `polarmask export`") from None
     try:
         loaded = tf.saved_model.load(str(path))
-        signature = loaded.signatures["serving_default"]
+        # Of a model exported for serving, serving_default takes encoded images.
+        signature = loaded.signatures["images" if "images" in loaded.signatures else "serving_default"]
     except Exception as error:  # a damaged SavedModel makes the loader raise many types
         raise InputError(f"{path}: TensorFlow cannot load it: {' '.join(str(error).split())[:300]}") from None
 

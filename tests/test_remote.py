@@ -1,0 +1,246 @@
+"""Predictors of served models against the same SavedModel opened here, and against servers that misbehave."""
+
+import json
+import subprocess
+import sys
+import types
+from concurrent import futures
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_lite import CLASSES, HEIGHT, WIDTH, metadata, spot
+from test_serving_client import MAX_PIXELS, METADATA, answer, make_model, scripted
+
+from polarmask_tf import remote
+from polarmask_tf.errors import InputError
+from polarmask_tf.evaluate import evaluate
+from polarmask_tf.predict import predict
+from polarmask_tf.predictor import load_predictor
+
+IMAGE = spot(20, 30, 5, 5, 2)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The served model's directory and its URLs, of REST and of gRPC."""
+    import serving_server
+
+    directory = make_model(tmp_path_factory.mktemp("served"))
+    with serving_server.serve(directory) as (name, rest, grpc):
+        yield directory, (f"http://{rest}/v1/models/{name}", f"grpc://{grpc}/{name}")
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote, "time", types.SimpleNamespace(sleep=waits.append))
+    return waits
+
+
+def assert_equal(ours, others):
+    for one, other in zip(ours, others, strict=True):
+        for field in ("scores", "classes", "boxes", "polygons"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+            assert getattr(one, field).dtype == getattr(other, field).dtype
+
+
+def test_served_equals_local(served):
+    directory, urls = served
+    local = load_predictor(directory / "1")
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((1, 1), (33, 47), (7, 300), (64, 96), (2, 3)) * 3]
+    expected = local(images)
+    assert len({found.polygons.tobytes() for found in expected}) > 5
+    for url in urls:
+        predictor = load_predictor(url)
+        assert predictor.classes == local.classes == CLASSES
+        assert predictor.input_size == local.input_size == (HEIGHT, WIDTH)
+        assert predictor.kind == "served"
+        assert_equal(predictor(images), expected)
+        assert predictor([]) == []
+        assert_equal(load_predictor(url, score_threshold=0.5)(images[:1]), [expected[0].above(0.5)])
+        assert [len(found.scores) for found in load_predictor(url, max_detections=1)(images[:2])] == [1, 1]
+        with pytest.raises(InputError, match="gives at most 3 detections, not 4"):
+            load_predictor(url, max_detections=4)
+        with pytest.raises(InputError, match="an image must be a uint8 array"):
+            predictor([np.zeros((4, 4))])
+
+
+def test_a_version_may_be_asked_for(served):
+    url = served[1][0]
+    assert_equal(load_predictor(f"{url}/versions/1/")([IMAGE]), load_predictor(url)([IMAGE]))
+    with pytest.raises(InputError, match=r"Servable not found for request: Specific\(polarmask, 2\)"):
+        load_predictor(f"{url}/versions/2")
+
+
+def test_predict_and_evaluate_with_a_served_model(served, tmp_path):
+    from polarmask_tf.data.convert import convert
+
+    directory, urls = served
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for number, (x, y) in enumerate([(10, 10), (30, 20), (20, 5)], 1):
+        Image.fromarray(spot(40, 60, x, y, 1)).save(tmp_path / f"images/{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 60})
+        ring = [x + 4, y, x + 4, y + 4, x - 4, y + 4, x - 4, y - 4]
+        annotation = {"segmentation": [ring], "category_id": 3, "iscrowd": 0, "bbox": [x - 4, y - 4, 8, 8], "area": 48}
+        annotations.append({**annotation, "id": number, "image_id": number})
+    categories = [{"id": entry["category_id"], "name": entry["name"]} for entry in CLASSES]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "coco.json").write_text(json.dumps(document))
+    convert(tmp_path / "coco.json", tmp_path / "images", tmp_path / "data", processes=1)
+    local = evaluate(load_predictor(directory / "1"), tmp_path / "data", progress=False)
+    assert local.values["AP50"] > 0
+    for number, url in enumerate(urls):
+        assert evaluate(load_predictor(url), tmp_path / "data", progress=False) == local
+        done = predict(load_predictor(url), tmp_path / "images", tmp_path / f"out{number}", progress=False)
+        assert (done["images"], done["detections"]) == (3, 6)
+    assert (tmp_path / "out0/results.json").read_text() == (tmp_path / "out1/results.json").read_text()
+
+
+def test_http_needs_no_tensorflow(served):
+    code = (
+        "import sys; from polarmask_tf.predictor import load_predictor; import numpy as np"
+        "\nfound, = load_predictor(sys.argv[1])([np.zeros((20, 30, 3), np.uint8)])"
+        "\nassert len(found.scores) == 2 and 'tensorflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, served[1][0]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_what_the_server_refuses_is_one_line(served, way, hurry):
+    predictor = load_predictor(served[1][way])
+    with pytest.raises(InputError) as error:
+        predictor([IMAGE, np.zeros((2, MAX_PIXELS // 2, 3), np.uint8), IMAGE])
+    assert str(error.value) == (
+        f"{served[1][way]}: the server refused an image of {MAX_PIXELS // 2} x 2 pixels: too many pixels"
+    )
+    assert not hurry
+    assert len(predictor([IMAGE])[0].scores) == 2  # and it goes on
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_an_unknown_model_is_one_line(served, way, hurry):
+    with pytest.raises(InputError) as error:
+        load_predictor(served[1][way].replace("polarmask", "other"))
+    assert "/other: Servable not found for request: Latest(other); is a model served there that" in str(error.value)
+    assert not hurry
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1/models/x", "grpc://127.0.0.1:9/x"])
+def test_nobody_there(url, hurry, monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT", 5)
+    with pytest.raises(InputError, match=r"refused|connect") as error:
+        load_predictor(url)
+    assert str(error.value).startswith(f"{url}: ") and "\n" not in str(error.value)
+    assert hurry == list(remote.WAITS)
+
+
+@pytest.mark.parametrize("url", [
+    "http://host:8501", "http://host:8501/v1/models/", "http://host/v1/models/a/b", "http://host/v1/models/a:predict",
+    "grpc://host:8500", "grpc://host:8500/", "grpc://host:8500/a/b", "https:///v1/models/a",
+])
+def test_other_urls_are_refused(url):
+    with pytest.raises(InputError, match="must look like http://HOST:8501/v1/models/NAME or grpc://HOST:8500/NAME"):
+        load_predictor(url)
+
+
+def test_a_model_without_the_signature_metadata(tmp_path):
+    import serving_server
+    from test_lite import make_exports
+
+    make_exports(tmp_path)["saved_model"].rename(tmp_path / "1")
+    with serving_server.serve(tmp_path) as (name, rest, grpc):
+        for url in (f"http://{rest}/v1/models/{name}", f"grpc://{grpc}/{name}"):
+            with pytest.raises(InputError, match=r'Serving signature .*"metadata".* `polarmask export --serving` wrote'):
+                load_predictor(url)
+
+
+def without_classes(**changes):
+    return 200, {"outputs": [json.dumps({**metadata(), **changes})]}, 0
+
+
+@pytest.mark.parametrize("reply, message", [
+    ((200, b"<html>hello</html>", 0), "the answer is not TF Serving's JSON"),
+    ((200, b"[" * 100_000, 0), "the answer is not TF Serving's JSON"),
+    ((200, {"predictions": []}, 0), "the answer is not TF Serving's JSON"),
+    ((404, b"<html>nothing here</html>", 0), "HTTP 404 Not Found"),
+    ((200, {"outputs": {"a": 1, "b": 2}}, 0), "does not come from a model that"),
+    ((200, {"outputs": []}, 0), "does not come from a model that"),
+    ((200, {"outputs": [3]}, 0), "names no classes"),
+    ((200, {"outputs": ["{"]}, 0), "names no classes"),
+    (without_classes(classes=[]), "names no classes"),
+    (without_classes(classes=[{"name": "a"}]), "names no classes"),
+    (without_classes(input={}), "names no classes"),
+])
+def test_a_server_of_something_else_is_one_line(reply, message):
+    with scripted(reply) as (address, _), pytest.raises(InputError) as error:
+        load_predictor(f"http://{address}/v1/models/x")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_detections": [4]}, {"num_detections": [-1]}, {"num_detections": 0}, {"num_detections": ["one"]},
+    {"num_detections": [2**40]}, {"detection_scores": [[None]]}, {"detection_scores": [[float("nan")]]},
+    {"detection_classes": [[2]]}, {"detection_classes": [[-1]]}, {"detection_boxes": [[[0.0] * 3]]},
+    {"detection_polygons": [[[0.0, 0.0]]]}, {"detection_polygons": [[[[0.0, 0.0]]], [[[0.0, 0.0]]]]},
+    {"detection_boxes": [[[0.0] * 4] * 2]}, {"detection_scores": "x"},
+])
+def test_an_answer_against_the_contract_is_one_line(changes):
+    with scripted(METADATA, (200, answer(), 0), (200, answer(**changes), 0)) as (address, _):
+        predictor = load_predictor(f"http://{address}/v1/models/x")
+        assert len(predictor([IMAGE])[0].scores) == 0
+        with pytest.raises(InputError, match="the answer is not as the export contract says") as error:
+            predictor([IMAGE])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"", 0), (504, b"", 0), (200, answer(), 1)])
+def test_a_busy_server_is_asked_again(busy, hurry, monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT", 0.3)
+    with scripted(METADATA, busy, busy, (200, answer(), 0)) as (address, asked):
+        assert len(load_predictor(f"http://{address}/v1/models/x")([IMAGE])[0].scores) == 0
+    assert len(asked) == 4 and hurry == list(remote.WAITS[:2])
+
+
+def test_in_the_end_a_busy_server_is_one_line(monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT", 0.2)
+    for failure, message in (((503, {"error": "full"}, 0), "full"), ((200, b"", 0.6), "no answer in 0.2 s")):
+        with scripted(METADATA, failure) as (address, asked):
+            predictor = load_predictor(f"http://{address}/v1/models/x")
+            with pytest.raises(InputError) as error:
+                predictor([IMAGE])
+        assert str(error.value) == f"http://{address}/v1/models/x: {message}" and len(asked) == 5
+
+
+@pytest.mark.parametrize("code, tries", [("UNAVAILABLE", 4), ("DEADLINE_EXCEEDED", 4), ("INTERNAL", 1)])
+def test_errors_by_grpc(code, tries):
+    import grpc
+    from tensorflow_serving.apis import prediction_service_pb2_grpc
+
+    asked = []
+
+    class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+        def Predict(self, request, context):
+            asked.append(request)
+            context.abort(grpc.StatusCode[code], "why\nnot\n\t [[{{node a}}]]\n\t [[b]]")
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(InputError, match=rf"^grpc://127\.0\.0\.1:{port}/x: why not(;|$)"):
+            load_predictor(f"grpc://127.0.0.1:{port}/x")
+    finally:
+        server.stop(None)
+    assert len(asked) == tries
+
+
+def test_reasons_of_several_operations_are_one():
+    one = "INVALID_ARGUMENT: no PNG\n\t [[{{node a}}]]\n\t [[b]]\n"
+    several = f"2 root error(s) found.\n  (0) {one}  (1) {one}"
+    assert remote._one_line(several) == "no PNG"
+    assert remote._one_line("assertion failed: [image 0: too large]\n\t [[{{node Assert}}]]") == "image 0: too large"

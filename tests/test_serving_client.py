@@ -1,0 +1,353 @@
+"""exports/serving: the client against a server that answers as TF Serving does, and what docker-compose.yml says."""
+
+import base64
+import contextlib
+import http.server
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from test_lite import RADIUS, hexagon_around_brightest, metadata, spot
+
+SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
+MAX_PIXELS = 100_000
+
+
+def make_model(folder):
+    """A served model's directory, of the network that marks the brightest pixel with hexagons."""
+    import tensorflow as tf
+
+    def one(content):
+        image = tf.ensure_shape(tf.io.decode_image(content, 3, expand_animations=False), [None, None, 3])
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) < 3 * MAX_PIXELS, ["too many pixels"])]):
+            return {name: value[0] for name, value in hexagon_around_brightest(image[None]).items()}
+
+    shapes = {"num_detections": [], "detection_scores": [3], "detection_boxes": [3, 4], "detection_polygons": [3, 6, 2]}
+    specs = {name: tf.TensorSpec(shape, tf.float32) for name, shape in shapes.items()}
+    specs |= {"num_detections": tf.TensorSpec([], tf.int32), "detection_classes": tf.TensorSpec([3], tf.int32)}
+    text, module = tf.TensorSpec([None], tf.string), tf.Module()
+    module.functions = {
+        "serving_default": tf.function(
+            lambda image_bytes: tf.map_fn(one, image_bytes, fn_output_signature=specs), input_signature=[text]
+        ),
+        "images": tf.function(hexagon_around_brightest, input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8)]),
+        "metadata": tf.function(
+            lambda request: {"metadata": tf.fill(tf.shape(request), json.dumps(metadata()))}, input_signature=[text]
+        ),
+    }
+    path = folder / "polarmask/1"
+    tf.saved_model.save(module, str(path), signatures=dict(module.functions))
+    (path / "assets.extra").mkdir()
+    (path / "assets.extra/metadata.json").write_text(json.dumps(metadata()))
+    return folder / "polarmask"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(name, "host:port" of REST, "host:port" of gRPC) of a served model."""
+    import serving_server
+
+    with serving_server.serve(make_model(tmp_path_factory.mktemp("served"))) as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="module")
+def client():
+    spec = importlib.util.spec_from_file_location("serving_client", SERVING / "client.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def scripted(*answers):
+    """An HTTP server that gives these answers (status, body, seconds to wait first) in turn, the last one for ever.
+
+    Gives its address and the list of the requests' paths and JSON bodies.
+    """
+    asked, lock = [], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                status, content, wait = answers[min(len(asked), len(answers) - 1)]
+                asked.append((self.path, body))
+            time.sleep(wait)
+            self.send_response(status)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # who asked may have gone
+                self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def encoded(image, kind="PNG", mode="RGB", **options):
+    file = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def answer(**changes):
+    """What TF Serving's REST API says of one image without detections."""
+    empty = {
+        "num_detections": [0], "detection_scores": [[0.0]], "detection_classes": [[0]], "detection_boxes": [[[0.0] * 4]],
+        "detection_polygons": [[[[0.0, 0.0]] * 6]],
+    }
+    return {"outputs": {**empty, **changes}}
+
+
+METADATA = (200, {"outputs": [json.dumps(metadata())]}, 0)
+GOOD = {  # name -> (image, kind, mode): where the bright square lies, the hexagons are
+    "a.png": ((40, 60, 10, 20, 1), "PNG", "RGB"),
+    "b.png": ((90, 50, 30, 70, 1), "PNG", "L"),
+    "c.bmp": ((33, 47, 0, 0, 1), "BMP", "RGB"),
+    "d.gif": ((64, 64, 40, 8, 1), "GIF", "P"),
+}
+BAD = {
+    "empty.jpg": b"",
+    "text.jpg": b"no image at all",
+    "cut.png": encoded(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8))[:2000],
+    "huge.png": encoded(np.zeros((400, 400, 3), np.uint8)),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, (place, kind, mode) in GOOD.items():
+        (folder / name).write_bytes(encoded(spot(*place), kind, mode))
+    (folder / ".hidden").write_bytes(b"not sent")
+    return folder
+
+
+@pytest.mark.parametrize("way", ["rest", "grpc"])
+def test_files_go_there_as_they_are_and_polygons_come_back(client, server, folder, tmp_path, capsys, way):
+    name, rest, grpc = server
+    for bad, content in BAD.items():
+        (folder / bad).write_bytes(content)
+    url = f"http://{rest if way == 'rest' else '127.0.0.1:9'}/v1/models/{name}"  # with --grpc, REST is not asked
+    arguments = [url, str(folder), "--out", str(tmp_path / "out"), *(["--grpc", grpc] if way == "grpc" else [])]
+    assert client.main(arguments) == 1
+    results = {entry["file"]: entry for entry in json.loads((tmp_path / "out/results.json").read_text())}
+    assert list(results) == sorted([*GOOD, *BAD])
+    for file, ((height, width, x, y, _), _, _) in GOOD.items():
+        large, small = results[file]["detections"]
+        assert (results[file]["width"], results[file]["height"]) == (width, height)
+        assert (large["class"], large["score"], small["class"], small["score"]) == ("moon", 0.9, "sun", 0.4)
+        angle = np.arange(6) * np.pi / 3
+        hexagon = [x + 0.5, y + 0.5] + RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        hexagon = np.clip(hexagon, 0, [width, height])
+        np.testing.assert_allclose(large["polygon"], hexagon, atol=1e-4)
+        np.testing.assert_allclose(large["box"], [*hexagon.min(0), *hexagon.max(0)], atol=1e-4)
+        with Image.open(tmp_path / "out" / f"{file}.png") as picture:
+            assert picture.size == (width, height)
+            drawn = np.asarray(picture)[min(y + 3, height - 1), x].astype(int)
+        assert np.ptp(drawn) > 30  # the images are gray
+    printed = capsys.readouterr().out
+    for bad in BAD:
+        assert set(results[bad]) == {"file", "error"}
+        assert f"{bad}: {results[bad]['error']}" in printed
+        assert "\n" not in results[bad]["error"] and "[[" not in results[bad]["error"]
+    assert "too many pixels" in results["huge.png"]["error"]
+    assert "4 of 8 files, 4 failed" in printed
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_only_what_scores_enough_and_names_from_a_file(client, server, folder, tmp_path):
+    url = f"http://{server[1]}/v1/models/{server[0]}"
+    (tmp_path / "labels.txt").write_text("Sonne\nMond\n")
+    (tmp_path / "metadata.json").write_text(json.dumps({"classes": [{"name": "soleil"}, {"name": "lune"}]}))
+    for labels, score, expected in (("labels.txt", 0.5, ["Mond"]), ("metadata.json", 0.1, ["lune", "soleil"])):
+        options = ["--out", str(tmp_path), "--score", str(score), "--labels", str(tmp_path / labels)]
+        assert client.main([url, str(folder / "a.png"), *options]) == 0
+        found = json.loads((tmp_path / "results.json").read_text())[0]["detections"]
+        assert [one["class"] for one in found] == expected
+
+
+def test_the_client_needs_no_tensorflow(server, folder, tmp_path):
+    code = (
+        "import runpy, sys; sys.argv[0:1] = []"
+        "\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit as e: assert not e.code, e.code"
+        "\nassert not {'tensorflow', 'polarmask_tf', 'requests', 'grpc'} & set(sys.modules)"
+    )
+    arguments = [str(SERVING / "client.py"), f"http://{server[1]}/v1/models/{server[0]}", str(folder / "a.png")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "found/a.png.png").exists()
+
+
+@pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"?", 0), (504, b"", 0), (200, answer(), 1.5)])
+def test_a_busy_server_is_asked_again(client, folder, tmp_path, monkeypatch, busy):
+    waits = []
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append))
+    with scripted(METADATA, busy, busy, (200, answer(), 0)) as (address, asked):
+        options = ["--out", str(tmp_path), "--timeout", "0.5"]
+        assert client.main([f"http://{address}/v1/models/x", str(folder / "a.png"), *options]) == 0
+    assert len(asked) == 4 and waits == [0.5, 1.0]
+    sent = base64.b64decode(asked[1][1]["inputs"]["image_bytes"][0]["b64"])
+    assert asked[1][0] == "/v1/models/x:predict" and sent == (folder / "a.png").read_bytes()
+
+
+def test_what_stays_busy_fails_and_what_is_refused_is_not_asked_again(client, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    url, options = "http://{}/v1/models/x", [str(folder / "a.png"), "--out", str(tmp_path), "--retries", "2"]
+    for status, body, times in ((503, {"error": "full"}, 3), (400, {"error": "no\n\t [[{{node x}}]]"}, 1), (500, b"", 1)):
+        with scripted(METADATA, (status, body, 0)) as (address, asked):
+            assert client.main([url.format(address), *options]) == 1
+        assert len(asked) == 1 + times
+    printed = capsys.readouterr().out
+    assert "a.png: full\n" in printed and "a.png: no\n" in printed and "a.png: HTTP 500" in printed
+
+
+@pytest.mark.parametrize("reply", [b"<html>", {"outputs": {"other": [1]}}, [], answer(num_detections=[7]), {"outputs": None}])
+def test_an_answer_of_something_else_is_an_error_of_that_file(client, folder, tmp_path, reply):
+    with scripted(METADATA, (200, reply, 0), (200, answer(), 0)) as (address, _):
+        options = ["--out", str(tmp_path), "--concurrency", "1"]
+        assert client.main([f"http://{address}/v1/models/x", str(folder), *options]) == 1
+    assert ["error" in entry for entry in json.loads((tmp_path / "results.json").read_text())] == [True, False, False, False]
+
+
+def test_files_are_sent_at_the_same_time(client, folder, tmp_path):
+    together = threading.Barrier(4)
+    real = client.patiently
+
+    def patiently(ask, retries, signature, *question):
+        if signature == "serving_default":
+            together.wait(10)  # passes only if four are here
+        return real(ask, retries, signature, *question)
+
+    with scripted(METADATA, (200, answer(), 0)) as (address, _), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "patiently", patiently)
+        options = ["--out", str(tmp_path), "--concurrency", "4"]
+        assert client.main([f"http://{address}/v1/models/x", str(folder), *options]) == 0
+
+
+def test_no_server_no_model_no_files(client, server, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    name, rest, grpc = server
+    url, image = f"http://{rest}/v1/models/{name}", str(folder / "a.png")
+    (tmp_path / "none").mkdir()
+    for arguments, message in (
+        (["http://127.0.0.1:9/v1/models/x", image], "http://127.0.0.1:9/v1/models/x: cannot be reached"),
+        ([f"http://{rest}/v1/models/other", image], "Servable not found for request: Latest(other)"),
+        ([f"http://{rest}/v1/models/other", image, "--grpc", grpc], "Servable not found for request: Latest(other)"),
+        ([url, image, "--grpc", "127.0.0.1:9"], "127.0.0.1:9: "),
+        ([f"http://{rest}", image], "must look like http://HOST:8501/v1/models/NAME"),
+        ([url, str(tmp_path / "nowhere.jpg")], "no such file"),
+        ([url, str(tmp_path / "none")], "no such file, or no files in it"),
+        ([url, image, "--labels", str(tmp_path / "nowhere.txt")], "nowhere.txt"),
+    ):
+        assert client.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_the_test_server_speaks_as_tf_serving_does(server):
+    """Rows and columns, status, metadata and errors, as TF Serving's documentation and sources have them."""
+    name, rest, _ = server
+
+    def ask(path, body=None):
+        try:
+            with urllib.request.urlopen(f"http://{rest}/v1/models/{path}", body and json.dumps(body).encode()) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())["error"]
+
+    image = {"b64": base64.b64encode(encoded(spot(20, 30, 5, 5, 1))).decode()}
+    rows = ask(f"{name}:predict", {"instances": [image, image]})[1]["predictions"]
+    assert len(rows) == 2 and rows[0] == rows[1] and rows[0]["num_detections"] == 2 and len(rows[0]["detection_boxes"]) == 3
+    named = ask(f"{name}/versions/1:predict", {"instances": [{"image_bytes": image}], "signature_name": "serving_default"})
+    assert named[1]["predictions"] == rows[:1]
+    columns = ask(f"{name}:predict", {"inputs": {"image_bytes": [image, image]}})[1]["outputs"]
+    assert columns["num_detections"] == [2, 2] and columns["detection_boxes"][1] == rows[1]["detection_boxes"]
+    pixels = spot(20, 30, 5, 5, 1).tolist()
+    assert ask(f"{name}:predict", {"signature_name": "images", "inputs": [pixels]})[1]["outputs"]["num_detections"] == [2]
+    assert ask(name)[1]["model_version_status"] == [
+        {"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
+    ]
+    described = ask(f"{name}/metadata")[1]
+    assert described["model_spec"] == {"name": name, "signature_name": "", "version": "1"}
+    inputs = described["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]
+    assert inputs["image_bytes"]["dtype"] == "DT_STRING"
+    for path, body, status, message in (
+        (f"{name}:predict", {"instances": [{"b64": "%"}]}, 400, "Unable to base64 decode"),
+        (f"{name}:predict", {"instances": []}, 400, "No values in 'instances'"),
+        (f"{name}:predict", {"instances": [[image], [image, image]]}, 400, ""),
+        (f"{name}:predict", {"instances": [{"b64": "aGVsbG8="}]}, 400, "Unknown image file format"),
+        (f"{name}:predict", {"instances": [image], "inputs": [image]}, 400, "'inputs' or 'instances'"),
+        (f"{name}:predict", {"inputs": {"other": [image]}}, 400, "Missing named input: image_bytes"),
+        (f"{name}:predict", {"inputs": [image], "signature_name": "x"}, 400, 'Serving signature name: "x" not found'),
+        (f"{name}:predict", [1], 400, "Is not object"),
+        (f"{name}/versions/2:predict", {"inputs": [image]}, 404, f"Servable not found for request: Specific({name}, 2)"),
+        ("other", None, 404, "Could not find any versions of model other"),
+        (f"{name}:predict", None, 400, "Malformed request: GET /v1/models/"),
+    ):
+        code, error = ask(path, body)
+        assert (code, message in error) == (status, True), (path, body, error)
+
+
+def services():
+    text = (SERVING / "docker-compose.yml").read_text()
+    return yaml.safe_load(text)["services"]
+
+
+def test_compose_serves_what_the_client_asks(client):
+    help_text = client.__doc__ + (SERVING / "README.md").read_text()
+    for name, service in services().items():
+        assert service["image"] == "tensorflow/serving:2.20.0"
+        assert sorted(port.rsplit(":", 2)[1:] for port in service["ports"]) == [["8500", "8500"], ["8501", "8501"]]
+        assert all(port.startswith("${BIND:-127.0.0.1}:") for port in service["ports"])
+        default = re.fullmatch(r"\$\{MODEL_NAME:-(\w+)\}", service["environment"]["MODEL_NAME"])[1]
+        assert f"http://localhost:8501/v1/models/{default} " in help_text and "--grpc localhost:8500" in help_text
+        mounts = [v for v in service["volumes"] if isinstance(v, dict)]
+        assert [(m["target"], m["read_only"]) for m in mounts] == [(f"/models/${{MODEL_NAME:-{default}}}", True)]
+        assert service["read_only"] and service["restart"] == "unless-stopped" and service["user"] != "0"
+        assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
+        batched = "--enable_batching" in service["command"]
+        assert batched == (name == "polarmask-batching") == ("profiles" in service)
+        flags = dict(flag.lstrip("-").split("=") for flag in service["command"] if "=" in flag)
+        assert batched == ("batching_parameters_file" in flags)
+        if batched:
+            source, target, mode = service["volumes"][1].split(":")
+            assert (target, mode) == (flags["batching_parameters_file"], "ro")
+            lines = [line for line in (SERVING / source).read_text().splitlines() if line and line[0] != "#"]
+            assert {re.fullmatch(r"(\w+) \{ value: \d+ \}", line)[1] for line in lines} == {
+                "max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads",
+            }
+
+
+def test_composes_health_check_tells_a_served_model(server):
+    name, rest, _ = server
+    for service in services().values():
+        command = [part.replace("8501", rest.split(":")[1]).replace("$$", "$") for part in service["healthcheck"]["test"]]
+        assert command[:3] == ["CMD", "bash", "-c"]
+        for model, healthy in ((name, True), ("other", False)):
+            done = subprocess.run(command[1:], env={"MODEL_NAME": model, "PATH": "/usr/bin:/bin"}, timeout=20, check=False)
+            assert (done.returncode == 0) == healthy
+        command[3] = command[3].replace(rest.split(":")[1], "9")
+        assert subprocess.run(command[1:], env={"MODEL_NAME": name}, capture_output=True, check=False).returncode != 0
