@@ -9,7 +9,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 from PIL import Image
-from test_lite import CLASSES, HEIGHT, WIDTH, metadata, spot
+from test_lite import CLASSES, metadata, spot
 from test_serving_client import MAX_PIXELS, METADATA, answer, make_model, scripted
 
 from polarmask_tf import remote
@@ -55,14 +55,14 @@ def test_served_equals_local(served):
     for url in urls:
         predictor = load_predictor(url)
         assert predictor.classes == local.classes == CLASSES
-        assert predictor.input_size == local.input_size == (HEIGHT, WIDTH)
+        assert predictor.input_size == local.input_size == (64, 96)
         assert predictor.kind == "served"
         assert_equal(predictor(images), expected)
         assert predictor([]) == []
         assert_equal(load_predictor(url, score_threshold=0.5)(images[:1]), [expected[0].above(0.5)])
         assert [len(found.scores) for found in load_predictor(url, max_detections=1)(images[:2])] == [1, 1]
-        with pytest.raises(InputError, match="gives at most 3 detections, not 4"):
-            load_predictor(url, max_detections=4)
+        with pytest.raises(InputError, match="gives at most 100 detections, not 101"):
+            load_predictor(url, max_detections=101)
         with pytest.raises(InputError, match="an image must be a uint8 array"):
             predictor([np.zeros((4, 4))])
 
@@ -81,8 +81,8 @@ def test_predict_and_evaluate_with_a_served_model(served, tmp_path):
     (tmp_path / "images").mkdir()
     images, annotations = [], []
     for number, (x, y) in enumerate([(10, 10), (30, 20), (20, 5)], 1):
-        Image.fromarray(spot(40, 60, x, y, 1)).save(tmp_path / f"images/{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 60})
+        Image.fromarray(spot(64, 96, x, y, 1)).save(tmp_path / f"images/{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 64, "width": 96})
         ring = [x + 4, y, x + 4, y + 4, x - 4, y + 4, x - 4, y - 4]
         annotation = {"segmentation": [ring], "category_id": 3, "iscrowd": 0, "bbox": [x - 4, y - 4, 8, 8], "area": 48}
         annotations.append({**annotation, "id": number, "image_id": number})
@@ -113,10 +113,10 @@ def test_http_needs_no_tensorflow(served):
 def test_what_the_server_refuses_is_one_line(served, way, hurry):
     predictor = load_predictor(served[1][way])
     with pytest.raises(InputError) as error:
-        predictor([IMAGE, np.zeros((2, MAX_PIXELS // 2, 3), np.uint8), IMAGE])
-    assert str(error.value) == (
-        f"{served[1][way]}: the server refused an image of {MAX_PIXELS // 2} x 2 pixels: too many pixels"
-    )
+        predictor([IMAGE, np.zeros((3, MAX_PIXELS // 2, 3), np.uint8), IMAGE])
+    size = f"{MAX_PIXELS // 2} x 3 pixels"
+    assert str(error.value).startswith(f"{served[1][way]}: the server refused an image of {size}: ")
+    assert str(error.value).count(size) == 2 and "\n" not in str(error.value) and "[[" not in str(error.value)
     assert not hurry
     assert len(predictor([IMAGE])[0].scores) == 2  # and it goes on
 

@@ -20,39 +20,18 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_lite import RADIUS, hexagon_around_brightest, metadata, spot
+from test_export import expected_scale, fake_model
+from test_lite import CLASSES, RADIUS, metadata, spot
 
 SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
 MAX_PIXELS = 100_000
 
 
 def make_model(folder):
-    """A served model's directory, of the network that marks the brightest pixel with hexagons."""
-    import tensorflow as tf
+    """A served model's directory: the serving export of what marks the brightest pixel with hexagons, at 64 x 96."""
+    from polarmask_tf.export.serving import export_serving
 
-    def one(content):
-        image = tf.ensure_shape(tf.io.decode_image(content, 3, expand_animations=False), [None, None, 3])
-        with tf.control_dependencies([tf.debugging.Assert(tf.size(image) < 3 * MAX_PIXELS, ["too many pixels"])]):
-            return {name: value[0] for name, value in hexagon_around_brightest(image[None]).items()}
-
-    shapes = {"num_detections": [], "detection_scores": [3], "detection_boxes": [3, 4], "detection_polygons": [3, 6, 2]}
-    specs = {name: tf.TensorSpec(shape, tf.float32) for name, shape in shapes.items()}
-    specs |= {"num_detections": tf.TensorSpec([], tf.int32), "detection_classes": tf.TensorSpec([3], tf.int32)}
-    text, module = tf.TensorSpec([None], tf.string), tf.Module()
-    module.functions = {
-        "serving_default": tf.function(
-            lambda image_bytes: tf.map_fn(one, image_bytes, fn_output_signature=specs), input_signature=[text]
-        ),
-        "images": tf.function(hexagon_around_brightest, input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8)]),
-        "metadata": tf.function(
-            lambda request: {"metadata": tf.fill(tf.shape(request), json.dumps(metadata()))}, input_signature=[text]
-        ),
-    }
-    path = folder / "polarmask/1"
-    tf.saved_model.save(module, str(path), signatures=dict(module.functions))
-    (path / "assets.extra").mkdir()
-    (path / "assets.extra/metadata.json").write_text(json.dumps(metadata()))
-    return folder / "polarmask"
+    return export_serving(fake_model("letterbox", (64, 96)), CLASSES, folder, name="polarmask", max_pixels=MAX_PIXELS).parent
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +100,10 @@ def answer(**changes):
 
 METADATA = (200, {"outputs": [json.dumps(metadata())]}, 0)
 GOOD = {  # name -> (image, kind, mode): where the bright square lies, the hexagons are
-    "a.png": ((40, 60, 10, 20, 1), "PNG", "RGB"),
-    "b.png": ((90, 50, 30, 70, 1), "PNG", "L"),
-    "c.bmp": ((33, 47, 0, 0, 1), "BMP", "RGB"),
-    "d.gif": ((64, 64, 40, 8, 1), "GIF", "P"),
+    "a.png": ((64, 96, 10, 20, 1), "PNG", "RGB"),
+    "b.png": ((128, 80, 30, 70, 4), "PNG", "L"),
+    "c.bmp": ((32, 40, 20, 12, 1), "BMP", "RGB"),
+    "d.gif": ((64, 64, 40, 18, 1), "GIF", "P"),
 }
 BAD = {
     "empty.jpg": b"",
@@ -154,25 +133,28 @@ def test_files_go_there_as_they_are_and_polygons_come_back(client, server, folde
     assert client.main(arguments) == 1
     results = {entry["file"]: entry for entry in json.loads((tmp_path / "out/results.json").read_text())}
     assert list(results) == sorted([*GOOD, *BAD])
-    for file, ((height, width, x, y, _), _, _) in GOOD.items():
+    for file, ((height, width, x, y, size), _, _) in GOOD.items():
         large, small = results[file]["detections"]
         assert (results[file]["width"], results[file]["height"]) == (width, height)
         assert (large["class"], large["score"], small["class"], small["score"]) == ("moon", 0.9, "sun", 0.4)
+        scale = np.array(expected_scale("letterbox", "", height, width))
+        polygon = np.array(large["polygon"])
+        center = polygon.mean(axis=0)
         angle = np.arange(6) * np.pi / 3
-        hexagon = [x + 0.5, y + 0.5] + RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        hexagon = np.clip(hexagon, 0, [width, height])
-        np.testing.assert_allclose(large["polygon"], hexagon, atol=1e-4)
-        np.testing.assert_allclose(large["box"], [*hexagon.min(0), *hexagon.max(0)], atol=1e-4)
+        around = RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=1) * scale
+        np.testing.assert_allclose(polygon - center, around, atol=1e-3)
+        assert (center > np.array([x, y]) - scale).all() and (center < np.array([x, y]) + scale + size).all()
+        np.testing.assert_allclose(large["box"], [*polygon.min(0), *polygon.max(0)], atol=1e-3)
         with Image.open(tmp_path / "out" / f"{file}.png") as picture:
             assert picture.size == (width, height)
-            drawn = np.asarray(picture)[min(y + 3, height - 1), x].astype(int)
-        assert np.ptp(drawn) > 30  # the images are gray
+            drawn = np.asarray(picture).astype(int)
+        assert (np.ptp(drawn, axis=2) > 30).sum() > 10  # the images are gray
     printed = capsys.readouterr().out
     for bad in BAD:
         assert set(results[bad]) == {"file", "error"}
         assert f"{bad}: {results[bad]['error']}" in printed
         assert "\n" not in results[bad]["error"] and "[[" not in results[bad]["error"]
-    assert "too many pixels" in results["huge.png"]["error"]
+    assert "400 x 400 pixels" in results["huge.png"]["error"] and "limit" in results["huge.png"]["error"]
     assert "4 of 8 files, 4 failed" in printed
     assert not list((tmp_path / "out").glob("*.part"))
 
@@ -298,7 +280,7 @@ def test_the_test_server_speaks_as_tf_serving_does(server):
         (f"{name}:predict", {"instances": [{"b64": "%"}]}, 400, "Unable to base64 decode"),
         (f"{name}:predict", {"instances": []}, 400, "No values in 'instances'"),
         (f"{name}:predict", {"instances": [[image], [image, image]]}, 400, ""),
-        (f"{name}:predict", {"instances": [{"b64": "aGVsbG8="}]}, 400, "Unknown image file format"),
+        (f"{name}:predict", {"instances": [{"b64": "aGVsbG8="}]}, 400, "not an image"),
         (f"{name}:predict", {"instances": [image], "inputs": [image]}, 400, "'inputs' or 'instances'"),
         (f"{name}:predict", {"inputs": {"other": [image]}}, 400, "Missing named input: image_bytes"),
         (f"{name}:predict", {"inputs": [image], "signature_name": "x"}, 400, 'Serving signature name: "x" not found'),
@@ -331,6 +313,7 @@ def test_compose_serves_what_the_client_asks(client):
         batched = "--enable_batching" in service["command"]
         assert batched == (name == "polarmask-batching") == ("profiles" in service)
         flags = dict(flag.lstrip("-").split("=") for flag in service["command"] if "=" in flag)
+        assert flags["tensorflow_intra_op_parallelism"] == service["deploy"]["resources"]["limits"]["cpus"]
         assert batched == ("batching_parameters_file" in flags)
         if batched:
             source, target, mode = service["volumes"][1].split(":")

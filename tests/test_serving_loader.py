@@ -78,7 +78,7 @@ def test_a_refused_image_costs_only_itself(folder):
     assert status == 1
     assert [line for line in lines if "detections" in line] == ["1.jpg: 2 detections", "gray.png: 2 detections"]
     assert [line.split(": ")[1] for line in errors] == [*BAD, "nowhere.jpg"]
-    assert "too many pixels" in errors[3] and errors[4].endswith("nowhere.jpg: No such file or directory")
+    assert "400 x 400 pixels" in errors[3] and errors[4].endswith("nowhere.jpg: No such file or directory")
     assert not any("[[" in line for line in errors)
 
 

@@ -19,7 +19,9 @@
 #include "tensorflow/c/c_api.h"
 #include "tensorflow/c/tf_tstring.h"
 
-static const char *OUTPUTS[] = {"num_detections", "detection_scores", "detection_classes", "detection_boxes", "detection_polygons"};
+static const char *OUTPUTS[] = {
+    "num_detections", "detection_scores", "detection_classes", "detection_boxes", "detection_polygons",
+};
 enum { COUNT, SCORES, CLASSES, BOXES, POLYGONS, NUM_OUTPUTS };
 
 static void fail(const char *what, const char *why) {
