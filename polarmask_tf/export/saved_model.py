@@ -22,7 +22,7 @@ def metadata(model: PolarMask, classes: list[dict], resize: str | None = None) -
     return {
         "format": "polarmask_tf/1",
         "version": __version__,
-        "classes": classes,
+        "classes": [dict(entry) for entry in classes],  # not what Keras makes of a model's attributes
         "input": {
             "height": height, "width": width, "layout": "NHWC, RGB, uint8, 0..255, pixels as decoded (no EXIF rotation)",
             "resize": resize or model.config.data.fit,
@@ -55,6 +55,19 @@ def resize(images: tf.Tensor, size: tuple[int, int], fit: str) -> tuple[tf.Tenso
     return tf.cast(tf.clip_by_value(tf.round(placed), 0.0, 255.0), tf.uint8), tf.cast((scaled / whole)[::-1], tf.float32)
 
 
+def detect(model: PolarMask, placed: tf.Tensor, filled: tf.Tensor) -> dict:
+    """Detections in images that `resize` placed, relative to the images themselves.
+
+    `filled` is the part of the canvas' width and height that they fill, float32 [2], or [B, 2] where they differ.
+    """
+    found = model.detect(placed)
+    filled = tf.reshape(filled, [-1, 1, 2])
+    # From the canvas to the image; what reached into the padding is cut at the image's border.
+    polygons = tf.clip_by_value(found["detection_polygons"] / filled[:, tf.newaxis], 0.0, 1.0)
+    boxes = tf.clip_by_value(found["detection_boxes"] / tf.tile(filled[..., ::-1], [1, 1, 2]), 0.0, 1.0)
+    return {**found, "detection_boxes": boxes, "detection_polygons": polygons}
+
+
 class Serving(tf.Module):
     """What is saved: the variables, and one function that closes over the model (a Keras model hung on it would be saved,
     with its training functions, as well)."""
@@ -65,15 +78,10 @@ class Serving(tf.Module):
         data = model.config.data
 
         @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
-        def detect(images):
-            placed, filled = resize(images, data.size, data.fit)
-            found = model.detect(placed)
-            # From the canvas to the image; what reached into the padding is cut at the image's border.
-            polygons = tf.clip_by_value(found["detection_polygons"] / filled, 0.0, 1.0)
-            boxes = tf.clip_by_value(found["detection_boxes"] / tf.tile(filled[::-1], [2]), 0.0, 1.0)
-            return {**found, "detection_boxes": boxes, "detection_polygons": polygons}
+        def run(images):
+            return detect(model, *resize(images, data.size, data.fit))
 
-        self.detect = detect
+        self.run = run
 
 
 def export_saved_model(model: PolarMask, classes: list[dict], out: Path) -> Path:
@@ -84,7 +92,7 @@ def export_saved_model(model: PolarMask, classes: list[dict], out: Path) -> Path
     beside = out.with_name(out.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     serving = Serving(model)
-    tf.saved_model.save(serving, str(beside), signatures={"serving_default": serving.detect})
+    tf.saved_model.save(serving, str(beside), signatures={"serving_default": serving.run})
     (beside / "assets.extra").mkdir()
     (beside / "assets.extra" / "metadata.json").write_text(json.dumps(metadata(model, classes), indent=1))
     shutil.rmtree(out, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""The directory that TF Serving takes as it is: signatures from encoded images, warm-up requests, labels and metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from polarmask_tf.config import CONVENTIONS
+from polarmask_tf.errors import InputError
+from polarmask_tf.export import decode, model_garden
+from polarmask_tf.export.saved_model import detect, metadata, resize
+from polarmask_tf.modeling.polarmask import PolarMask
+
+CONTRACTS = ("model_garden",)
+WARM_UP_SIZE = (96, 128)  # height and width of the picture in the warm-up requests
+
+
+def export_serving(
+    model: PolarMask, classes: list[dict], out: Path, *, name: str, contract: str | None = None,
+    max_pixels: int = 50_000_000, mask_size: int = 28,
+) -> Path:
+    """Writes a new version of a model for TF Serving, out/NAME/1 or the next free number, and returns it.
+
+    Signatures: exports/README.md. The version appears under its number only when it is complete; older ones stay.
+
+    Args:
+      name: what the model is called in requests; a directory of this name is made in `out`.
+      contract: "model_garden" adds signatures with the outputs of its Mask R-CNN.
+      max_pixels: an encoded image of more pixels is refused.
+      mask_size: cells a side of the contract's masks.
+
+    Raises InputError for values that cannot be, without tensorflow-serving-api, and if `out` cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name):
+        raise InputError(f"--name {name!r}: letters, digits and _.- are possible, a letter or _ first")
+    if contract not in (None, *CONTRACTS):
+        raise InputError(f"--contract {contract!r}: possible is {', '.join(CONTRACTS)}")
+    if max_pixels < 1 or mask_size < 1:
+        raise InputError("the limit of pixels and the size of masks must be at least 1")
+    _protos()
+    description = metadata(model, classes)
+    description["serving"] = {"name": name, "max_pixels": max_pixels, "contract": contract}
+    module = Served(model, json.dumps(description), contract, max_pixels, mask_size)
+    folder = out / name
+    beside = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))  # not a number: TF Serving does not look at it
+        whole = beside / "model"
+        tf.saved_model.save(module, str(whole), signatures=module.functions)
+        extra = whole / "assets.extra"
+        extra.mkdir()
+        (extra / "metadata.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        labels = (" ".join(str(entry["name"]).split()) + "\n" for entry in classes)
+        (extra / "labels.txt").write_text("".join(labels), encoding="utf-8")
+        with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
+            for record in warm_up(module.functions, name):
+                writer.write(record.SerializeToString())
+        return _publish(whole, folder)
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "message", error)
+        raise InputError(f"{folder}: cannot be written: {' '.join(str(reason).split())}") from None
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+class Served(tf.Module):
+    """What is saved: the variables and the signatures, which all run one and the same network function."""
+
+    def __init__(self, model: PolarMask, description: str, contract: str | None, max_pixels: int, mask_size: int):
+        super().__init__()
+        self.variables_ = list(model.variables)
+        data = model.config.data
+        size = (None, None) if data.fit == "short_side" else data.size
+        text = tf.TensorSpec([None], tf.string)
+        pixels = tf.TensorSpec([None, None, None, 3], tf.uint8)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.uint8), tf.TensorSpec([None, 2])])
+        def network(placed, filled):
+            return detect(model, placed, filled[:, ::-1] / tf.cast(tf.shape(placed)[2:0:-1], tf.float32))
+
+        def place(images):
+            placed, filled = resize(images, data.size, data.fit)
+            return placed, tf.round(filled[::-1] * tf.cast(tf.shape(placed)[1:3], tf.float32))
+
+        def place_one(image):
+            placed, filled = place(image[tf.newaxis])
+            return placed[0], filled
+
+        @tf.function(input_signature=[text])
+        def from_bytes(contents):
+            return decode.place_batch(contents, place_one, max_pixels)
+
+        @tf.function(input_signature=[text])
+        def from_examples(contents):
+            return decode.place_batch(contents, place_one, max_pixels, examples=True)
+
+        def from_images(images):
+            sides = tf.shape(images)[1:3]
+            with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(sides > 0), ["images without pixels"])]):
+                placed, filled = place(tf.identity(images))
+            many = [tf.shape(images)[0], 1]
+            return placed, tf.tile(filled[tf.newaxis], many), tf.tile(tf.cast(sides, tf.float32)[tf.newaxis], many)
+
+        def ours(placed, filled, _):
+            return network(placed, filled)
+
+        def theirs(placed, filled, sizes):
+            branch = CONVENTIONS[model.config.conventions].box_nms
+            return model_garden.outputs(network(placed, filled), sizes, filled, tf.shape(placed)[1:3], mask_size, branch)
+
+        def signature(spec, name, read, answer):
+            return tf.function(
+                lambda given: answer(*read(given)), input_signature=[tf.TensorSpec(spec.shape, spec.dtype, name)]
+            )
+
+        self.functions = {
+            "serving_default": signature(text, "image_bytes", from_bytes, ours),
+            "images": signature(pixels, "images", from_images, ours),
+            "tf_example": signature(text, "examples", from_examples, ours),
+            # TF Serving gives a client the signatures, but no file of the model's.
+            "metadata": tf.function(
+                lambda request: {"metadata": tf.fill(tf.shape(request), description)},
+                input_signature=[tf.TensorSpec([None], tf.string, "request")],
+            ),
+        }
+        if contract == "model_garden":  # by its names for kinds of input; the tensor is called `inputs` in all of them
+            kinds = [("image_bytes", text, from_bytes), ("image_tensor", pixels, from_images)]
+            for kind, spec, read in [*kinds, ("tf_example", text, from_examples)]:
+                self.functions[f"model_garden_{kind}"] = signature(spec, "inputs", read, theirs)
+
+
+def warm_up(signatures: dict, name: str) -> list:
+    """A tensorflow_serving.apis PredictionLog of one picture for every signature.
+
+    TF Serving runs them when it loads a model, from assets.extra/tf_serving_warmup_requests.
+    """
+    predict_pb2, prediction_log_pb2 = _protos()
+    height, width = WARM_UP_SIZE
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([x + y, 2 * x, 255 - y], axis=-1).astype(np.uint8)
+    encoded = tf.io.encode_jpeg(image).numpy()
+    feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded]))
+    example = tf.train.Example(features=tf.train.Features(feature={"image/encoded": feature})).SerializeToString()
+    records = []
+    for key, function in signatures.items():
+        given, = function.input_signature
+        content = image[np.newaxis] if given.dtype == tf.uint8 else [example if key.endswith("tf_example") else encoded]
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name, request.model_spec.signature_name = name, key
+        request.inputs[given.name].CopyFrom(tf.make_tensor_proto(content, given.dtype))
+        records.append(prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request)))
+    return records
+
+
+def _protos():
+    try:
+        from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+    except ImportError:
+        raise InputError("warm-up requests need tensorflow-serving-api: pip install 'polarmask_tf[serving]'") from None
+    return predict_pb2, prediction_log_pb2
+
+
+def _publish(whole: Path, folder: Path) -> Path:
+    """Renames a complete version to the next free number in its model's folder, and returns its new path."""
+    while True:
+        versions = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+        version = folder / str(max(versions, default=0) + 1)
+        try:
+            os.rename(whole, version)
+            return version
+        except OSError:
+            if not version.exists():  # else another export was faster
+                raise
