@@ -8,9 +8,10 @@ appendix B.4 (CRC-32C); key names: official/vision/dataloaders/tf_example_decode
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ import numpy as np
 from polarmask_tf.errors import InputError
 
 FORMAT = "polarmask_tf/1"
+MEND = "run `polarmask convert` again, or go on without the rest of the shard: data.damaged=skip"
+
+
+class DamagedShard(InputError):
+    """A shard has no further record that can be read; the message says how many could be."""
 
 
 class Instance(NamedTuple):
@@ -128,6 +134,45 @@ def _masked(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
+def read_shard(path) -> Iterator[bytes]:
+    """Yields the records of one shard, whose checksums are compared. No TensorFlow.
+
+    Raises DamagedShard where no further record can be had: "PATH: damaged or cut short after N records (reason)".
+    """
+    count = 0
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while header := file.read(12):
+                length = int.from_bytes(header[:8], "little")
+                if len(header) == 12 and _masked(google_crc32c.value(header[:8])) != int.from_bytes(header[8:], "little"):
+                    raise ValueError("the checksum of a length is wrong")
+                if len(header) < 12 or file.tell() + length + 4 > size:
+                    raise ValueError("it ends within a record")
+                data, checksum = file.read(length), file.read(4)
+                if _masked(google_crc32c.value(data)) != int.from_bytes(checksum, "little"):
+                    raise ValueError("the checksum of a record is wrong")
+                yield data
+                count += 1
+    except ValueError as error:
+        raise DamagedShard(f"{path}: damaged or cut short after {count} records ({error})") from None
+    except OSError as error:
+        raise DamagedShard(f"{path}: cannot be read after {count} records ({error.strerror or error})") from None
+
+
+def count_records(path) -> int:
+    """How many whole records a shard holds, by their lengths alone: 8 bytes are read of each. OSError if it cannot be."""
+    count = end = 0
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        while len(length := os.pread(file.fileno(), 8, end)) == 8:
+            end += 16 + int.from_bytes(length, "little")
+            if end > size:
+                break
+            count += 1
+    return count
+
+
 def load_dataset_info(path) -> DatasetInfo:
     """Reads `dataset.json` of a converted data set (a directory). No TensorFlow.
 
@@ -164,6 +209,14 @@ def load_dataset_info(path) -> DatasetInfo:
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(info.shard_paths)} shards missing, first {missing[0]}; {again} anew")
     return info
+
+
+def dump_dataset_info(info: DatasetInfo) -> str:
+    """The text of a `dataset.json` beside the shards, which `load_dataset_info` reads."""
+    content = asdict(info)
+    del content["directory"]
+    content["shards"] = [path.name for path in content.pop("shard_paths")]
+    return json.dumps({"format": FORMAT, **content}, indent=1)
 
 
 def parse(serialized) -> dict:
@@ -273,18 +326,18 @@ def _iter_features(info: DatasetInfo):
     from google.protobuf.message import DecodeError
 
     count = 0
+    mend = "run `polarmask convert` again to rewrite the data set"
     for shard in info.shard_paths:
-        mend = "run `polarmask convert` again to rewrite the data set"
         try:
-            for data in tf.data.TFRecordDataset(str(shard)).as_numpy_iterator():
+            for data in read_shard(shard):
                 count += 1
                 features = tf.train.Example.FromString(data).features.feature
                 if "image/object/rle" not in features:
                     raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {mend}")
                 yield features
-        except tf.errors.OpError as error:
-            raise InputError(f"{shard}: damaged or cut short ({error.message.splitlines()[0]}); {mend}") from error
         except DecodeError as error:
             raise InputError(f"{shard}: holds something else than tf.train.Example; {mend}") from error
+        except DamagedShard as error:
+            raise InputError(f"{error}; {mend}") from None
     if count != info.num_images:
         raise InputError(f"{info.directory}: {count} records, dataset.json says {info.num_images}; {mend}")

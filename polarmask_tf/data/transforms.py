@@ -11,12 +11,14 @@ import tensorflow as tf
 from polarmask_tf import geometry
 
 
-def factors(source: tf.Tensor, size: tuple[int, int], fit: str) -> tf.Tensor:
+def factors(source: tf.Tensor, size, fit: str) -> tf.Tensor:
     """What an image of `source` pixels (height, width; float [2]) is scaled by to meet `size`: one number, or one an axis.
 
-    For `size` and `fit` see DataConfig. Source: short_side, "Training Details" of section 4; stretch, the released code.
+    For `size` (two numbers, or int [2]) and `fit` see DataConfig. Source: short_side, "Training Details" of section 4;
+    stretch, the released code.
     """
-    ratios = tf.constant(size, source.dtype) / source
+    size = tf.cast(size, source.dtype)
+    ratios = size / source
     if fit == "stretch":
         return ratios
     if fit == "letterbox":
