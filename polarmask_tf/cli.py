@@ -12,6 +12,10 @@ from pathlib import Path
 from polarmask_tf import __version__
 from polarmask_tf.errors import InputError
 
+MODEL = (
+    "run directory, SavedModel directory, .tflite file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
+)
+
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
@@ -54,9 +58,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like train.steps=100")
     sub.add_argument("--restart", action="store_true", help="start over, deleting the run's checkpoints")
     sub.add_argument("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
+    _add_devices(sub)
+    sub.add_argument("--worker-timeout", type=_positive, default=600, metavar="SECONDS",
+                     help="how long to wait for the other workers at the start (default %(default)s)")
+    sub.add_argument("--profile", type=_numbers, metavar="A,B", help="profile between two steps, for TensorBoard")
 
     sub = command("evaluate", evaluate, "COCO mask AP of a run directory, a SavedModel or a .tflite file")
-    sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("--data", type=Path, required=True, help="converted data")
     sub.add_argument("--max-detections", type=int, default=100, help="an image (default %(default)s)")
     sub.add_argument("--score-threshold", type=float, help="drop detections below (default: the model's own)")
@@ -65,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
 
     sub = command("predict", predict, "draw what a model finds in images, and write COCO results")
-    sub.add_argument("model", type=Path, help="run directory, SavedModel directory or .tflite file")
+    sub.add_argument("model", help=MODEL)
     sub.add_argument("images", type=Path, help="image file, or directory of images")
     sub.add_argument("--out", type=Path, required=True, help="directory for overlays/ and results.json")
     sub.add_argument("--score-threshold", type=float, help="least score (default 0.3; with --results-only the model's own)")
@@ -99,10 +107,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like model.rays=72")
 
     sub = command("benchmark", benchmark, "inference time of configs and runs; without any: CPU time of the data side")
-    sub.add_argument("models", nargs="*", metavar="CONFIG|RUN", help="timed in turns, one image, on the GPU if there is one")
+    sub.add_argument(
+        "models", nargs="*", metavar="CONFIG|RUN",
+        help="timed in turns, one image, on the GPU if there is one; `train CONFIG`: images/s of input, step and both; "
+        "`growth`: a training step against batch, instances and rays",
+    )
+    sub.add_argument("--data", help="train: converted data (default: made-up pictures)")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: override, like data.batch=8")
+    _add_devices(sub)
     sub.add_argument("--repeats", type=_positive, default=10, help="timed calls of each model (default %(default)s)")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
+
+
+def _add_devices(sub) -> None:
+    sub.add_argument("--strategy", choices=("auto", "none", "mirrored", "multi_worker"), default="auto",
+                     help="one device, all of this machine, or all of several machines (default: by what there is)")
+    sub.add_argument("--devices", type=_positive, default=0, metavar="N",
+                     help="devices of this machine to use (default: all GPUs); without GPUs the CPU is split into N")
 
 
 def _positive(text: str) -> int:
@@ -140,10 +162,16 @@ def train(args):
 
     data = [f"data.train={json.dumps(args.data)}"] if args.data else []
     settings = config.load(args.config, [*data, *args.set])
+    if args.profile and (len(args.profile) != 2 or args.profile[0] >= args.profile[1]):
+        raise InputError("--profile takes two steps, the first before the second, like 10,20")
+    from polarmask_tf import distribute
+
+    strategy = distribute.make(args.strategy, devices=args.devices, timeout=args.worker_timeout)
     from polarmask_tf.train import train
 
-    train(settings, args.out, restart=args.restart, start=args.start)
-    print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
+    train(settings, args.out, strategy=strategy, restart=args.restart, start=args.start, profile=args.profile)
+    if distribute.is_chief(strategy):
+        print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
 
 
 def evaluate(args):
@@ -211,6 +239,38 @@ def summary(args):
 
 
 def benchmark(args):
+    if args.models[:1] == ["train"]:
+        rows = _benchmark_train(args)
+    elif args.models == ["growth"]:
+        from polarmask_tf import benchmark_train
+
+        rows = benchmark_train.growth()
+        print(benchmark_train.format_growth(rows))
+    else:
+        rows = _benchmark_models(args)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def _benchmark_train(args):
+    from polarmask_tf import config, distribute
+
+    if len(args.models) != 2:
+        raise InputError("write it as: polarmask benchmark train CONFIG")
+    settings = config.load(args.models[1], [*([f"data.train={json.dumps(args.data)}"] if args.data else []), *args.set])
+    strategy = distribute.make(args.strategy, devices=args.devices)
+    from polarmask_tf import benchmark_train
+
+    rows = benchmark_train.run(settings, strategy, steps=args.repeats)
+    if distribute.is_chief(strategy):
+        print(benchmark_train.format_rows(rows, settings, strategy))
+    return rows
+
+
+def _benchmark_models(args):
     from polarmask_tf import benchmark
 
     if args.models:
@@ -220,11 +280,7 @@ def benchmark(args):
         rows = benchmark.run()
         for row in rows:
             print(f"{row['value']:8.2f} {row['unit']:<14} {row['what']}")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

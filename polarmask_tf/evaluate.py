@@ -246,12 +246,16 @@ def _batches(items, size):
         yield batch
 
 
-def evaluate(predictor, data, *, max_detections=100, per_class=False, limit=None, annotations=None, progress=True):
+def evaluate(
+    predictor, data, *, max_detections=100, per_class=False, limit=None, annotations=None, progress=True, worker=(0, 1),
+    gather=None,
+):
     """Run `predictor` over a converted data directory and measure its polygons against the original masks -> Metrics.
 
     `limit` takes the first images only; `annotations` is a COCO JSON to measure against in place of the records' own
-    annotations (its other images count as missed, unless there is a limit). Raises InputError for classes that differ
-    and for images that cannot be decoded.
+    annotations (its other images count as missed, unless there is a limit). Of several workers, each calls this with its
+    `worker` (index, number) and looks at its share of the images; gather(list) then returns the workers' lists joined.
+    Raises InputError for classes that differ and for images that cannot be decoded.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, must be at least 1")
@@ -259,9 +263,10 @@ def evaluate(predictor, data, *, max_detections=100, per_class=False, limit=None
     _check_classes(predictor.classes, truth["categories"], annotations or data)
     known = {image["id"] for image in truth["images"]}
     results, seen = [], set()
-    total = min(len(known), limit or len(known))
-    with tqdm(total=total, desc="evaluate", unit="image", disable=not progress) as bar:
-        for batch in _batches(itertools.islice(records.iter_images(data), limit), predictor.batch_size):
+    index, workers = worker
+    total = len(range(index, min(len(known), limit or len(known)), workers))
+    with tqdm(total=total, desc="evaluate", unit="image", disable=not progress, leave=gather is None) as bar:
+        for batch in _batches(itertools.islice(records.iter_images(data), index, limit, workers), predictor.batch_size):
             images = []
             for image_id, encoded in batch:
                 if image_id not in known:
@@ -274,6 +279,8 @@ def evaluate(predictor, data, *, max_detections=100, per_class=False, limit=None
                 results += detections_to_results(found, image_id, predictor.classes, *image.shape[:2])
                 seen.add(image_id)
             bar.update(len(batch))
+    if gather:
+        results = gather(results)
     if limit is not None:
         truth = dict(
             truth,

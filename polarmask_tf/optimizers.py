@@ -69,6 +69,7 @@ def make(config: Config) -> tf_keras.optimizers.Optimizer:
     if train.rate_batch:
         train = dataclasses.replace(train, learning_rate=train.learning_rate * config.data.batch / train.rate_batch)
     common = {"learning_rate": Schedule(train), "global_clipnorm": train.clip_norm or None}
+    common |= {"use_ema": True, "ema_momentum": train.ema} if train.ema else {}
     if train.decay == "l2":
         return PaperSGD(l2=train.weight_decay, bias_rate=train.bias_rate, momentum=train.momentum, **common)
     common["weight_decay"] = train.weight_decay

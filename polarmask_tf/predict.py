@@ -60,7 +60,7 @@ def predict(predictor, source, out, *, score_threshold=None, truth=None, limit=N
                 continue
             _save_picture(_draw_found(image, found, predictor.classes), out / "overlays" / names[file])
             if file in shown:
-                cells.append(_cell(file, image, found, predictor.classes, entries[file] if beside_truth else None, dataset))
+                cells.append(cell(file.name, image, found, predictor.classes, entries[file] if beside_truth else None, dataset))
         results.write("]" if detections else "[]")
         _report_skipped(skipped, len(files), images, source)
     if beside_truth and not cells and not results_only:
@@ -198,13 +198,16 @@ def _draw_found(image, found, classes, fit=None):
     return visualize.draw(image, list(found.polygons), labels, found.scores, colors, fit=fit)
 
 
-def _cell(file, image, found, classes, entry, dataset):
-    """A cell of the sheet: the picture of what was found, after that of the ground truth if there is an entry of it."""
+def cell(name, image, found, classes, entry, dataset):
+    """A cell of a sheet (see visualize.sheet): the picture of what was found, after the ground truth's if `entry` is given.
+
+    `entry` is the image's in `dataset`, a COCO dict; of it the id counts.
+    """
     picture = _draw_found(image, found, classes, fit=visualize.SHEET_SIDE)
     if entry is None:
-        return picture, f"{file.name}: {len(found.scores)} found"
+        return picture, f"{name}: {len(found.scores)} found"
     true, shapes = _draw_truth(image, entry, dataset, classes)
-    return true, picture, f"{file.name}: {shapes} true, {len(found.scores)} found"
+    return true, picture, f"{name}: {shapes} true, {len(found.scores)} found"
 
 
 def _draw_truth(image, entry, dataset, classes):

@@ -121,14 +121,17 @@ def _load_saved_model(path):
 
 
 def _load_run(path, score_threshold, max_detections):
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     overrides = {"score_threshold": score_threshold, "max_detections": max_detections}
     return run_predictor(load_run(path, **{key: value for key, value in overrides.items() if value is not None}))
 
 
-def run_predictor(model, fit=None):
-    """The model that train.load_run gives -> Predictor; images meet it by `fit`, see DataConfig (default: as in training)."""
+def run_predictor(model, fit=None, strategy=None, devices=1):
+    """The model that runs.load_run gives -> Predictor; images meet it by `fit`, see DataConfig (default: as in training).
+
+    With a tf.distribute `strategy`, its `devices` of this process share the images of a call.
+    """
     import tensorflow as tf
 
     data = model.config.data
@@ -136,6 +139,8 @@ def run_predictor(model, fit=None):
     size = canvas(data)
     fixed = (None, None) if fit == "short_side" else size  # one graph for inputs of every size
     detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
+    if strategy and strategy.num_replicas_in_sync > 1:
+        detect = _on_all(detect, strategy, devices)
 
     def run(images):
         placed, backs = zip(*(network_input(i, data, fit) for i in images), strict=True) if images else ((), ())
@@ -147,7 +152,27 @@ def run_predictor(model, fit=None):
                 found[index] = lite.unpack(outputs, row, width * back_x, height * back_y, *images[index].shape[:2])
         return found
 
-    return Predictor("run", model.classes, size, 8, run)
+    return Predictor("run", model.classes, size, 8 * devices, run)
+
+
+def _on_all(detect, strategy, devices):
+    """`detect` with its images shared out over the devices of a strategy; an image that is short is one of zeros."""
+    import tensorflow as tf
+
+    def everywhere(images):
+        each = -(-len(images) // devices)
+        images, count = np.pad(images, [(0, each * devices - len(images))] + [(0, 0)] * 3), len(images)
+
+        def share(context):
+            first = context.replica_id_in_sync_group % devices * each
+            return tf.constant(images[first : first + each])
+
+        outputs = strategy.run(detect, args=(strategy.experimental_distribute_values_from_function(share),))
+        return {
+            name: tf.concat(strategy.experimental_local_results(parts), axis=0)[:count] for name, parts in outputs.items()
+        }
+
+    return everywhere
 
 
 def network_input(image, data, fit=None):

@@ -143,6 +143,28 @@ def encode(
     return Targets(labels, positives, lengths, tf.where(sees, quality, 0.0), distances)
 
 
+def of_images(targets: Targets, first, count: int) -> Targets:
+    """The targets of `count` images of a batch from the image `first` on; images are numbered from 0 again."""
+    image = targets.positives[:, 0] - first
+    mine = (image >= 0) & (image < count)
+    positives, *others = (tf.boolean_mask(value, mine) for value in targets[1:])
+    labels = tf.ensure_shape(targets.labels[first : first + count], [count, targets.labels.shape[1]])
+    return Targets(labels, positives - [first, 0], *others)
+
+
+def padded(targets: Targets, rows: int | None) -> Targets:
+    """The same with exactly so many rows of positives; those added have centerness -1. None: as it is."""
+    if rows is None:
+        return targets
+
+    def pad(values, fill):
+        values = tf.pad(values, [[0, rows - tf.shape(values)[0]]] + [[0, 0]] * (values.shape.rank - 1), constant_values=fill)
+        return tf.ensure_shape(values, [rows, *values.shape[1:]])
+
+    labels, positives, rays, centerness, boxes = targets
+    return Targets(labels, pad(positives, 0), pad(rays, 1.0), pad(centerness, -1.0), pad(boxes, 1.0))
+
+
 def _whole_pixels(boxes, centers, edges, window):
     """The same instances as the released code sees them: the origin is the middle of the first pixel, a box ends in the
     middle of its last one, and a center is cut to integers. (Its contours also run through the middles of the outermost

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from polarmask_tf import config as configs
-from polarmask_tf import train
+from polarmask_tf import runs
 from polarmask_tf.data import records
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling import pretrained
@@ -65,8 +65,8 @@ def import_weights(
     left = _assign(checkpoint, tensors, model)
     if left:
         print(f"{checkpoint}: the box branch, {len(left)} tensors, goes unused: the config has none", file=sys.stderr)
-    train.write_run(run, config, {"classes": classes, "name": Path(checkpoint).name, "num_images": 0})
-    train.save_weights(model, run)
+    runs.write_run(run, config, {"classes": classes, "name": Path(checkpoint).name, "num_images": 0})
+    runs.save(model, run, 0, weights_only=True)
     return model
 
 

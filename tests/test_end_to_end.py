@@ -47,7 +47,7 @@ def work(tmp_path_factory):
 
 
 def test_training_goes_on_where_it_stopped(work, capsys):
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     assert {p.name for p in (work / "run/checkpoints").glob("*.index")} == {"step-4.index", "step-8.index"}
     assert list((work / "run").glob("events.out.tfevents.*"))
@@ -65,7 +65,7 @@ def test_a_run_of_other_settings_is_refused(work, capsys):
 
 
 def test_resuming_equals_training_without_a_break(work, tmp_path):
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     common = ["train", "--config", "shapes", "--data", work / "data/train", "--out", tmp_path / "run"]
     assert polarmask(*common, *settings("train.steps=8", f"data.val={work / 'data/val'}")) == 0
@@ -179,7 +179,7 @@ def test_export_replaces_an_older_one_and_refuses_what_is_no_run(work, tmp_path,
 def test_a_damaged_checkpoint_is_one_line(work, tmp_path):
     import shutil
 
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     run = shutil.copytree(work / "run", tmp_path / "run")
     data = next((run / "checkpoints").glob("step-8.data*"))

@@ -130,7 +130,7 @@ def test_one_graph_for_inputs_of_every_size():
 @pytest.fixture(scope="module")
 def short_side_export(tmp_path_factory):
     """A real network with weights of chance whose images are resized by their shorter side: run directory and exports."""
-    from polarmask_tf import train
+    from polarmask_tf import runs
     from polarmask_tf.data import records
     from polarmask_tf.modeling.polarmask import PolarMask
 
@@ -146,8 +146,8 @@ def short_side_export(tmp_path_factory):
     rng = np.random.default_rng(0)
     for variable in model.head.variables:  # weights of its start give every location nearly the same score
         variable.assign(variable + rng.normal(0, 0.1, variable.shape))
-    train.write_run(folder / "run", config, {"classes": [{"name": "a", "category_id": 1}]})
-    train.save_weights(model, folder / "run")
+    runs.write_run(folder / "run", config, {"classes": [{"name": "a", "category_id": 1}]})
+    runs.save(model, folder / "run", 0, weights_only=True)
     (folder / "data").mkdir()
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((48, 80), (80, 48), (48, 48), (48, 90), (64, 64))]
     shard = folder / "data" / "val-00000-of-00001.tfrecord"
@@ -183,7 +183,7 @@ def test_a_network_finds_the_same_lying_and_standing(short_side_export):
 
 
 def test_export_compares_each_on_images_resized_as_it_does(short_side_export, capsys):
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     folder, rows, images = short_side_export
     # The .tflite letterboxes, and so does the Keras model that it is compared with: both resize by Pillow, and all agree.

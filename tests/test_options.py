@@ -9,7 +9,7 @@ import tf_keras
 from test_model import CLASSES, instances_of, random_images, random_scenes, tiny_config
 
 from polarmask_tf import config as configs
-from polarmask_tf import geometry, losses, targets, train
+from polarmask_tf import geometry, losses, runs, targets, train
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
 
@@ -148,8 +148,8 @@ def saved_run(folder, num_classes, seed, rays=8):
     model = PolarMask(config, num_classes)
     model.build((None, 64, 64, 3))
     classes = [{"name": f"c{i}", "category_id": i} for i in range(num_classes)]
-    train.write_run(folder, config, {"classes": classes, "name": "x", "num_images": 0})
-    train.save_weights(model, folder)
+    runs.write_run(folder, config, {"classes": classes, "name": "x", "num_images": 0})
+    runs.save(model, folder, 0, weights_only=True)
     return model
 
 

@@ -59,7 +59,7 @@ def test_a_recipe_trains_evaluates_and_exports(data, tmp_path, capfd, recipe):
             assert len(mine.scores) == len(theirs.scores) > 0
             np.testing.assert_allclose(theirs.scores, mine.scores, atol=2e-3)
     # Frozen: the stem, C2 and every BatchNorm are as they were before training.
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     model = load_run(run)
     frozen = {v.name for v in model.variables} - {v.name for v in model.trainable_variables}

@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch):
         calls.append(overrides)
         return types.SimpleNamespace(classes=CLASSES, config=config, detect=hexagon_around_brightest)
 
-    monkeypatch.setitem(sys.modules, "polarmask_tf.train", types.SimpleNamespace(load_run=load_run))
+    monkeypatch.setitem(sys.modules, "polarmask_tf.runs", types.SimpleNamespace(load_run=load_run))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     return tmp_path / "run", calls

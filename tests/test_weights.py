@@ -12,7 +12,7 @@ from polarmask_tf import cli, weights
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.predictor import load_predictor
-from polarmask_tf.train import load_run
+from polarmask_tf.runs import load_run
 
 TURN = (9 - np.arange(36)) % 36  # our ray k is the released ray TURN[k]
 

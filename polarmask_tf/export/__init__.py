@@ -32,7 +32,7 @@ def export(run: Path, out: Path, *, images: Path | None = None, **overrides) -> 
     from polarmask_tf.export.saved_model import export_saved_model
     from polarmask_tf.export.tflite import export_tflite, fit
     from polarmask_tf.predictor import load_predictor, run_predictor
-    from polarmask_tf.train import load_run
+    from polarmask_tf.runs import load_run
 
     overrides = {key: value for key, value in overrides.items() if value is not None}
     model = load_run(run, **overrides)

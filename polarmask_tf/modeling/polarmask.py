@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import tensorflow as tf
 import tf_keras
 
@@ -53,34 +55,100 @@ class PolarMask(tf_keras.Model):
         variance = tf.reduce_mean(tf.square(images - mean), axis=[1, 2, 3], keepdims=True)
         return (images - mean) / tf.sqrt(variance + 1.0)
 
+    def train_step(self, data):
+        """One step of `fit`, like Keras' own, but in train.accumulate parts and, with train.jit_compile, by XLA.
+
+        What the losses are divided by follows from the instances alone and is known before the network runs. So the
+        gradients of the parts add up to the gradient of the whole batch (but for BatchNorm's statistics, which are a
+        part's), and no replica waits for another one between the network and its gradient.
+        """
+        images, instances = data
+        train = self.config.train
+        encoded = self._encode(images, instances)
+        counts = _sum_over_replicas(self._counts(images, encoded))
+        part_size = images.shape[0] // train.accumulate if train.accumulate > 1 else None
+        variables = self.trainable_variables
+        # XLA compiles for every shape: the positives, whose number differs from step to step, are padded to the most there are.
+        rows = self._most_positives(part_size or images.shape[0], instances) if train.jit_compile else None
+        function = tf.function(self._part_gradients, jit_compile=True) if train.jit_compile else self._part_gradients
+
+        def part(index):
+            if part_size is None:
+                return function(images, targets.padded(encoded, rows), counts)
+            within = slice(index * part_size, (index + 1) * part_size)
+            mine = targets.of_images(encoded, index * part_size, part_size)
+            x = tf.ensure_shape(images[within], [part_size, *images.shape[1:]])
+            return function(x, targets.padded(mine, rows), counts)
+
+        if part_size is None:
+            gradients, values = part(0)
+        else:
+            start = [tf.zeros(v.shape, v.dtype) for v in variables], [tf.constant(0.0) for _ in self.parts]
+            _, (gradients, values) = tf.while_loop(
+                lambda index, _: index < train.accumulate,
+                lambda index, sums: (index + 1, tf.nest.map_structure(tf.add, sums, part(index))),
+                (0, start), parallel_iterations=1,  # more would hold several parts in memory
+            )
+        if hasattr(self.optimizer, "get_unscaled_gradients"):
+            gradients = self.optimizer.get_unscaled_gradients(gradients)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        self._track(values)
+        return self.get_metrics_result()
+
+    def _part_gradients(self, images, encoded, counts):
+        """Gradients of the weighted loss of some of a step's images, and their share of the values of self.parts."""
+        with tf.GradientTape() as tape:
+            values = self._values(self(images, training=True), encoded, counts)
+            loss = self._total(values)
+            if hasattr(self.optimizer, "get_scaled_loss"):
+                loss = self.optimizer.get_scaled_loss(loss)
+        gradients = tape.gradient(loss, self.trainable_variables, unconnected_gradients="zero")
+        return gradients, values
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         """Sum of the weighted losses of this replica's images, divided by counts over all replicas.
 
-        `y` holds the instances, see targets.encode. `fit` adds the gradients of the replicas, so the total is that of one
-        device with the whole batch: focal loss / positives, centerness loss / positives, ray loss and box loss weighted
-        by the centerness targets / their sum.
+        `y` holds the instances, see targets.encode. The optimizer adds the gradients of the replicas, so the total is that
+        of one device with the whole batch: focal loss / positives, centerness loss / positives, ray loss and box loss
+        weighted by the centerness targets / their sum.
         """
+        encoded = self._encode(x, y)
+        values = self._values(y_pred, encoded, _sum_over_replicas(self._counts(x, encoded)))
+        self._track(values)
+        return self._total(values)
+
+    def _encode(self, images, instances):
         config = self.config
-        encoded = targets.encode(
-            y, rays=config.model.rays, levels=config.model.fpn.levels, size=_size(x), radius=config.targets.radius,
-            ranges=self.ranges, centerness=config.targets.centerness, whole_pixels=self.conventions.whole_pixels,
+        return targets.encode(
+            instances, rays=config.model.rays, levels=config.model.fpn.levels, size=_size(images),
+            radius=config.targets.radius, ranges=self.ranges, centerness=config.targets.centerness,
+            whole_pixels=self.conventions.whole_pixels,
         )
-        images = tf.cast(tf.shape(x)[0], tf.float32) if self.conventions.count_images else 0.0
-        sums, counts = self._local_losses(y_pred, encoded, images)
-        counts = _sum_over_replicas(counts)
-        # Without positives on any replica the sums over positives are zero too; their counts only must not be.
-        least = (1.0, 1e-3, 1.0, 1e-3)
-        values = [part / tf.maximum(count, low) for part, count, low in zip(sums, counts, least, strict=False)]
-        weights = [getattr(config.loss, f"{part}_weight") for part in self.parts]
-        loss = tf.add_n([weight * value for weight, value in zip(weights, values, strict=True)])
+
+    def _most_positives(self, images: int, instances) -> int:
+        """The most positives that so many images can have: every instance has ceil(2 radius)^2 a level at most."""
+        return images * instances["classes"].shape[1] * len(self.ray_units) * math.ceil(2 * self.config.targets.radius) ** 2
+
+    def _total(self, values):
+        return tf.add_n([getattr(self.config.loss, f"{p}_weight") * v for p, v in zip(self.parts, values, strict=True)])
+
+    def _track(self, values):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        for name, value in zip(("loss", *self.parts), (loss, *values), strict=True):
+        for name, value in zip(("loss", *self.parts), (self._total(values), *values), strict=True):
             # Mean metrics average over replicas, and each replica holds only its share of the sum.
             self.trackers[name].update_state(value * replicas)
-        return loss
 
-    def _local_losses(self, outputs, encoded, images):
-        """Sums of self.parts over this replica, and what each is to be divided by."""
+    def _counts(self, images, encoded):
+        """What each of self.parts is to be divided by, of this replica."""
+        positives, weight = tf.cast(tf.shape(encoded.positives)[0], tf.float32), tf.reduce_sum(encoded.centerness)
+        seen = tf.cast(tf.shape(images)[0], tf.float32) if self.conventions.count_images else 0.0
+        return [positives + seen, weight, positives, *([weight] if "box" in self.parts else [])]
+
+    def _values(self, outputs, encoded, counts):
+        """The losses of self.parts: sums over this replica's (part's) images, divided by counts over all replicas.
+
+        Rows of `encoded` with a negative centerness are padding.
+        """
         config = self.config.loss
         class_loss = losses.focal(
             _flat(outputs, "classes"), encoded.labels, gamma=config.focal_gamma, alpha=config.focal_alpha
@@ -92,16 +160,18 @@ class PolarMask(tf_keras.Model):
         def lengths(name):
             return geometry.rays_from_logits(tf.gather_nd(_flat(outputs, name), at), units)
 
-        ray_loss = tf.reduce_sum(losses.RAYS[config.ray](lengths("rays"), encoded.rays) * encoded.centerness)
+        weight = tf.maximum(encoded.centerness, 0.0)
+        ray_loss = tf.reduce_sum(losses.RAYS[config.ray](lengths("rays"), encoded.rays) * weight)
         predicted = tf.gather_nd(_flat(outputs, "centerness"), at)[:, 0]
-        centerness_loss = tf.reduce_sum(losses.centerness(predicted, encoded.centerness))
-        positives, weight = tf.cast(tf.shape(at)[0], tf.float32), tf.reduce_sum(encoded.centerness)
-        sums, counts = [class_loss, ray_loss, centerness_loss], [positives + images, weight, positives]
+        real = tf.cast(encoded.centerness >= 0, tf.float32)
+        centerness_loss = tf.reduce_sum(losses.centerness(predicted, weight) * real)
+        sums = [class_loss, ray_loss, centerness_loss]
         if "box" in self.parts:
             each = losses.box_iou(lengths("boxes"), encoded.boxes, pixel=float(self.conventions.whole_pixels))
-            sums.append(tf.reduce_sum(each * encoded.centerness))
-            counts.append(weight)
-        return sums, counts
+            sums.append(tf.reduce_sum(each * weight))
+        # Without positives on any replica the sums over positives are zero too; their counts only must not be.
+        least = (1.0, 1e-3, 1.0, 1e-3)
+        return [part / tf.maximum(count, low) for part, count, low in zip(sums, counts, least, strict=False)]
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()

@@ -1,0 +1,179 @@
+"""The run directory: config.yaml, dataset.json and checkpoints/, written so that a kill at any moment leaves a usable one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import tensorflow as tf
+import yaml
+
+from polarmask_tf import config as configs
+from polarmask_tf import distribute
+from polarmask_tf.config import Config
+from polarmask_tf.errors import InputError
+from polarmask_tf.modeling.polarmask import PolarMask
+
+# What may differ when a training goes on: how long it lasts, what is watched, how the same numbers are computed.
+MAY_CHANGE = (
+    "train.steps", "train.checkpoint_every", "train.evaluate_every", "train.patience", "train.jit_compile", "data.cache",
+    "data.damaged",
+)
+
+
+def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
+    """The trained model of a run directory, at its newest checkpoint that can be read.
+
+    With train.ema its weights are the running averages. `overrides` replace values of config.postprocess, like
+    score_threshold=0.3. model.classes is a list of {"name", "category_id"}, model.input_size is (height, width). Raises
+    InputError if `run` is not a run directory or holds no checkpoint.
+    """
+    run = Path(run)
+    config, classes = read_run(run)
+    config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
+    model = PolarMask(config, len(classes))
+    model.build((None, *configs.canvas(config.data), 3))
+    model.classes, model.input_size = classes, configs.canvas(config.data)
+    if not restore(model, run):
+        raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run})")
+    return model
+
+
+def read_run(run: Path) -> tuple[Config, list]:
+    """Config and classes of a run directory, without loading weights."""
+    if not (run / "config.yaml").is_file() or not (run / "dataset.json").is_file():
+        raise InputError(f"{run}: not a run directory (config.yaml and dataset.json are expected in it)")
+    try:
+        classes = json.loads((run / "dataset.json").read_text())["classes"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{run / 'dataset.json'}: damaged; copy dataset.json from the training data") from None
+    return configs.load(run / "config.yaml"), classes
+
+
+def prepare(config: Config, info, run: Path, restart: bool) -> None:
+    """Makes the run directory, or refuses one that belongs to something else. Lengthening a training is allowed."""
+    # A run that ended before its first checkpoint, of missing weights for example, holds nothing to protect.
+    if (run / "config.yaml").is_file() and not restart and checkpoints(run):
+        before, classes = read_run(run)
+        if classes != info.classes:
+            raise InputError(
+                f"{run}: was trained on {len(classes)} classes, and {config.data.train} has {len(info.classes)}, or others; "
+                "choose another --out, or --restart"
+            )
+        old, new = (_flatten(yaml.safe_load(configs.dump(c))) for c in (before, config))
+        changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
+        if changed:
+            key = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise InputError(
+                f"{run}: holds a training with {key}={old[key]}, now {new[key]}{more}; choose another --out, or --restart"
+            )
+    elif run.is_dir() and not (run / "config.yaml").is_file() and any(path.suffix != ".tmp" for path in run.iterdir()):
+        raise InputError(f"{run}: exists and is not a run directory; choose another --out")
+    if restart and (run / "config.yaml").is_file():
+        _remove([run / "best", run / "metrics.csv", *run.glob("checkpoints/*"), *run.glob("events.out.tfevents.*")])
+    write_run(run, config, {"classes": info.classes, "name": info.name, "num_images": info.num_images})
+
+
+def write_run(run: Path, config: Config, dataset: dict) -> None:
+    """Makes the run directory and writes config.yaml and dataset.json into it; InputError if it cannot."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        for name, text in (("config.yaml", configs.dump(config)), ("dataset.json", json.dumps(dataset, indent=1))):
+            (run / f"{name}.tmp").write_text(text)
+            os.replace(run / f"{name}.tmp", run / name)
+    except OSError as e:
+        raise InputError(f"{run}: cannot be written: {e.strerror}") from None
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def save(model: PolarMask, run: Path, step: int, *, keep: int = 2, chief: bool = True, weights_only: bool = False) -> None:
+    """Writes the checkpoint run/checkpoints/step-<step> and deletes all but the newest `keep`; InputError if it cannot.
+
+    TensorFlow writes beside and renames, the index last: a checkpoint that has an index is whole. Of several workers all
+    must call this, since values are gathered from them, but only the chief's files stay.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = run / "checkpoints" if chief else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        manager = tf.train.CheckpointManager(
+            _checkpoint(model, weights_only), str(folder), max_to_keep=keep, checkpoint_name="step"
+        )
+        try:
+            _remove(folder.glob(f"step-{step}[._]*"))  # left by a kill, or by a checkpoint that could not be read
+            manager.save(step)
+        except tf.errors.OpError as e:
+            if distribute.worker(tf.distribute.get_strategy())[1] > 1 and isinstance(e, distribute.LOSS_SHOWS_AS):
+                raise  # distribute.watching says whom we lost
+            _remove(folder.glob(f"step-{step}[._]*"))
+            reason = e.message.splitlines()[0]
+            raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {reason}") from None
+
+
+def _remove(paths) -> None:
+    for path in list(paths):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | None:
+    """Gives `model` the newest checkpoint of `run` that can be read and returns its path; None if there is none.
+
+    `training` takes the optimizer's state too, and all or nothing; else the weights alone, which with train.ema are the
+    averages. A newer one that is damaged is skipped with a line on stderr. Raises InputError if none is left.
+    """
+    paths = checkpoints(run)
+    for path in paths:
+        try:
+            averages = {}
+            if not training and any(name.startswith("average/") for name, _ in tf.train.list_variables(path)):
+                averages = {"average": [tf.Variable(v) for v in model.trainable_variables]}
+            status = _checkpoint(model, not training, **averages).restore(path)
+            status.assert_consumed() if training else status.assert_existing_objects_matched().expect_partial()
+            for variable, value in zip(model.trainable_variables, averages.get("average", ()), strict=False):
+                variable.assign(value)
+            return path
+        except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
+            reason = " ".join(str(e).split())[:200]
+            if path == paths[-1]:
+                raise InputError(
+                    f"{path}: damaged, or of another model, and no older one is left; train again with --restart ({reason})"
+                ) from None
+            print(f"warning: {path} cannot be read, the checkpoint before it is used ({reason})", file=sys.stderr)
+    return None
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Paths of the whole checkpoints of a run, the newest first."""
+    steps = [path.stem.rpartition("-")[2] for path in (run / "checkpoints").glob("step-*.index")]
+    return [str(run / "checkpoints" / f"step-{step}") for step in sorted(map(int, filter(str.isdigit, steps)), reverse=True)]
+
+
+def step_of(path: str | None) -> int:
+    """The number of steps that a checkpoint was trained for."""
+    return int(path.rpartition("-")[2]) if path else 0
+
+
+def average(model: PolarMask) -> list:
+    """The running averages of the trainable variables, in their order; none without train.ema."""
+    if not model.config.train.ema:
+        return []
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer)._model_variables_moving_average
+
+
+def _checkpoint(model, weights_only, **more):
+    # Not the model as a whole: its metrics and its optimizer hang on it too.
+    parts = {"model": {"backbone": model.backbone, "fpn": model.fpn, "head": model.head}, **more}
+    if not weights_only:
+        parts |= {"optimizer": model.optimizer, "average": average(model)}
+    return tf.train.Checkpoint(**parts)
