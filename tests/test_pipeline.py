@@ -2,6 +2,11 @@
 
 import dataclasses
 import io
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from PIL import Image
 from polarmask_tf import config as configs
 from polarmask_tf import geometry
 from polarmask_tf.data import pipeline, records
+from polarmask_tf.errors import InputError
 
 # (height, width) of image i, which is filled with the gray 20 * (i + 1): 7 lie, 4 stand.
 SIZES = [(40, 60), (60, 40), (64, 64), (30, 90), (90, 30), (64, 96), (50, 50), (100, 70), (70, 100), (33, 47), (128, 20)]
@@ -219,3 +225,180 @@ def test_a_model_trains_on_both_orientations_with_one_graph(info):
     history = model.fit(batches, steps_per_epoch=10, epochs=1, verbose=0).history
     assert np.isfinite(history["loss"]).all() and history["ray"][0] > 0
     assert model.train_function.experimental_get_tracing_count() == 1
+
+
+# ---- damage
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(place):
+    def damage(path):
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1
+        path.write_bytes(content)
+    return damage
+
+
+# What is done to the second of three shards, which holds the images 1, 4, 7 and 10: how many of them can still be read.
+DAMAGE = {
+    "cut": (cut, 3), "data": (flip(-30), 3), "first data": (flip(40), 0), "length": (flip(2), 0), "gone": (Path.unlink, 0),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_rest_of_a_damaged_shard_is_left_out_and_told_once(tmp_path, capfd, kind):
+    damage, readable = DAMAGE[kind]
+    info = write(tmp_path, SIZES)
+    damage(info.shard_paths[1])
+    lost = {1, 4, 7, 10} - set([1, 4, 7, 10][:readable])
+    for worker in range(2):
+        stream = pipeline.training_batches(
+            info, config_of(batch=2, damaged="skip"), seed=5, worker=worker, workers=2, replicas=2
+        )
+        seen = [n for images, _ in stream.take(60).as_numpy_iterator() for n in ids(images)]
+        assert set(seen) == set(range(11)) - lost
+        lines = [line for line in capfd.readouterr().err.splitlines() if "tfrecord" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"warning: {info.shard_paths[1]}: ") and f"after {readable} records" in lines[0]
+        assert "its rest is left out" in lines[0]
+
+
+def test_a_shard_that_vanishes_in_mid_epoch_is_missed_from_the_next_one_on(tmp_path, capfd):
+    info = write(tmp_path, SIZES)
+    batches = pipeline.training_batches(info, config_of(batch=1, damaged="skip", shuffle=2), seed=5).as_numpy_iterator()
+    next(batches)
+    info.shard_paths[0].unlink()
+    later = [n for images, _ in itertools.islice(batches, 99) for n in ids(images)][30:]
+    assert set(later) == set(range(11)) - {0, 3, 6, 9}
+    assert capfd.readouterr().err.count("cannot be read") == 1
+
+
+def test_nothing_is_lost_from_whole_shards(info, capfd):
+    for one, other in zip(take(info, 6, damaged="skip", **SHORT), take(info, 6, **SHORT), strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+    assert "warning" not in capfd.readouterr().err
+
+
+def failure(info, *, batches=40, step=0, **data):
+    """What `explain` makes of the error that the batches end with."""
+    config = config_of(batch=2, **data)
+    with pytest.raises(tf.errors.OpError) as caught:
+        for _ in pipeline.training_batches(info, config, seed=5).take(batches):
+            step += 1
+    found = pipeline.explain(caught.value, info, config, seed=5, step=step)
+    assert isinstance(found, InputError) and "\n" not in str(found)
+    return str(found)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_shard_stops_the_training_with_its_name(tmp_path, kind):
+    damage, readable = DAMAGE[kind]
+    info = write(tmp_path, SIZES)
+    damage(info.shard_paths[1])
+    message = failure(info)
+    assert message.startswith(f"{info.shard_paths[1]}: ") and f"after {readable} records" in message
+    assert "polarmask convert" in message and "data.damaged=skip" in message
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    info = write(tmp_path, SIZES)
+    path = info.shard_paths[1]
+    examples = [tf.train.Example.FromString(data) for data in records.read_shard(path)]
+    examples[2].features.feature["image/encoded"].bytes_list.value[0] = b"\xff\xd8\xff no image"
+    with open(path, "wb") as file:
+        for example in examples:
+            records.write_record(file, example.SerializeToString())
+    for damaged in ("fail", "skip"):
+        message = failure(info, damaged=damaged)
+        assert f"{info.directory}: image 7 (7.png) cannot be decoded" in message and "convert --verify" in message
+
+
+def test_records_of_others_are_named(tmp_path):
+    info = write(tmp_path, SIZES)
+    with open(info.shard_paths[1], "wb") as file:
+        for _ in range(4):
+            records.write_record(file, tf.train.Example().SerializeToString())
+    assert "did not write" in failure(info)
+
+
+@pytest.mark.parametrize("damaged", ["fail", "skip"])
+def test_data_without_records_end_with_a_line(tmp_path, damaged):
+    info = write(tmp_path, SIZES)
+    for path in info.shard_paths:
+        path.write_bytes(b"" if damaged == "fail" else b"\0" * 40)
+    message = failure(info, damaged=damaged)
+    assert {"fail": "fewer records", "skip": "no record"}[damaged] in message and "polarmask convert" in message
+    info.shard_paths[0].unlink()
+    with pytest.raises(InputError, match="no records for worker 0" if damaged == "skip" else "cannot be read"):
+        pipeline.training_batches(info, config_of(damaged=damaged, sharding="file"))
+
+
+def test_other_errors_are_not_explained(info):
+    for error in (tf.errors.ResourceExhaustedError, tf.errors.InvalidArgumentError, tf.errors.DataLossError):
+        assert pipeline.explain(error(None, None, "of something else"), info, config_of(), seed=5, step=3) is None
+
+
+# ---- cost
+
+
+def test_an_example_ships_less_than_half_a_megabyte_besides_its_pixels():
+    info = records.DatasetInfo(Path("x"), "train", 1, 100, 0, [{"name": "blob", "category_id": 1}], 100, 96, [Path("x/y")], {})
+    config = config_of(fit="short_side", size=(800, 1333))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, fpn=configs.FPNConfig(channels=64, levels=(3, 4, 5, 6, 7)))
+    )
+    file = io.BytesIO()
+    Image.new("RGB", (640, 480)).save(file, "PNG")
+    ring = np.random.default_rng(0).uniform(0, 480, (96, 2))
+    instance = records.Instance(1, 0, "blob", False, 1.0, (0, 0, 480, 480), [ring], b"")
+    record = records.parse(records.encode_example(
+        encoded=file.getvalue(), format="png", file_name="x", image_id=1, height=480, width=640, instances=[instance] * 100
+    ))
+    image, instances = pipeline.prepare(record, config, info, tf.constant([0, 0]))
+    assert image.shape == (800, 1344, 3)
+    assert (instances["classes"].numpy() >= 0).sum() == 100 and instances["edges"].shape == (100, 96, 4)
+    shipped = sum(value.numpy().nbytes for value in instances.values())
+    assert 100 * 96 * 4 * 4 < shipped <= 0.5e6
+
+
+DETERMINISTIC = """
+import hashlib, os, sys
+import tensorflow as tf
+sys.path.insert(0, sys.argv[1])
+from test_pipeline import SIZES, config_of, write
+from polarmask_tf.data import pipeline
+from pathlib import Path
+
+def busy():
+    stats = {t: Path(f"/proc/self/task/{t}/stat").read_text() for t in os.listdir("/proc/self/task")}
+    return {t: int(stat.rsplit(")", 1)[1].split()[11]) for t, stat in stats.items()}
+
+info = write(Path(sys.argv[2]), SIZES)
+tf.config.experimental.enable_op_determinism()
+digests = set()
+for _ in range(2):
+    config = config_of(size=(640, 640), sizes=((640, 640), (608, 640)), scale=(0.6, 1.3), damaged="skip")
+    stream = pipeline.training_batches(info, config, seed=5).as_numpy_iterator()
+    digest, before = hashlib.sha256(), busy()
+    for _ in range(25):
+        for value in tf.nest.flatten(next(stream)):
+            digest.update(value.tobytes())
+    digests.add(digest.hexdigest())
+    times = sorted(now - before.get(thread, 0) for thread, now in busy().items() if int(thread) != os.getpid())
+print(len(digests), times[-2] / times[-1])
+"""
+
+
+def test_deterministic_mode_is_deterministic_and_parallel(tmp_path):
+    """Two runs with the same batches; the second busiest thread is not idle."""
+    run = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    digests, ratio = run.stdout.split()
+    assert digests == "1"
+    if len(os.sched_getaffinity(0)) > 1:
+        assert float(ratio) > 0.3

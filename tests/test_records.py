@@ -183,3 +183,62 @@ def test_flipped_bits_missing_records_and_foreign_files_are_named(dataset):
             )
         with pytest.raises(InputError, match=f"toy-00001-of-00002.tfrecord: .*{message}"):
             list(records.iter_images(dataset))
+
+
+def records_of(path):
+    """What can be read, and the error then."""
+    found = []
+    try:
+        for data in records.read_shard(path):
+            found.append(data)
+    except InputError as error:
+        return found, str(error)
+    return found, None
+
+
+def test_shards_are_read_as_tensorflow_reads_them(tmp_path):
+    import tensorflow as tf
+
+    contents = [b"", b"a", b"\xff" * 1000, bytes(range(256))]
+    with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
+        for data in contents:
+            writer.write(data)
+    assert records_of(tmp_path / "theirs") == (contents, None)
+    assert records.count_records(tmp_path / "theirs") == 4
+    (tmp_path / "empty").write_bytes(b"")
+    assert records_of(tmp_path / "empty") == ([], None) and records.count_records(tmp_path / "empty") == 0
+
+
+def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
+    """Three records of 3 bytes, 19 bytes each in the file: what precedes the damage is read, nothing after it."""
+    path, bad = tmp_path / "good", tmp_path / "bad"
+    with open(path, "wb") as file:
+        for data in (b"abc", b"def", b"ghi"):
+            records.write_record(file, data)
+    good = path.read_bytes()
+    assert len(good) == 57
+    for place in range(57):
+        bad.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
+        whole = place // 19
+        found, error = records_of(bad)
+        assert found == [b"abc", b"def", b"ghi"][:whole]
+        assert records.count_records(bad) == (whole if place % 19 < 12 else 3)
+        assert error.startswith(f"{bad}: damaged or cut short after {whole} records (the checksum of a ")
+        bad.write_bytes(good[:place])
+        found, error = records_of(bad)
+        assert found == [b"abc", b"def", b"ghi"][:whole] and records.count_records(bad) == whole
+        assert (error is None) == (place % 19 == 0) and (error is None or "ends within a record" in error)
+
+
+def test_a_shard_that_cannot_be_opened_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    assert records_of(gone) == ([], f"{gone}: cannot be read after 0 records (No such file or directory)")
+    assert "Is a directory" in records_of(tmp_path)[1]
+    with pytest.raises(FileNotFoundError):
+        records.count_records(gone)
+
+
+def test_info_is_written_as_it_is_read(dataset):
+    before = records.load_dataset_info(dataset)
+    (dataset / "dataset.json").write_text(records.dump_dataset_info(before))
+    assert records.load_dataset_info(dataset) == before

@@ -145,12 +145,12 @@ def read_shard(path) -> Iterator[bytes]:
             size = os.fstat(file.fileno()).st_size
             while header := file.read(12):
                 length = int.from_bytes(header[:8], "little")
-                if len(header) == 12 and _masked(google_crc32c.value(header[:8])) != int.from_bytes(header[8:], "little"):
+                if len(header) == 12 and not _is_whole(header[:8], header[8:]):
                     raise ValueError("the checksum of a length is wrong")
                 if len(header) < 12 or file.tell() + length + 4 > size:
                     raise ValueError("it ends within a record")
                 data, checksum = file.read(length), file.read(4)
-                if _masked(google_crc32c.value(data)) != int.from_bytes(checksum, "little"):
+                if not _is_whole(data, checksum):
                     raise ValueError("the checksum of a record is wrong")
                 yield data
                 count += 1
@@ -161,16 +161,20 @@ def read_shard(path) -> Iterator[bytes]:
 
 
 def count_records(path) -> int:
-    """How many whole records a shard holds, by their lengths alone: 8 bytes are read of each. OSError if it cannot be."""
+    """How many records a shard holds up to its first damaged length: 12 bytes are read of each. OSError if it cannot be."""
     count = end = 0
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        while len(length := os.pread(file.fileno(), 8, end)) == 8:
-            end += 16 + int.from_bytes(length, "little")
-            if end > size:
+        while len(header := os.pread(file.fileno(), 12, end)) == 12:
+            end += 16 + int.from_bytes(header[:8], "little")
+            if end > size or not _is_whole(header[:8], header[8:]):
                 break
             count += 1
     return count
+
+
+def _is_whole(data: bytes, checksum: bytes) -> bool:
+    return _masked(google_crc32c.value(data)) == int.from_bytes(checksum, "little")
 
 
 def load_dataset_info(path) -> DatasetInfo:
