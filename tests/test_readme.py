@@ -9,12 +9,12 @@ import pytest
 from polarmask_tf import cli, config
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "exports").rglob("*.md")]
 
 
 def commands():
-    """Every `polarmask ...` line of the README's code blocks, of the quickstart and of the configs' headers."""
-    texts = [block for block in re.findall(r"```bash\n(.*?)```", README, re.S)]
+    """Every `polarmask ...` line of the documents' code blocks, of the quickstart and of the configs' headers."""
+    texts = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
     texts.append((ROOT / "scripts/quickstart").read_text())
     texts += [re.sub(r"^#", "", file.read_text(), flags=re.M) for file in (ROOT / "configs").glob("*.yaml")]
     for text in texts:
@@ -37,9 +37,10 @@ def test_there_are_commands_to_check():
     assert {line.split()[0] for line in commands()} >= {"shapes", "convert", "train", "evaluate", "export", "predict"}
 
 
-def test_every_linked_file_exists():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_linked_file_exists(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test", ".ci/run"])
