@@ -7,6 +7,7 @@ import resource
 import struct
 import sys
 import time
+import types
 import zlib
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from test_export import expected_scale, fake_model
 from test_lite import CLASSES, RADIUS, spot
 
+from polarmask_tf import benchmark_serving
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.predictor import load_predictor, run_predictor
@@ -519,12 +521,15 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
 
 
 def test_a_network_finds_what_it_finds_in_keras(tmp_path):
-    """A real network with weights of chance, against the run's predictor, which decodes and resizes by Pillow."""
+    """A real network with weights of chance, against the run's predictor, which decodes and resizes by Pillow.
+
+    The images need no resizing, but inputs of the network of different sizes: in one request each is seen as if alone.
+    """
     from polarmask_tf.modeling.polarmask import PolarMask
 
     overrides = [
         "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1",
-        "data.size=[64,96]", "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
+        "data.fit=short_side", "data.size=[64,96]", "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
     ]
     config = configs.load("shapes", overrides)
     model = PolarMask(config, 2)
@@ -535,7 +540,7 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
     model.classes = CLASSES
     path = serving.export_serving(model, model.classes, tmp_path, name="net")
     served, keras = Model(path), run_predictor(model)
-    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((64, 96), (32, 96), (64, 40))]  # none is resized
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((64, 96), (96, 64), (64, 64), (32, 96))]
     found = served("serving_default", [encoded(image) for image in images])
     for row, (image, expected) in enumerate(zip(images, keras(images), strict=True)):
         count = found["num_detections"][row]
@@ -547,3 +552,23 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
     np.testing.assert_allclose(again(images)[0].scores, keras(images)[0].scores, atol=1e-5)
     size = saved_model.metadata(model, model.classes)["input"]
     assert again.input_size == (size["height"], size["width"]) == (64, 96)
+
+
+def test_the_benchmark_measures_what_it_says():
+    class Network(types.SimpleNamespace):
+        def __call__(self, images, training):
+            return tf.cast(images, tf.float32)
+
+    model = Network(**vars(fake_model("letterbox", (64, 96))))
+    rows = benchmark_serving._signatures(model, CLASSES, batches=[2], repeats=2)
+    assert all(row["value"] > 0 or row["unit"] == "%" for row in rows)
+    values = {(row["what"], row["batch"], row["unit"]): row["value"] for row in rows}
+    assert values["serving_default", 2, "images/s"] == pytest.approx(2e3 / values["serving_default", 2, "ms"])
+    assert values["decoding and resizing", 2, "CPU ms"] < 2 * values["serving_default", 2, "CPU ms"]
+    rows = benchmark_serving._memory(model, CLASSES, requests=30)
+    assert [row["unit"] for row in rows] == ["MB", "MB"] and abs(rows[1]["value"]) < 60
+    named = [{"model": "m", "device": "d, 2 cores", "threads": 1, **row} for row in rows]
+    lines = benchmark_serving.format_csv(named).splitlines()
+    assert lines[0] == "model,device,threads,what,batch,value,unit" and lines[1].startswith('m,"d, 2 cores",1,"memory that')
+    with pytest.raises(InputError, match="no config file 'none'"):
+        benchmark_serving.run("none", threads=[1])

@@ -17,7 +17,7 @@ def outputs(found: dict, sizes: tf.Tensor, filled: tf.Tensor, canvas: tf.Tensor,
       found: ours, relative to the images.
       sizes: float32 [B, 2], heights and widths of the images.
       filled: float32 [B, 2], of the images as they were resized for the network.
-      canvas: int32 [2], height and width of the network's input.
+      canvas: int32 [B, 2], heights and widths of the network's inputs.
       mask_size: m, cells a side of a mask.
       box_branch: detection_boxes are not those of the polygons.
 
@@ -30,14 +30,13 @@ def outputs(found: dict, sizes: tf.Tensor, filled: tf.Tensor, canvas: tf.Tensor,
     """
     rows = tf.sequence_mask(found["num_detections"], tf.shape(found["detection_scores"])[1], tf.int32)
     factors = filled / sizes
-    canvas = tf.broadcast_to(tf.cast(canvas, tf.float32), tf.shape(sizes))
     pixels = tf.tile(filled, [1, 2])[:, tf.newaxis]
     converted = {
         "num_detections": found["num_detections"],
         "detection_scores": found["detection_scores"],
         "detection_classes": found["detection_classes"] + rows,
         "detection_boxes": found["detection_boxes"] * pixels,
-        "image_info": tf.stack([sizes, canvas, factors, tf.zeros_like(sizes)], axis=1),
+        "image_info": tf.stack([sizes, tf.cast(canvas, tf.float32), factors, tf.zeros_like(sizes)], axis=1),
     }
     polygons, boxes = found["detection_polygons"], found["detection_boxes"]
     if box_branch:

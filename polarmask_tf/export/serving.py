@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from polarmask_tf.config import CONVENTIONS
+from polarmask_tf.config import CONVENTIONS, DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import decode, model_garden
 from polarmask_tf.export.saved_model import detect, metadata, resize
@@ -72,6 +72,21 @@ def export_serving(
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def place_encoded(contents: tf.Tensor, data: DataConfig, max_pixels: int, examples: bool = False):
+    """Encoded images, string [B], to what the network takes; see decode.place_batch."""
+    def place(image):
+        placed, filled = _place(image[tf.newaxis], data)
+        return placed[0], filled
+
+    return decode.place_batch(contents, place, max_pixels, examples)
+
+
+def _place(images, data):
+    """saved_model.resize, with the height and width filled, in pixels."""
+    placed, filled = resize(images, data.size, data.fit)
+    return placed, tf.round(filled[::-1] * tf.cast(tf.shape(placed)[1:3], tf.float32))
+
+
 class Served(tf.Module):
     """What is saved: the variables and the signatures, which all run one and the same network function."""
 
@@ -87,35 +102,49 @@ class Served(tf.Module):
         def network(placed, filled):
             return detect(model, placed, filled[:, ::-1] / tf.cast(tf.shape(placed)[2:0:-1], tf.float32))
 
-        def place(images):
-            placed, filled = resize(images, data.size, data.fit)
-            return placed, tf.round(filled[::-1] * tf.cast(tf.shape(placed)[1:3], tf.float32))
+        network = network.get_concrete_function()
 
-        def place_one(image):
-            placed, filled = place(image[tf.newaxis])
-            return placed[0], filled
+        def alone(given):
+            placed, filled, sides = given
+            found = network(placed[tf.newaxis, : sides[0], : sides[1]], filled[tf.newaxis])
+            return {name: value[0] for name, value in found.items()}
+
+        def detections(placed, filled, canvases):
+            """Of each image as if it were sent alone: one does not see the padding to another's canvas."""
+            if data.fit != "short_side":
+                return network(placed, filled)
+            shapes = {name: tf.TensorSpec(value.shape[1:], value.dtype) for name, value in network.structured_outputs.items()}
+            return tf.cond(
+                tf.reduce_all(canvases == tf.shape(placed)[1:3]), lambda: network(placed, filled),
+                lambda: tf.map_fn(alone, (placed, filled, canvases), fn_output_signature=shapes, parallel_iterations=1),
+            )
+
+        def own_canvases(placed, filled):
+            sides = tf.cast(-(-filled // 32) * 32, tf.int32)
+            return sides if data.fit == "short_side" else tf.broadcast_to(tf.shape(placed)[1:3], tf.shape(filled))
 
         @tf.function(input_signature=[text])
         def from_bytes(contents):
-            return decode.place_batch(contents, place_one, max_pixels)
+            return place_encoded(contents, data, max_pixels)
 
         @tf.function(input_signature=[text])
         def from_examples(contents):
-            return decode.place_batch(contents, place_one, max_pixels, examples=True)
+            return place_encoded(contents, data, max_pixels, examples=True)
 
         def from_images(images):
             sides = tf.shape(images)[1:3]
             with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(sides > 0), ["images without pixels"])]):
-                placed, filled = place(tf.identity(images))
+                placed, filled = _place(tf.identity(images), data)
             many = [tf.shape(images)[0], 1]
             return placed, tf.tile(filled[tf.newaxis], many), tf.tile(tf.cast(sides, tf.float32)[tf.newaxis], many)
 
         def ours(placed, filled, _):
-            return network(placed, filled)
+            return detections(placed, filled, own_canvases(placed, filled))
 
         def theirs(placed, filled, sizes):
+            sides = own_canvases(placed, filled)
             branch = CONVENTIONS[model.config.conventions].box_nms
-            return model_garden.outputs(network(placed, filled), sizes, filled, tf.shape(placed)[1:3], mask_size, branch)
+            return model_garden.outputs(detections(placed, filled, sides), sizes, filled, sides, mask_size, branch)
 
         def signature(spec, name, read, answer):
             return tf.function(
