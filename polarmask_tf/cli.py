@@ -87,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
     sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
     sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
+    sub.add_argument("--serving", action="store_true", help="instead: a version directory for TF Serving, OUT/NAME/1")
+    sub.add_argument("--name", default="polarmask", help="serving: what the model is called in requests (default %(default)s)")
+    sub.add_argument("--contract", choices=("model_garden",), help="serving: also speak as Model Garden's Mask R-CNN does")
+    sub.add_argument("--max-pixels", type=_positive, default=50_000_000, metavar="N",
+                     help="serving: refuse encoded images of more pixels (default %(default)s)")
 
     sub = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
     sub.add_argument("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
@@ -206,11 +211,15 @@ def predict(args):
 
 
 def export(args):
-    from polarmask_tf.export import export
+    from polarmask_tf import export
 
-    export(
-        args.run, args.out, images=args.images, score_threshold=args.score_threshold, max_detections=args.max_detections
-    )
+    overrides = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+    if args.serving:
+        export.export_for_serving(
+            args.run, args.out, name=args.name, contract=args.contract, max_pixels=args.max_pixels, **overrides
+        )
+    else:
+        export.export(args.run, args.out, images=args.images, **overrides)
 
 
 def import_weights(args):

@@ -140,7 +140,7 @@ def run_predictor(model, fit=None, strategy=None, devices=1):
     fixed = (None, None) if fit == "short_side" else size  # one graph for inputs of every size
     detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
     if strategy and strategy.num_replicas_in_sync > 1:
-        detect = _on_all(detect, strategy, devices)
+        detect = _on_all(model, strategy, devices)
 
     def run(images):
         placed, backs = zip(*(network_input(i, data, fit) for i in images), strict=True) if images else ((), ())
@@ -155,9 +155,12 @@ def run_predictor(model, fit=None, strategy=None, devices=1):
     return Predictor("run", model.classes, size, 8 * devices, run)
 
 
-def _on_all(detect, strategy, devices):
-    """`detect` with its images shared out over the devices of a strategy; an image that is short is one of zeros."""
+def _on_all(model, strategy, devices):
+    """model.detect with its images shared out over the devices of a strategy; an image that is short is one of zeros."""
     import tensorflow as tf
+
+    # strategy.run itself cannot call a tf.function that has an input signature.
+    detect = tf.function(lambda images: strategy.run(model.detect, args=(images,)), reduce_retracing=True)
 
     def everywhere(images):
         each = -(-len(images) // devices)
@@ -167,7 +170,7 @@ def _on_all(detect, strategy, devices):
             first = context.replica_id_in_sync_group % devices * each
             return tf.constant(images[first : first + each])
 
-        outputs = strategy.run(detect, args=(strategy.experimental_distribute_values_from_function(share),))
+        outputs = detect(strategy.experimental_distribute_values_from_function(share))
         return {
             name: tf.concat(strategy.experimental_local_results(parts), axis=0)[:count] for name, parts in outputs.items()
         }

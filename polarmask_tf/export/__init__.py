@@ -65,3 +65,17 @@ def export(run: Path, out: Path, *, images: Path | None = None, **overrides) -> 
         print(parity.format_table(rows))
     print(f"next: python {out / 'lite.py'} {out / 'model.tflite'} IMAGE")
     return rows
+
+
+def export_for_serving(run: Path, out: Path, *, name: str, contract: str | None, max_pixels: int, **overrides) -> Path:
+    """Writes the next version of the model for TF Serving, out/NAME/1 at first, and returns it; see serving.export_serving."""
+    from polarmask_tf.export.serving import export_serving
+    from polarmask_tf.runs import load_run
+
+    model = load_run(run, **{key: value for key, value in overrides.items() if value is not None})
+    began = time.monotonic()
+    version = export_serving(model, model.classes, out, name=name, contract=contract, max_pixels=max_pixels)
+    size = sum(file.stat().st_size for file in version.rglob("*") if file.is_file())
+    print(f"{version}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
+    print(f"next: exports/serving/README.md; MODEL_DIR={version.parent.resolve()}")
+    return version
