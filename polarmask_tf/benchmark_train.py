@@ -41,7 +41,7 @@ def run(config: Config, strategy: tf.distribute.Strategy, *, steps: int = 10) ->
         else:
             info = made_up_data(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         if config.data.cache:
-            info = cache.cached(info, Path(config.data.cache))
+            info = cache.cached(info, config.data.cache)
         with strategy.scope():
             model = build(config, len(info.classes))
         worker, workers = distribute.worker(strategy)

@@ -58,7 +58,7 @@ def train(
     with distribute.watching(strategy):
         replicas.agree(strategy, 0, "")  # until the chief has prepared the directory
         if config.data.cache:
-            info = cache.cached(info, Path(config.data.cache))
+            info = cache.cached(info, config.data.cache, damaged=config.data.damaged, progress=chief)
         with strategy.scope():
             model = build(config, len(info.classes))
         found = runs.restore(model, run, training=True)
