@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -295,6 +296,7 @@ def _benchmark_models(args):
 def main(argv: list[str] | None = None) -> int:
     # Before anything imports TensorFlow: its start-up lines (cuInit, oneDNN, ...) tell a user nothing.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # of retracing and slow callbacks
     args = parser().parse_args(argv)
     try:
         args.function(args)
