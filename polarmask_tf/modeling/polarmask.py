@@ -40,6 +40,8 @@ class PolarMask(tf_keras.Model):
         self.conventions = CONVENTIONS[config.conventions]
         self.parts = BOX_PARTS if model.head.box else PARTS
         self.trackers = {name: tf_keras.metrics.Mean(name=name) for name in ("loss", *self.parts)}
+        # They are means over all replicas already; Keras would add up those of the workers.
+        self.distribute_reduction_method = "first"
 
     def call(self, images, training=False):
         """Head outputs {level: {"classes", "centerness", "rays"}}, float32 logits; see PolarHead."""
