@@ -89,7 +89,14 @@ def prepare(record: dict, config: Config, info: records.DatasetInfo, seed, size=
 
 
 def _locations(size, levels):
-    return tf.concat([geometry.locations(*size, 2**level) for level in levels], axis=0)
+    def make():
+        return tf.concat([geometry.locations(*size, 2**level) for level in levels], axis=0)
+
+    if not all(isinstance(side, int) for side in size):
+        return make()
+    with tf.init_scope(), tf.device("CPU"):  # made here and now, not once an example
+        points = make().numpy()
+    return tf.constant(points)
 
 
 def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Dataset:
