@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_pipeline import SHORT, SIZES, config_of, ids, take, write
+from test_pipeline import SHORT, SIZES, config_of, ids, take, traced_once, write  # noqa: F401
 
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 SMALL = {"size": (32, 64), "flip": "both", "scale": (0.6, 1.3)}
 OPTIONS = {
@@ -19,20 +21,6 @@ OPTIONS = {
 @pytest.fixture(scope="module")
 def info(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data"), SIZES)
-
-
-@pytest.fixture(autouse=True)
-def traced_once(monkeypatch):
-    """Building the graph of `prepare` takes a second; pipelines of one config share it here."""
-    functions, prepare = {}, pipeline.prepare
-
-    def shared(record, config, info, seed, size):
-        make = functions.setdefault(
-            (config, info.directory), tf.function(lambda record, seed, size: prepare(record, config, info, seed, size))
-        )
-        return make(record, seed, size)
-
-    monkeypatch.setattr(pipeline, "prepare", shared)
 
 
 def assert_same(one, other):
