@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from polarmask_tf import distribute, replicas, runs, visualize
 from polarmask_tf.data import records
+from polarmask_tf.errors import InputError
 from polarmask_tf.evaluate import evaluate
 from polarmask_tf.predict import cell
 from polarmask_tf.predictor import read_image, run_predictor
@@ -57,28 +57,28 @@ class Log(Stepwise):
 
     def __init__(self, run: Path, done: int, steps: int, chief: bool):
         super().__init__(done)
-        self.steps, self.before = steps, None
+        self.run, self.steps, self.before = run, steps, None
+        with self._written():
+            self.writer = tf.summary.create_file_writer(str(run)) if chief else tf.summary.create_noop_writer()
         self.since = (time.monotonic(), done)
         self.bar = tqdm(
             total=steps, initial=done, unit="step", desc="train", mininterval=1.0, smoothing=0.05, disable=not chief
         )
-        self.writer = tf.summary.create_file_writer(str(run)) if chief else tf.summary.create_noop_writer()
         self.file = run / "metrics.csv" if chief else None
         self.rows = [row for row in read_metrics(run) if row["step"] <= done]
 
     def on_train_begin(self, logs=None):
         self.names = ("loss", *self.model.parts, "learning_rate", "images_per_second", *APS)
         if self.file:
-            beside = self.file.with_name("metrics.csv.tmp")
-            with open(beside, "w", newline="") as file:
-                self._write(file, *self.rows, header=True)
-            os.replace(beside, self.file)
+            with io.StringIO(newline="") as text:
+                self._write(text, *self.rows, header=True)
+                runs.write(self.file, text.getvalue())
 
     def _write(self, file, *rows, header=False):
         writer = csv.DictWriter(file, ("step", *self.names))
         if header:
             writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(rows)
 
     def on_step(self, step, logs):
         # The loss of the step before: this one's may still be on its way from the device.
@@ -106,25 +106,47 @@ class Log(Stepwise):
 
     def add(self, step: int, values: dict) -> None:
         """One row of metrics.csv, and TensorBoard scalars."""
-        row = {"step": step, **values}
+        row = {"step": step, **{name: rounded(value) for name, value in values.items()}}
         self.rows.append(row)
         if self.file:
-            with open(self.file, "a", newline="") as file:
-                self._write(file, row)
-        with self.writer.as_default(step):
+            try:
+                with open(self.file, "a", newline="") as file:
+                    self._write(file, row)
+            except OSError as e:
+                raise InputError(f"{self.file}: cannot be written: {runs.reason(e)}") from None
+        with self.events(step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
+
+    @contextlib.contextmanager
+    def events(self, step: int):
+        """What tf.summary is given within it goes to TensorBoard's file."""
+        with self._written(), self.writer.as_default(step):
+            yield
+
+    @contextlib.contextmanager
+    def _written(self):
+        try:
+            yield
+        except tf.errors.OpError as e:
+            raise InputError(f"{self.run}: cannot write events for TensorBoard: {runs.reason(e)}") from None
 
     def close(self):
         """Also after an error, of which Keras does not tell: the message is to stand on a line of its own."""
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(tf.errors.OpError):  # of events that could not be written; the others have been
+            self.writer.close()
+
+
+def rounded(value: float) -> float:
+    """As it stands in metrics.csv: what is compared must be the same after an interruption."""
+    return float(f"{value:.6g}")
 
 
 def read_metrics(run: Path) -> list[dict]:
     """The rows of a run's metrics.csv with a step and at least one number, as numbers; a line cut by a kill is left out."""
     rows = []
-    with contextlib.suppress(OSError), open(run / "metrics.csv", newline="") as file:
+    with contextlib.suppress(OSError), open(run / "metrics.csv", newline="", errors="replace") as file:
         for row in csv.DictReader(file):
             with contextlib.suppress(ValueError, TypeError):
                 rows.append({k: int(v) if k == "step" else float(v) for k, v in row.items() if v})
@@ -190,7 +212,7 @@ class Evaluation(Stepwise):
                 self.predictor, config.data.val, progress=self.chief, worker=distribute.worker(self.strategy),
                 gather=lambda results: replicas.gather(self.strategy, results),
             )
-            values = {name: metrics.values[name] for name in APS}
+            values = {name: rounded(metrics.values[name]) for name in APS}
             if values["AP"] > max(before, default=-2.0):
                 runs.save(self.model, self.run / "best", step, keep=1, chief=self.chief, weights_only=True)
                 if self.chief:
@@ -208,8 +230,7 @@ class Evaluation(Stepwise):
     def _describe_best(self, step, metrics):
         best = self.run / "best"
         runs.write_run(best, self.model.config, json.loads((self.run / "dataset.json").read_text()))
-        (best / "metrics.json.tmp").write_text(json.dumps({"step": step, **metrics.to_dict()}, indent=1))
-        os.replace(best / "metrics.json.tmp", best / "metrics.json")
+        runs.write(best / "metrics.json", json.dumps({"step": step, **metrics.to_dict()}, indent=1))
 
     def _draw(self, step):
         """The first validation images, truth beside prediction, for TensorBoard."""
@@ -225,7 +246,7 @@ class Evaluation(Stepwise):
             cell(str(image_id), image, detections.above(0.3), self.classes, {"id": image_id}, self.truth)
             for (image_id, image), detections in zip(self.pictures, found, strict=True)
         ]
-        with self.log.writer.as_default(step):
+        with self.log.events(step):
             tf.summary.image("validation", np.asarray(visualize.sheet(cells))[np.newaxis])
 
 
@@ -248,10 +269,16 @@ class Profile(Stepwise):
 
     def __init__(self, run: Path, done: int, steps: tuple[int, int]):
         super().__init__(done)
-        self.run, self.steps = run, steps
+        self.run, self.steps, self.started = run, steps, False
 
     def on_step(self, step, logs):
         if step == self.steps[0]:
             tf.profiler.experimental.start(str(self.run))
+            self.started = True
         elif step == self.steps[1]:
+            self.on_train_end()
+
+    def on_train_end(self, logs=None):
+        if self.started:
             tf.profiler.experimental.stop()
+            self.started = False

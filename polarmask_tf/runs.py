@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ MAY_CHANGE = (
     "train.steps", "train.checkpoint_every", "train.evaluate_every", "train.patience", "train.jit_compile", "data.cache",
     "data.damaged",
 )
+UNFINISHED = "unfinished"  # where in checkpoints/ the next one is written
 
 
 def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
@@ -78,6 +80,7 @@ def prepare(config: Config, info, run: Path, restart: bool) -> None:
         raise InputError(f"{run}: exists and is not a run directory; choose another --out")
     if restart and (run / "config.yaml").is_file():
         _remove([run / "best", run / "metrics.csv", *run.glob("checkpoints/*"), *run.glob("events.out.tfevents.*")])
+    _tidy(run / "checkpoints", checkpoints(run))
     write_run(run, config, {"classes": info.classes, "name": info.name, "num_images": info.num_images})
 
 
@@ -85,11 +88,21 @@ def write_run(run: Path, config: Config, dataset: dict) -> None:
     """Makes the run directory and writes config.yaml and dataset.json into it; InputError if it cannot."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        for name, text in (("config.yaml", configs.dump(config)), ("dataset.json", json.dumps(dataset, indent=1))):
-            (run / f"{name}.tmp").write_text(text)
-            os.replace(run / f"{name}.tmp", run / name)
     except OSError as e:
-        raise InputError(f"{run}: cannot be written: {e.strerror}") from None
+        raise InputError(f"{run}: cannot be made: {reason(e)}") from None
+    write(run / "config.yaml", configs.dump(config))
+    write(run / "dataset.json", json.dumps(dataset, indent=1))
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that is either the old or the new one; InputError if it cannot."""
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        beside.write_text(text, newline="")
+        os.replace(beside, path)
+    except OSError as e:
+        _remove([beside])
+        raise InputError(f"{path}: cannot be written: {reason(e)}") from None
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:
@@ -102,23 +115,43 @@ def _flatten(values: dict, prefix: str = "") -> dict:
 def save(model: PolarMask, run: Path, step: int, *, keep: int = 2, chief: bool = True, weights_only: bool = False) -> None:
     """Writes the checkpoint run/checkpoints/step-<step> and deletes all but the newest `keep`; InputError if it cannot.
 
-    TensorFlow writes beside and renames, the index last: a checkpoint that has an index is whole. Of several workers all
-    must call this, since values are gathered from them, but only the chief's files stay.
+    It is written beside and moved, the index last: a checkpoint that has an index is whole. Of several workers all must
+    call this, since values are gathered from them, but only the chief's files stay.
     """
+    folder = run / "checkpoints"
     with contextlib.ExitStack() as stack:
-        folder = run / "checkpoints" if chief else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        manager = tf.train.CheckpointManager(
-            _checkpoint(model, weights_only), str(folder), max_to_keep=keep, checkpoint_name="step"
-        )
         try:
-            _remove(folder.glob(f"step-{step}[._]*"))  # left by a kill, or by a checkpoint that could not be read
-            manager.save(step)
-        except tf.errors.OpError as e:
+            beside = folder / UNFINISHED if chief else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _remove([beside])
+            # TensorFlow writes an index in place, and a kill would leave half of it under the checkpoint's own name.
+            written = Path(_checkpoint(model, weights_only).save(str(beside / "step")))
+            if not chief:
+                return
+            (folder / f"step-{step}.index").unlink(missing_ok=True)  # of one that could not be read
+            for path in sorted(beside.glob(f"{written.name}.*")):  # .data-00000-of-00001, .index
+                os.replace(path, folder / f"step-{step}{path.suffix}")
+        except (tf.errors.OpError, OSError) as e:
             if distribute.worker(tf.distribute.get_strategy())[1] > 1 and isinstance(e, distribute.LOSS_SHOWS_AS):
                 raise  # distribute.watching says whom we lost
-            _remove(folder.glob(f"step-{step}[._]*"))
-            reason = e.message.splitlines()[0]
-            raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {reason}") from None
+            _remove([beside])
+            raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {reason(e)}") from None
+    # A later one is none that this training went on from: it could not be read.
+    _tidy(folder, [path for path in checkpoints(run) if step_of(path) <= step][:keep])
+
+
+def reason(error: OSError | tf.errors.OpError) -> str:
+    """Why something could not be written, like "No space left on device"."""
+    if isinstance(error, OSError):
+        return error.strerror
+    return error.message.splitlines()[0].split(" [Op:")[0].split("; ")[-1]  # "{{node ...}} PATH; WHY [Op:...]" and more lines
+
+
+def _tidy(folder: Path, keep: list[str]) -> None:
+    """Deletes the checkpoints that are not to be kept, and what a kill left of others."""
+    kept = {Path(path).name for path in keep}
+    ours = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+(\.index|\.data-.+|_temp)", path.name)]
+    others = sorted((path for path in ours if path.stem not in kept), reverse=True)  # an index before its data
+    _remove([folder / UNFINISHED, *others])
 
 
 def _remove(paths) -> None:
@@ -135,22 +168,34 @@ def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | Non
     paths = checkpoints(run)
     for path in paths:
         try:
+            names = _check(path, training)
             averages = {}
-            if not training and any(name.startswith("average/") for name, _ in tf.train.list_variables(path)):
+            if not training and any(name.startswith("average/") for name in names):
                 averages = {"average": [tf.Variable(v) for v in model.trainable_variables]}
-            status = _checkpoint(model, not training, **averages).restore(path)
-            status.assert_consumed() if training else status.assert_existing_objects_matched().expect_partial()
+            # TensorFlow would tell of every value that is left over, a line each; what matters is asserted.
+            status = _checkpoint(model, not training, **averages).restore(path).expect_partial()
+            status.assert_consumed() if training else status.assert_existing_objects_matched()
             for variable, value in zip(model.trainable_variables, averages.get("average", ()), strict=False):
                 variable.assign(value)
             return path
         except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
-            reason = " ".join(str(e).split())[:200]
+            damage = " ".join(str(e).split())[:200]
             if path == paths[-1]:
                 raise InputError(
-                    f"{path}: damaged, or of another model, and no older one is left; train again with --restart ({reason})"
+                    f"{path}: damaged, or of another model, and no older one is left; train again with --restart ({damage})"
                 ) from None
-            print(f"warning: {path} cannot be read, the checkpoint before it is used ({reason})", file=sys.stderr)
+            print(f"warning: {path} cannot be read, the checkpoint before it is used ({damage})", file=sys.stderr)
     return None
+
+
+def _check(path: str, training: bool) -> list[str]:
+    """The names in a checkpoint. Raises what TensorFlow does where the values that are needed are not as they were written."""
+    reader = tf.train.load_checkpoint(path)
+    names = list(reader.get_variable_to_shape_map())
+    for name in names:
+        if training or not name.startswith("optimizer/"):
+            reader.get_tensor(name)  # compares its checksum
+    return names
 
 
 def checkpoints(run: Path) -> list[str]:

@@ -46,6 +46,10 @@ def train(
     """
     if not config.data.train:
         raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
+    if profile and not 0 < profile[0] < profile[1] <= config.train.steps:
+        raise InputError(
+            f"--profile {profile[0]},{profile[1]}: give two of the {config.train.steps} steps, the earlier one first"
+        )
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
     info = records.load_dataset_info(config.data.train)
@@ -69,10 +73,12 @@ def train(
         if done >= steps:
             if chief:
                 print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
-            return model
-        if done and chief:
-            print(f"{run}: going on after step {done}")
-        _fit(model, info, run, done, strategy, profile)
+        else:
+            if done and chief:
+                print(f"{run}: going on after step {done}")
+            _fit(model, info, run, done, strategy, profile)
+        for average, variable in zip(runs.average(model), model.trainable_variables, strict=False):
+            variable.assign(average)
     return model
 
 
@@ -146,14 +152,17 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> Non
     log = Log(run, done, steps, chief)
     if exhausted(aps(log.rows), config.train.patience):
         log.close()
-        print(f"{run}: stopped at step {done}, since AP no longer rose; raise train.patience to go on")
+        if chief:
+            print(f"{run}: stopped at step {done}, since AP no longer rose; raise train.patience to go on")
         return
     callbacks = [log]
     if config.train.evaluate_every:
         callbacks.append(Evaluation(run, done, strategy, info.classes, log))
     callbacks.append(Checkpoints(run, done, chief, log))
-    if profile:
+    if profile and done < profile[0]:
         callbacks.append(Profile(run, done, profile))
+    elif profile and chief:
+        print(f"{run}: no profile, since step {profile[0]} has been trained before; --restart to train anew")
     try:
         model.fit(
             data, steps_per_epoch=every, initial_epoch=done // every, epochs=math.ceil(steps / every), verbose=0,
@@ -179,8 +188,6 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> Non
         raise explained from None
     finally:
         log.close()
-    for average, variable in zip(runs.average(model), model.trainable_variables, strict=False):
-        variable.assign(average)
 
 
 def _save_batch(batches: tf.data.Dataset, run: Path, step: int) -> Path:

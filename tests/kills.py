@@ -1,0 +1,159 @@
+"""Kills a training at random moments, starts it again with the same command until it is done, and compares with one that
+was left alone. The tests kill a few times; `scripts/soak_training N` kills N times."""
+
+import argparse
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import training
+
+from polarmask_tf import cli, runs
+
+# Everything that a checkpoint has to bring back: Adam's moments, averages, BatchNorm's statistics, the place in the data.
+# Evaluations come with checkpoints and between them; an epoch, 25 images of 4 a step, ends within a step.
+SETTINGS = (
+    "train.deterministic=true", "train.ema=0.9", "model.backbone.norm=sync", "data.flip=both", "data.scale=[0.8,1.2]",
+    "data.shuffle=10", "train.steps=60", "train.checkpoint_every=3", "train.evaluate_every=10",
+)
+STEPS, EVERY = 60, 3
+# Seconds that may pass between what a kill waits for and the kill. A start takes longer than 12 s, the first evaluation
+# some seconds, a step and a checkpoint far less than one.
+MOMENTS = {"start-up": 12.0, "steps": 0.3, "checkpoint": 0.03, "evaluation": 4.0}
+A_ROUND = ("start-up",) * 3 + ("steps",) * 3 + ("checkpoint",) * 2 + ("evaluation",) * 2
+LIMIT = 600  # seconds after which a start that neither ends nor comes to its moment has hung
+
+
+def make_data(folder: Path) -> Path:
+    """Converted train/ and val/ of a few small pictures."""
+    assert cli.main(["shapes", str(folder / "shapes"), "--train", "25", "--val", "5", "--size", "64"]) == 0
+    for split in ("train", "val"):
+        source = (folder / "shapes" / split / "annotations.json", folder / "shapes" / split / "images")
+        words = ["convert", *source, folder / split, "--processes", "1", "--shards", "3"]
+        assert cli.main([str(word) for word in words]) == 0
+    return folder
+
+
+def command(data: Path, run: Path, *settings: str) -> list[str]:
+    return training.command(
+        data / "train", run, *SETTINGS, f"data.val={data / 'val'}", *settings, arguments=("--strategy", "none")
+    )
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    with open(log, "wb") as file:  # and no pipe, which would have to be read meanwhile
+        return subprocess.Popen(
+            words, cwd=training.ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def newest(run: Path) -> int:
+    return runs.step_of(next(iter(runs.checkpoints(run)), None))
+
+
+def kill(process: subprocess.Popen, kind: str, run: Path, log: Path, rng: random.Random) -> bool:
+    """Kills the process at a random moment of a kind; False if it has ended before."""
+    least = newest(run) + (rng.randrange(3) * EVERY if kind != "start-up" else 0)
+
+    def reached():
+        if kind == "checkpoint":
+            writes = any((folder / "checkpoints" / runs.UNFINISHED).exists() for folder in (run, run / "best"))
+            return writes and newest(run) >= least
+        return newest(run) >= least and (kind != "evaluation" or b"evaluate:" in log.read_bytes())
+
+    if kind == "steps":
+        least += EVERY
+    end = time.monotonic() + LIMIT
+    while process.poll() is None and not reached():
+        assert time.monotonic() < end, f"{kind}: nothing happens, see {log}"
+        time.sleep(0.001 if kind == "checkpoint" else 0.02)
+    time.sleep(rng.uniform(0, MOMENTS[kind]))
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def round_of_kills(words: list[str], run: Path, rng: random.Random, kinds=A_ROUND, tell=lambda line: None) -> int:
+    """Trains into `run` with a kill of each kind, in random order, and then to the end; returns how many kills it was."""
+    kills, found = 0, 0
+    for kind in (*rng.sample(kinds, len(kinds)), None):
+        log = run.with_name(f"{run.name}_{kills}.log")
+        process = start(words, log)
+        killed = kind is not None and kill(process, kind, run, log, rng)
+        status = process.wait(LIMIT)
+        text = log.read_text()
+        assert "Traceback" not in text and "warning:" not in text, text
+        went_on = re.search(r"going on after step (\d+)", text)
+        if went_on or not killed:  # a kill may come before it says so
+            assert int(went_on[1] if went_on else 0) == found, f"step {found} was saved: {text}"
+        if not killed:
+            assert status == 0, text
+            return kills
+        kills, found = kills + 1, newest(run)
+        left = " and an unfinished one" if (run / "checkpoints" / runs.UNFINISHED).exists() else ""
+        tell(f"kill {kills}, {kind}: left the checkpoint of step {found}{left}")
+
+
+def metrics(run: Path) -> list[dict]:
+    with open(run / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def files(run: Path) -> list[str]:
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if ".tfevents." not in path.name)
+
+
+def differences(run: Path, other: Path, step: int = STEPS) -> list[str]:
+    """What two finished trainings do not have in common, bit for bit; only how fast they were may differ."""
+    found = [] if files(run) == files(other) else [f"files {files(run)} and {files(other)}"]
+    if metrics(run) != metrics(other):
+        found.append(f"metrics.csv {metrics(run)} and {metrics(other)}")
+    best, theirs = (json.loads((each / "best" / "metrics.json").read_text()) for each in (run, other))
+    if best != theirs:
+        return [*found, f"best {best} and {theirs}"]
+    for a, b, at in ((run, other, step), (run / "best", other / "best", best["step"])):
+        a, b = ({name: (v.dtype, v.tobytes()) for name, v in training.weights(each, at).items()} for each in (a, b))
+        found += [name for name in sorted(a | b) if a.get(name) != b.get(name)]
+    return found
+
+
+def soak(kills: int, folder: Path, seed: int) -> int:
+    data = make_data(folder)
+    print(f"seed {seed}; the training that is left alone ...", flush=True)
+    alone = folder / "alone"
+    assert start(command(data, alone), folder / "alone.log").wait(LIMIT) == 0, (folder / "alone.log").read_text()
+    rng, done, number, wrong = random.Random(seed), 0, 0, 0
+    while done < kills:
+        number += 1
+        run = folder / f"run{number}"
+        done += round_of_kills(
+            command(data, run), run, rng, A_ROUND[: kills - done] if kills - done < len(A_ROUND) else A_ROUND,
+            lambda line, n=number: print(f"training {n}, {line}", flush=True),
+        )
+        differ = differences(run, alone)
+        wrong += bool(differ)
+        print(f"training {number}: " + (f"DIFFERS: {'; '.join(differ)[:2000]}" if differ else "equal, bit for bit"), flush=True)
+    print(f"{done} kills, {number} trainings, {wrong} differ")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kills", nargs="?", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak_training_"))
+    status = soak(given.kills, folder, given.seed)
+    if status:
+        print(f"what was found is in {folder}")
+    else:
+        shutil.rmtree(folder)
+    sys.exit(status)
