@@ -21,7 +21,7 @@ from polarmask_tf import distribute
 from polarmask_tf.benchmark import device_name, made_up_data
 from polarmask_tf.config import Config
 from polarmask_tf.data import cache, pipeline, records
-from polarmask_tf.train import build
+from polarmask_tf.train import build, check_layout
 
 
 def run(config: Config, strategy: tf.distribute.Strategy, *, steps: int = 10) -> list[dict]:
@@ -34,14 +34,17 @@ def run(config: Config, strategy: tf.distribute.Strategy, *, steps: int = 10) ->
 
     Returns:
       Rows {"what", "images_per_second", "step_ms" (wall, medians over the steps), "cpu_ms" (of all threads of this process)}.
+
+    Raises InputError for data that cannot be read and a batch that cannot be divided, as training does.
     """
+    check_layout(config, strategy.num_replicas_in_sync)
     with contextlib.ExitStack() as stack:
         if config.data.train:
             info = records.load_dataset_info(config.data.train)
         else:
             info = made_up_data(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         if config.data.cache:
-            info = cache.cached(info, config.data.cache)
+            info = cache.cached(info, config.data.cache, damaged=config.data.damaged)
         with strategy.scope():
             model = build(config, len(info.classes))
         worker, workers = distribute.worker(strategy)

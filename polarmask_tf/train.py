@@ -54,7 +54,7 @@ def train(
         tf.config.experimental.enable_op_determinism()
     info = records.load_dataset_info(config.data.train)
     strategy = strategy or tf.distribute.get_strategy()
-    _check_layout(config, strategy.num_replicas_in_sync)
+    check_layout(config, strategy.num_replicas_in_sync)
     chief = distribute.is_chief(strategy)
     if chief:
         runs.prepare(config, info, run, restart)
@@ -82,7 +82,8 @@ def train(
     return model
 
 
-def _check_layout(config: Config, replicas: int) -> None:
+def check_layout(config: Config, replicas: int) -> None:
+    """InputError for a batch, or a norm, that does not go with so many devices."""
     train, each = config.train, config.data.batch // replicas
     if config.data.batch % replicas:
         raise InputError(f"data.batch is {config.data.batch}, images over all devices: not divisible by {replicas} devices")
