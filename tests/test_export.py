@@ -141,6 +141,7 @@ def short_side_export(tmp_path_factory):
         "postprocess.max_detections=20", "postprocess.score_threshold=0.001", f"data.val={folder / 'data'}",
     ]
     config = configs.load("shapes", overrides)
+    tf_keras.utils.set_random_seed(0)
     model = PolarMask(config, 1)
     model.build((None, *configs.canvas(config.data), 3))
     rng = np.random.default_rng(0)

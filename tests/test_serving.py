@@ -537,7 +537,7 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
     rng = np.random.default_rng(0)
     for variable in model.head.variables:
         variable.assign(variable + rng.normal(0, 0.1, variable.shape))
-    model.classes = CLASSES
+    model.classes = [dict(entry) for entry in CLASSES]  # Keras wraps what it is given in place
     path = serving.export_serving(model, model.classes, tmp_path, name="net")
     served, keras = Model(path), run_predictor(model)
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((64, 96), (96, 64), (64, 64), (32, 96))]
