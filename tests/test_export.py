@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+import tf_keras
 from PIL import Image
 from test_lite import CLASSES, RADIUS, hexagon_around_brightest, spot
 
