@@ -72,9 +72,7 @@ def test_resuming_equals_training_without_a_break(work, tmp_path):
     # Lengthened from 4 to 8 steps the schedule differs, so the interrupted run here is one cut at its first checkpoint.
     for file in (tmp_path / "run/checkpoints").glob("step-8.*"):
         file.unlink()
-    state = tmp_path / "run/checkpoints/checkpoint"
     whole = {v.name: v.numpy() for v in load_run(work / "run").variables}
-    state.write_text('model_checkpoint_path: "step-4"\nall_model_checkpoint_paths: "step-4"\n')
     first = load_run(tmp_path / "run")
     assert any(not np.array_equal(v.numpy(), whole[v.name]) for v in first.variables)
     straight = tmp_path / "straight"
@@ -176,15 +174,24 @@ def test_export_replaces_an_older_one_and_refuses_what_is_no_run(work, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_checkpoint_is_one_line(work, tmp_path):
+def test_a_damaged_checkpoint_is_one_line(work, tmp_path, capsys):
     import shutil
 
     from polarmask_tf.runs import load_run
 
     run = shutil.copytree(work / "run", tmp_path / "run")
+    older = shutil.copytree(work / "run", tmp_path / "older")
+    for file in (older / "checkpoints").glob("step-8.*"):
+        file.unlink()
     data = next((run / "checkpoints").glob("step-8.data*"))
     data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(InputError, match="damaged, or of another model"):
+    for a, b in zip(load_run(run).variables, load_run(older).variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+    warning = capsys.readouterr().err
+    assert re.match(r"warning: \S*step-8 cannot be read, the checkpoint before it is used \(.*\)\n$", warning)
+    data = next((run / "checkpoints").glob("step-4.data*"))
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(InputError, match="step-4: damaged, or of another model, and no older one is left"):
         load_run(run)
 
 
@@ -198,7 +205,8 @@ def test_a_truncated_shard_is_one_line(work, tmp_path):
     done = subprocess.run([sys.executable, "-m", "polarmask_tf", *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"polarmask: error: .*shard is damaged", done.stderr)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"polarmask: error: {shard}: ") and "damaged" in last and "run `polarmask convert` again" in last
 
 
 def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
@@ -220,7 +228,10 @@ def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
     arguments = ["train", "--config", "shapes", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     assert polarmask(*arguments, *settings("train.steps=8")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("polarmask: error: ") and "convert --verify" in last
+    assert last.startswith(f"polarmask: error: {tmp_path / 'data'}: image ") and "convert --verify" in last
+    number, name = re.search(r"image (\d+) \((\S+)\) cannot be decoded", last).groups()
+    assert {"id": int(number), "file_name": name}.items() <= next(
+        image for image in json.loads(text)["images"] if image["id"] == int(number)).items()
     assert polarmask("convert", *source, tmp_path / "verified", "--processes", 1, "--verify") == 2
     assert "empty data set" in capsys.readouterr().err
 
