@@ -17,7 +17,10 @@ from polarmask_tf import benchmark_train, cli, config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
 
-TINY = (*training.TINY, "model.backbone.width=4", "model.fpn.levels=[5]", "targets.ranges=[]", "model.backbone.norm=group")
+TINY = (
+    *training.TINY, "model.backbone.width=4", "model.fpn.levels=[5]", "targets.ranges=[]", "model.backbone.norm=group",
+    "model.backbone.freeze_at=5", "train.optimizer=sgd",
+)
 WHAT = ["input pipeline", "step", "both"]
 
 
@@ -199,5 +202,4 @@ def test_the_ratio_of_rays_is_of_the_second_to_the_first(monkeypatch):
     assert benchmark_train.rays_ratio(load(), rays=(4, 36), steps=3) == pytest.approx(46 / 14)
     assert built == [(4, 80), (36, 80)] and rates == [4, 36] * 6  # in turns, three of them before it is timed
     monkeypatch.undo()
-    quick = ("model.backbone.freeze_at=5", "train.optimizer=sgd")
-    assert 0.2 < benchmark_train.rays_ratio(load("data.batch=1", *quick), rays=(4, 8), steps=3) < 5
+    assert 0.2 < benchmark_train.rays_ratio(load("data.batch=1"), rays=(4, 8), steps=3) < 5
