@@ -175,9 +175,12 @@ def test_a_network_finds_the_same_lying_and_standing(short_side_export):
     run, exported = load_predictor(folder / "run"), load_predictor(folder / "out" / "saved_model")
     assert run.input_size == exported.input_size == (64, 96)
     for image in images[:4]:  # of a size that needs no resizing, which differs by a gray level
-        row = parity.compare(run, exported, [image])
-        assert row["detections"] == row["matched"] > 5
-        assert row["score"] < 1e-5 and row["pixels"] < 1e-2
+        # Not by parity.compare: a network of chance also finds polygons of no area, which match nothing, not even themselves.
+        one, other = run([image])[0], exported([image])[0]
+        assert len(one.scores) > 5
+        np.testing.assert_array_equal(one.classes, other.classes)
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+        np.testing.assert_allclose(one.polygons, other.polygons, atol=1e-2)
     together = run(images)  # three shapes of input in one call
     for one, image in zip(together, images, strict=True):
         assert (one.polygons >= 0).all() and (one.polygons <= image.shape[1::-1]).all()
