@@ -174,9 +174,9 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> Non
         if chief:
             saved = f" and its batch is {_save_batch(batches(start_step=e.step - 1), run, e.step)}"
         newest = runs.step_of(next(iter(runs.checkpoints(run)), None))
+        newest = f"the newest checkpoint is of step {newest}" if newest else "there is no checkpoint yet"
         raise InputError(
-            f"{run}: {e} at step {e.step}; the newest checkpoint is of step {newest}{saved}. Look at that batch, or start over "
-            "with a lower train.learning_rate"
+            f"{run}: {e} at step {e.step}; {newest}{saved}. Look at that batch, or start over with a lower train.learning_rate"
         ) from None
     except tf.errors.OpError as e:
         if workers > 1 and isinstance(e, distribute.LOSS_SHOWS_AS):

@@ -64,7 +64,7 @@ def test_the_three_rows_and_a_verdict(data, tmp_path, capsys):
 
 def test_two_devices_and_made_up_pictures(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "polarmask_tf", *words(arguments=(
+        [sys.executable, "-m", "polarmask_tf", *words("train.accumulate=2", arguments=(
             "--strategy", "mirrored", "--devices", 2, "--repeats", 2, "--csv", tmp_path / "rows.csv"))],
         capture_output=True, text=True, cwd=training.ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
     )

@@ -359,6 +359,16 @@ def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, se
     assert int(model.detect(images)["num_detections"].shape[0]) == 4
 
 
+def test_a_loss_that_is_not_finite_from_the_start(data, tmp_path, capsys, monkeypatch):
+    def fit(*_, **__):
+        raise callbacks.NotFinite("the loss is not finite", 1)
+
+    monkeypatch.setattr(train_module.PolarMask, "fit", fit)
+    assert train(data / "train", tmp_path / "run", *QUICK) == 2
+    assert "at step 1; there is no checkpoint yet and its batch is " in capsys.readouterr().err
+    assert (tmp_path / "run" / "not_finite_step_1.npz").is_file()
+
+
 @pytest.mark.parametrize(("loss", "weight", "message"), [
     (np.inf, 1.0, "the loss is not finite"), (1.0, np.nan, "a weight is not finite"), (1.0, 1.0, None),
 ])

@@ -15,7 +15,7 @@ import tf_keras
 import training
 
 from polarmask_tf import config as configs
-from polarmask_tf import targets
+from polarmask_tf import runs, targets
 from polarmask_tf.benchmark_train import made_up_batch
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.train import build
@@ -230,8 +230,9 @@ def test_half_precision_computes_almost_the_same(precision):
     assert all(o.dtype == tf.float32 and np.isfinite(o).all() for o in outputs)
 
 
-def test_a_step_that_overflows_float16_is_skipped_and_the_scale_halved():
-    model = make("train.precision=float16", "train.ema=0.9")
+def test_a_step_that_overflows_float16_is_skipped_and_the_scale_halved(tmp_path):
+    settings = ("train.precision=float16", "train.ema=0.9")
+    model = make(*settings)
     optimizer = model.optimizer
     optimizer._loss_scale._current_loss_scale.assign(2.0**100)  # nothing of the gradient is left at this scale
     state = [v for v in [*model.trainable_variables, *optimizer.inner_optimizer.variables] if "iteration" not in v.name]
@@ -248,3 +249,12 @@ def test_a_step_that_overflows_float16_is_skipped_and_the_scale_halved():
     assert float(optimizer.loss_scale) == 2.0**15
     moved = [(v.numpy() != before).any() for v, before in zip(model.trainable_variables, start, strict=False)]
     assert np.mean(moved) > 0.9 and all(np.isfinite(v).all() for v in state)
+
+    optimizer._loss_scale._current_loss_scale.assign(2.0**7)
+    runs.save(model, tmp_path, 3)
+    other = make(*settings)
+    runs.restore(other, tmp_path, training=True)  # the scale goes on where it was, and so does all else
+    assert float(other.optimizer.loss_scale) == 2.0**7 and int(other.optimizer.iterations) == 3
+    mine, theirs = ([*m.trainable_variables, *m.optimizer.inner_optimizer.variables] for m in (model, other))
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=a.name)
