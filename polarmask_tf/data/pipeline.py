@@ -14,6 +14,8 @@ from polarmask_tf.config import Config, canvas
 from polarmask_tf.data import records, transforms
 from polarmask_tf.errors import InputError
 
+# Nothing here branches on tensors, and AutoGraph would take seconds of every start to find that out.
+_as_it_stands = tf.autograph.experimental.do_not_convert
 _TOO_FEW = "too few records for an epoch"  # by these words in an error `explain` knows what it is
 
 
@@ -41,6 +43,7 @@ def training_batches(
         raise InputError(f"data.batch is {data.batch}: not divisible by {replicas} replicas; choose a multiple of that")
     sizes = tf.constant(data.sizes) if data.sizes else None
 
+    @_as_it_stands
     def example(index, serialized):
         size = None
         if sizes is not None:
@@ -124,6 +127,7 @@ def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Datase
     start = start_step * batch
     seed = tf.constant(seed, tf.int64)
 
+    @_as_it_stands
     def epoch(number):
         # Not Dataset.shuffle: its order hangs on the global seed and on how often it was iterated before.
         shards = tf.data.Dataset.from_tensor_slices(_shuffled(paths, seed * 1_000_003 + number, tf.constant(-1, tf.int64)))
@@ -133,6 +137,7 @@ def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Datase
         found = found.concatenate(_no_more(info)).take(count)
         return found.batch(data.shuffle).enumerate().map(lambda block, serialized: (number, block, serialized))
 
+    @_as_it_stands
     def ordered(number, block, serialized):
         """The block with the places in it that this worker's examples come from, and their indices."""
         key = seed * 1_000_003 + number
@@ -147,6 +152,7 @@ def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Datase
             mine = (index >= start) & (index % data.batch // share == worker)
         return serialized, index[mine], order[mine]
 
+    @_as_it_stands
     def one_by_one(serialized, indices, places):
         each = tf.data.Dataset.from_tensor_slices((indices, places))
         return each.map(lambda index, place: (index, serialized[place]))

@@ -14,6 +14,8 @@ from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.resnet import ResNet
 
+# Nothing in the network and its losses branches on tensors, and AutoGraph would take seconds to find that out.
+_as_it_stands = tf.autograph.experimental.do_not_convert
 PARTS = ("class", "ray", "centerness")
 BOX_PARTS = (*PARTS, "box")
 
@@ -57,6 +59,7 @@ class PolarMask(tf_keras.Model):
         variance = tf.reduce_mean(tf.square(images - mean), axis=[1, 2, 3], keepdims=True)
         return (images - mean) / tf.sqrt(variance + 1.0)
 
+    @_as_it_stands
     def train_step(self, data):
         """One step of `fit`, like Keras' own, but in train.accumulate parts and, with train.jit_compile, by XLA.
 
@@ -178,6 +181,7 @@ class PolarMask(tf_keras.Model):
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()
 
+    @_as_it_stands
     def detect(self, images, **overrides) -> dict:
         """Detections of a batch of equally sized images, with a batch dimension before what postprocess.detect returns.
 
