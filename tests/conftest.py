@@ -10,6 +10,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+# Of two processes that share the files out, neither should begin a long one when the other has none left.
+LONG = ("test_kills.py", "test_layouts.py", "test_end_to_end.py", "test_paper.py", "test_train.py", "test_reproduce_tables.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real data and golden arrays that sits beside some checkouts; tests that need it skip without it."""
