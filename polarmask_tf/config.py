@@ -44,13 +44,17 @@ class BackboneConfig:
 class FPNConfig:
     channels: int = 64
     levels: tuple[int, ...] = (3, 4, 5)  # consecutive; level l has stride 2**l; the lowest is 2 or more
+    conv: typing.Literal["dense", "separable"] = "dense"  # of the 3x3 convolutions; separable: depthwise, then 1x1 ("FPN-lite")
 
 
 @dataclass(frozen=True)
 class HeadConfig:
     channels: int = 64
     convs: int = 2  # 3x3 convolutions in each of the two towers
-    norm: typing.Literal["group", "none"] = "group"
+    conv: typing.Literal["dense", "separable"] = "dense"  # what those are; separable: depthwise, then 1x1
+    kernel: typing.Literal[3, 1] = 3  # of the last convolutions, to classes, centerness and rays
+    # batch: BatchNorm with statistics of each level, which an export folds into the convolution before it.
+    norm: typing.Literal["group", "batch", "none"] = "group"
     box: bool = False  # a third tower for l, t, r, b; rays are cut at the box (table 1d)
     ray_unit: typing.Literal["pixel", "stride"] = "stride"  # rays = exp(.) as released, or stride * exp(.)
     ray_bias: float = 0.0  # initial bias of the ray convolution: rays start at exp(ray_bias) units

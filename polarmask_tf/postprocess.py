@@ -103,11 +103,10 @@ def _best(maps: dict, candidates: int, multi_label: bool, offset: float):
     """Scores [K], classes [K] and location indices [K] of a level's highest scoring candidates."""
     logits, centerness = _flat(maps, offset)
     if not multi_label:
-        # The largest logit has the largest score: one sigmoid a location.
-        best = tf.argmax(logits, axis=-1, output_type=tf.int32)
+        # The largest logit has the largest score: one sigmoid a location. Which class it is, only the best need to know.
         scores = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * centerness
         scores, where = tf.math.top_k(scores, _at_most(candidates, scores))
-        return scores, tf.gather(best, where), where
+        return scores, tf.argmax(tf.gather(logits, where), axis=-1, output_type=tf.int32), where
     scores = tf.reshape(tf.sigmoid(logits) * centerness[:, tf.newaxis], [-1])
     scores, index = tf.math.top_k(scores, _at_most(candidates, scores))
     num_classes = logits.shape[-1]

