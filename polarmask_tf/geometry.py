@@ -159,8 +159,17 @@ def assemble(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
     if rays.shape[-1] == 4:
         right, bottom, left, top = tf.unstack(rays, axis=-1)
         reach = tf.stack([tf.stack([right, left, left, right], -1), tf.stack([bottom, bottom, top, top], -1)], -1)
-        return centers[..., tf.newaxis, :] + reach * [[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]
-    return centers[..., tf.newaxis, :] + rays[..., tf.newaxis] * ray_directions(rays.shape[-1])
+        return tf.expand_dims(centers, -2) + reach * [[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]
+    return tf.expand_dims(centers, -2) + tf.expand_dims(rays, -1) * ray_directions(rays.shape[-1])
+
+
+def ray_boxes(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
+    """Box [K, 4] (x1, y1, x2, y2) around the polygon of a center [K, 2] and ray lengths [K, n], without assembling it."""
+    if rays.shape[-1] == 4:
+        right, bottom, left, top = tf.unstack(rays, axis=-1)
+        return tf.concat([centers - tf.stack([left, top], -1), centers + tf.stack([right, bottom], -1)], axis=-1)
+    x, y = (centers[:, i : i + 1] + rays * ray_directions(rays.shape[-1])[:, i] for i in (0, 1))
+    return tf.stack([tf.reduce_min(x, -1), tf.reduce_min(y, -1), tf.reduce_max(x, -1), tf.reduce_max(y, -1)], axis=-1)
 
 
 def polygon_boxes(polygons: tf.Tensor) -> tf.Tensor:

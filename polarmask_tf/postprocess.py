@@ -55,15 +55,17 @@ def detect(
             scores, classes, where = _above(maps, candidates, score_threshold, centerness_offset)
         else:
             scores, classes, where = _best(maps, candidates, multi_label, centerness_offset)
+        logits = [
+            tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where) for name in ("rays", "boxes") if name in maps
+        ]
         centers = tf.gather(geometry.locations(height, width, 2**level), where)
-        polygons, boxes = _decode(maps, where, centers, ray_units[level], box_nms)
-        levels.append((
-            scores, classes, tf.clip_by_value(polygons, 0.0, limit - pixel),
-            tf.clip_by_value(boxes, 0.0, tf.tile(limit, [2]) - pixel),
-        ))
-    scores, classes, polygons, boxes = (tf.concat(parts, axis=0) for parts in zip(*levels, strict=True))
+        levels.append((scores, classes, centers, tf.fill([tf.shape(where)[0], 1], ray_units[level]), *logits))
+    # All levels at once: in a .tflite file the number of operations is what small ones cost.
+    scores, classes, centers, units, *logits = (tf.concat(parts, axis=0) for parts in zip(*levels, strict=True))
+    rays, boxes = _decode(centers, [geometry.rays_from_logits(part, units) for part in logits], box_nms)
+    boxes = tf.clip_by_value(boxes, 0.0, tf.tile(limit, [2]) - pixel)
     # Class-aware NMS in one call: boxes of different classes are moved where they cannot overlap.
-    apart = boxes + (tf.cast(classes, tf.float32) * (tf.reduce_max(limit) + 1.0))[:, tf.newaxis]
+    apart = boxes + tf.expand_dims(tf.cast(classes, tf.float32) * (tf.reduce_max(limit) + 1.0), 1)
     # This form of NMS converts to a TFLite builtin with static shapes.
     chosen, valid = tf.raw_ops.NonMaxSuppressionV4(
         boxes=apart + tf.constant([0.0, 0.0, pixel, pixel]), scores=scores, max_output_size=max_detections,
@@ -71,32 +73,32 @@ def detect(
         score_threshold=0.0 if class_threshold else score_threshold, pad_to_max_output_size=True,
     )
     keep = tf.cast(tf.range(max_detections) < valid, tf.float32)
-    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * keep[:, tf.newaxis]
+    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * tf.expand_dims(keep, 1)
+    # Only what is left needs a polygon; tf.expand_dims and not tf.newaxis, which a .tflite file holds as a slice.
+    polygons = geometry.assemble(tf.gather(centers, chosen), tf.gather(rays, chosen))
+    polygons = tf.clip_by_value(polygons, 0.0, limit - pixel) / limit
     return {
         "num_detections": valid,
         "detection_scores": tf.gather(scores, chosen) * keep,
         "detection_classes": tf.gather(classes, chosen) * tf.cast(keep, tf.int32),
         "detection_boxes": tf.gather(boxes, [1, 0, 3, 2], axis=1),
-        "detection_polygons": tf.gather(polygons, chosen) / limit * keep[:, tf.newaxis, tf.newaxis],
+        "detection_polygons": polygons * tf.reshape(keep, [-1, 1, 1]),
     }
 
 
-def _decode(maps: dict, where, centers, unit: float, box_nms: bool):
-    """Polygons [K, n, 2] at the location indices [K], and the boxes [K, 4] that stand for them in NMS; pixels."""
-    def lengths(name):
-        return geometry.rays_from_logits(tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where), unit)
+def _decode(centers: tf.Tensor, lengths: list, box_nms: bool):
+    """Rays [K, n] of the polygons at centers [K, 2], and the boxes [K, 4] that stand for them in NMS; pixels.
 
-    rays = lengths("rays")
-    if "boxes" not in maps:
-        polygons = geometry.assemble(centers, rays)
-        return polygons, geometry.polygon_boxes(polygons)
-    distances = lengths("boxes")
-    boxes = tf.concat([centers - distances[:, :2], centers + distances[:, 2:]], axis=-1)
+    `lengths` are the rays', and where there is a box branch l, t, r, b.
+    """
+    rays, *distances = lengths
+    if not distances:
+        return rays, geometry.ray_boxes(centers, rays)
+    boxes = tf.concat([centers - distances[0][:, :2], centers + distances[0][:, 2:]], axis=-1)
     if box_nms:
-        return geometry.assemble(centers, rays), boxes
-    border = geometry.distance_to_border(centers, boxes, geometry.ray_directions(rays.shape[-1]))
-    polygons = geometry.assemble(centers, tf.minimum(rays, border))
-    return polygons, geometry.polygon_boxes(polygons)
+        return rays, boxes
+    rays = tf.minimum(rays, geometry.distance_to_border(centers, boxes, geometry.ray_directions(rays.shape[-1])))
+    return rays, geometry.ray_boxes(centers, rays)
 
 
 def _best(maps: dict, candidates: int, multi_label: bool, offset: float):
@@ -107,7 +109,7 @@ def _best(maps: dict, candidates: int, multi_label: bool, offset: float):
         scores = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * centerness
         scores, where = tf.math.top_k(scores, _at_most(candidates, scores))
         return scores, tf.argmax(tf.gather(logits, where), axis=-1, output_type=tf.int32), where
-    scores = tf.reshape(tf.sigmoid(logits) * centerness[:, tf.newaxis], [-1])
+    scores = tf.reshape(tf.sigmoid(logits) * tf.expand_dims(centerness, 1), [-1])
     scores, index = tf.math.top_k(scores, _at_most(candidates, scores))
     num_classes = logits.shape[-1]
     return scores, index % num_classes, index // num_classes

@@ -196,8 +196,9 @@ class PolarMask(tf_keras.Model):
             return postprocess.detect(maps, size, self.ray_units, **options)
 
         if images.shape[0] == 1:  # no loop in the graph of the .tflite
-            detections = one(tf.nest.map_structure(lambda t: t[0], outputs))
-            return {name: value[tf.newaxis] for name, value in detections.items()}
+            # Squeezed and expanded: t[0] and t[tf.newaxis] would be slices in that file, and take longer than all the rest.
+            detections = one(tf.nest.map_structure(lambda t: tf.squeeze(t, 0), outputs))
+            return {name: tf.expand_dims(value, 0) for name, value in detections.items()}
         floats = {"detection_scores", "detection_boxes", "detection_polygons"}
         names = ("num_detections", "detection_classes", *sorted(floats))
         return tf.map_fn(one, outputs, fn_output_signature={n: tf.float32 if n in floats else tf.int32 for n in names})
