@@ -85,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--out", type=Path, required=True, help="directory for saved_model/, model.tflite and lite.py")
+    sub.add_argument("--precision", type=lambda text: text.split(","), default=["fp32"], metavar="A,B,...",
+                     help="of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)")
+    sub.add_argument("--raw", action="store_true", help="also .tflite files that end at the head's outputs, for GPUs and NPUs")
+    sub.add_argument("--data", type=Path, help="converted data: measure the mask AP of every export beside Keras'")
+    sub.add_argument("--max-ap-drop", type=float, default=0.01, metavar="X",
+                     help="with --data: fail if an AP is lower by more (default %(default)s)")
     sub.add_argument("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
     sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
     sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
@@ -112,16 +118,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--classes", type=_positive, default=80, help="number of classes (default %(default)s)")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like model.rays=72")
 
+    sub = command("inspect", inspect, "what an exported .tflite file or SavedModel takes, gives and knows about itself")
+    sub.add_argument("model", type=Path, help=".tflite file or SavedModel directory")
+
     sub = command("benchmark", benchmark, "inference time of configs and runs; without any: CPU time of the data side")
     sub.add_argument(
-        "models", nargs="*", metavar="CONFIG|RUN",
-        help="timed in turns, one image, on the GPU if there is one; `train CONFIG`: images/s of input, step and both; "
-        "`growth`: a training step against batch, instances and rays",
+        "models", nargs="*", metavar="CONFIG|RUN|FILE",
+        help="timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`: "
+        "images/s of input, step and both; `growth`: a training step against batch, instances and rays",
     )
     sub.add_argument("--data", help="train: converted data (default: made-up pictures)")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: override, like data.batch=8")
     _add_devices(sub)
-    sub.add_argument("--repeats", type=_positive, default=10, help="timed calls of each model (default %(default)s)")
+    sub.add_argument("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
+    sub.add_argument("--image", type=Path, help=".tflite files: image to run on (default: a made-up one)")
+    sub.add_argument("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
 
@@ -220,7 +231,10 @@ def export(args):
             args.run, args.out, name=args.name, contract=args.contract, max_pixels=args.max_pixels, **overrides
         )
     else:
-        export.export(args.run, args.out, images=args.images, **overrides)
+        export.export(
+            args.run, args.out, images=args.images, precisions=args.precision, raw=args.raw, data=args.data,
+            max_ap_drop=args.max_ap_drop, **overrides,
+        )
 
 
 def import_weights(args):
@@ -246,6 +260,12 @@ def summary(args):
     from polarmask_tf.summary import run
 
     run(settings, args.classes)
+
+
+def inspect(args):
+    from polarmask_tf.describe import describe
+
+    print(describe(args.model))
 
 
 def benchmark(args):
@@ -274,17 +294,26 @@ def _benchmark_train(args):
     strategy = distribute.make(args.strategy, devices=args.devices)
     from polarmask_tf import benchmark_train
 
-    rows = benchmark_train.run(settings, strategy, steps=args.repeats)
+    rows = benchmark_train.run(settings, strategy, steps=args.repeats or 10)
     if distribute.is_chief(strategy):
         print(benchmark_train.format_rows(rows, settings, strategy))
     return rows
 
 
 def _benchmark_models(args):
+    if args.models and all(model.endswith(".tflite") for model in args.models):
+        from polarmask_tf import benchmark_edge
+        from polarmask_tf.predictor import read_image
+
+        image = read_image(args.image) if args.image else None
+        files = [Path(model) for model in args.models]
+        rows = benchmark_edge.run(files, image=image, threads=args.threads, repeats=args.repeats or 50)
+        print(benchmark_edge.format_rows(rows))
+        return rows
     from polarmask_tf import benchmark
 
     if args.models:
-        rows = benchmark.run_models(args.models, repeats=args.repeats)
+        rows = benchmark.run_models(args.models, repeats=args.repeats or 10)
         print(benchmark.format_models(rows))
     else:
         rows = benchmark.run()

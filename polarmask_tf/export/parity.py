@@ -15,13 +15,13 @@ def compare(reference: Callable, other: Callable, images: list[np.ndarray]) -> d
     A detection is matched with the unused one of its class whose mask overlaps it most, by IoU 0.5 at least.
 
     Returns:
-      {"detections": of the reference, "matched": how many of them, "score": largest difference of matched scores,
-      "pixels": largest distance between matched polygons' vertices, in pixels of the image}.
+      {"detections": of the reference, "matched": how many of them, "score": largest difference of matched scores, "boxes":
+      of the sides of matched boxes, "pixels": largest distance between matched polygons' vertices; in pixels of the image}.
     """
     from pycocotools import mask as coco_mask
 
     total = matched = 0
-    score = pixels = 0.0
+    score = sides = pixels = 0.0
     for image in images:
         a, b = reference([image])[0], other([image])[0]
         total += len(a.scores)
@@ -39,13 +39,19 @@ def compare(reference: Callable, other: Callable, images: list[np.ndarray]) -> d
             overlap[:, j] = -1
             matched += 1
             score = max(score, abs(float(a.scores[i] - b.scores[j])))
+            sides = max(sides, float(np.abs(a.boxes[i] - b.boxes[j]).max()))
             pixels = max(pixels, float(np.linalg.norm(a.polygons[i] - b.polygons[j], axis=-1).max()))
-    return {"detections": total, "matched": matched, "score": score, "pixels": pixels}
+    return {"detections": total, "matched": matched, "score": score, "boxes": sides, "pixels": pixels}
 
 
 def format_table(rows: dict[str, dict]) -> str:
-    """Rows of `compare`, by name, as text."""
-    lines = [f"{'against Keras':<14}{'detections':>11}{'matched':>9}{'max score diff':>16}{'max polygon diff':>18}"]
+    """Rows of `compare`, by name, as text; with their APs, if they have some."""
+    width = max(map(len, ("against Keras", *rows))) + 1
+    measured = all("AP" in row for row in rows.values())
+    head = f"{'against Keras':<{width}}{'detections':>11}{'matched':>9}{'max score diff':>16}{'boxes':>12}{'polygons':>12}"
+    lines = [head + (f"{'mask AP':>9}{'Keras':>8}" if measured else "")]
     for name, row in rows.items():
-        lines.append(f"{name:<14}{row['detections']:>11}{row['matched']:>9}{row['score']:>16.2e}{row['pixels']:>15.4f} px")
+        line = f"{name:<{width}}{row['detections']:>11}{row['matched']:>9}{row['score']:>16.2e}{row['boxes']:>9.3f} px"
+        line += f"{row['pixels']:>9.3f} px"
+        lines.append(line + (f"{row['AP']:>9.4f}{row['keras']:>8.4f}" if measured else ""))
     return "\n".join(lines)

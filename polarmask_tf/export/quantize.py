@@ -1,4 +1,4 @@
-"""Which operations of a .tflite file compute in 8 bits, and the conversion that leaves the others in float."""
+"""A .tflite file that computes in 8 bits where that does no harm."""
 
 from __future__ import annotations
 
@@ -6,29 +6,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.lite.python import schema_py_generated as schema
 
-HEADS = tuple(f"/head/{name}/conv" for name in ("classes", "centerness", "rays", "boxes"))
-_NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
-
-
-def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str]]]:
-    """Of a .tflite file's operations, in order: kind, the tensors it takes, those it gives, and the names of these.
-
-    The kind of one that is not TensorFlow Lite's own is "CUSTOM" and its name, which begins with Flex if TensorFlow has it.
-    """
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    kinds = []
-    for code in model.operatorCodes:
-        name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
-        custom = (code.customCode or b"").decode()
-        kinds.append(f"{name} {custom}" if custom else name)
-    graph = model.subgraphs[0]
-    return [
-        (kinds[op.opcodeIndex], [i for i in op.inputs if i >= 0], list(op.outputs),
-         [graph.tensors[i].name.decode() for i in op.outputs])
-        for op in graph.operators
-    ]
+from polarmask_tf.export import flatbuffer
 
 
 def float_nodes(content: bytes) -> list[str]:
@@ -37,21 +16,13 @@ def float_nodes(content: bytes) -> list[str]:
     Scores, boxes moved apart for NMS, and exp have no range that 8 bits would cover: quantised, AP goes from .61 to .08.
     Nor has an image normalised by its own mean and deviation, before these are known.
     """
-    quantised, after, names = set(), set(), []
-    for kind, inputs, outputs, made in operations(content):
-        if after & set(inputs):
-            after |= set(outputs)
-        elif kind.endswith("CONV_2D") or quantised & set(inputs):
-            quantised |= set(outputs)
-            if kind == "CONV_2D" and any(head in made[0] for head in HEADS):
-                after |= set(outputs)
-            continue
-        names += made
-    return names
+    found = flatbuffer.operations(content)
+    where = zip(found, flatbuffer.parts(found), strict=True)
+    return [name for (_, _, _, names), part in where if part != "network" for name in names]
 
 
 def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:
-    """The SavedModel in `folder`, one image in, as .tflite: network in 8 bits, what float_nodes names in float.
+    """The SavedModel in `folder`, one image in, as .tflite: the network in 8 bits, what float_nodes names in float.
 
     `images` gives uint8 [H, W, 3] as the network takes them, on which the ranges of all tensors are measured. Weights have a
     scale for each output channel.

@@ -1,0 +1,40 @@
+"""`polarmask inspect`: what an exported file takes, gives and knows about itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from polarmask_tf import lite
+from polarmask_tf.errors import InputError
+
+
+def describe(path: Path) -> str:
+    """Size, tensors and metadata of a .tflite file, or the metadata of a SavedModel directory, as text.
+
+    Raises InputError for a file that LiteRT does not load and for one without our metadata.
+    """
+    if path.is_dir():
+        file = path / "assets.extra" / "metadata.json"
+        try:
+            metadata = json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            raise InputError(f"{file}: missing or broken; is {path} a SavedModel of `polarmask export`?") from None
+        return "\n".join([str(path), *_known(metadata)])
+    from ai_edge_litert.interpreter import Interpreter
+
+    try:
+        metadata = lite.PolarMaskLite(path).metadata
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    signature = Interpreter(model_path=str(path)).get_signature_runner("serving_default")
+    lines = [f"{path}: {path.stat().st_size / 1e6:.2f} MB"]
+    for what, details in (("input", signature.get_input_details()), ("output", signature.get_output_details())):
+        lines += [f"{what:<7} {name}: {d['dtype'].__name__} {d['shape'].tolist()}" for name, d in sorted(details.items())]
+    return "\n".join([*lines, *_known(metadata)])
+
+
+def _known(metadata: dict) -> list[str]:
+    names = [entry["name"] for entry in metadata["classes"]]
+    rest = {key: value for key, value in metadata.items() if key != "classes"}
+    return [f"{len(names)} classes: {', '.join(names)}", "metadata.json:", json.dumps(rest, indent=1)]

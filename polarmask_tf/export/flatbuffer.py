@@ -1,0 +1,64 @@
+"""What is inside a .tflite file: its operations, and where the network ends and post-processing begins."""
+
+from __future__ import annotations
+
+import flatbuffers
+from tensorflow.lite.python import schema_py_generated as schema
+
+HEADS = tuple(f"/head/{name}/conv" for name in ("classes", "centerness", "rays", "boxes"))
+_NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
+
+
+def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str]]]:
+    """Of a .tflite file's operations, in order: kind, the tensors it takes, those it gives, and the names of these.
+
+    The kind of one that is not TensorFlow Lite's own is "CUSTOM" and its name, which begins with Flex if TensorFlow has it.
+    """
+    return _operations(schema.ModelT.InitFromPackedBuf(content, 0))
+
+
+def _operations(model):
+    kinds = []
+    for code in model.operatorCodes:
+        name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
+        custom = (code.customCode or b"").decode()
+        kinds.append(f"{name} {custom}" if custom else name)
+    graph = model.subgraphs[0]
+    return [
+        (kinds[op.opcodeIndex], [i for i in op.inputs if i >= 0], list(op.outputs),
+         [graph.tensors[i].name.decode() for i in op.outputs])
+        for op in graph.operators
+    ]
+
+
+def parts(operations: list) -> list[str]:
+    """Of each operation, in order: "before" the first convolution, "network" up to the head's last ones, or "after" these."""
+    network, after, found = set(), set(), []
+    for kind, inputs, outputs, names in operations:
+        if after & set(inputs):
+            after |= set(outputs)
+            found.append("after")
+        elif kind.endswith("CONV_2D") or network & set(inputs):
+            network |= set(outputs)
+            if kind == "CONV_2D" and any(head in names[0] for head in HEADS):
+                after |= set(outputs)
+            found.append("network")
+        else:
+            found.append("before")
+    return found
+
+
+def without_post_processing(content: bytes) -> bytes:
+    """The same file, ended where post-processing begins; the bytes given if there is none."""
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    graph, found = model.subgraphs[0], _operations(model)
+    where = parts(found)
+    made = {i for (_, _, outputs, _), part in zip(found, where, strict=True) if part == "network" for i in outputs}
+    ends = sorted({i for (_, inputs, _, _), part in zip(found, where, strict=True) if part == "after" for i in inputs} & made)
+    if not ends:
+        return content
+    graph.operators = [op for op, part in zip(graph.operators, where, strict=True) if part != "after"]
+    graph.outputs, model.signatureDefs = ends, []
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
