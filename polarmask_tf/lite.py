@@ -67,7 +67,7 @@ def assemble(heads, raw, size):
         scores = (one / (one + np.exp(-logits)) / (one + np.exp(-centerness.reshape(-1, 1)))).ravel()
         best = np.argsort(-scores, kind="stable")[: raw["candidates"]]
         where, classes = np.divmod(best, c) if pairs else (best, every[best].argmax(1))
-        centers = np.float32(2 ** int(level)) * (np.stack([where % w, where // w], 1)[:, None] + np.float32(0.5))
+        centers = np.float32(2 ** int(level)) * (np.float32([where % w, where // w]).T[:, None] + np.float32(0.5))
         reach = np.float32(unit) * np.exp(np.clip(rays.reshape(-1, n)[where], -raw["ray_limit"], raw["ray_limit"]))
         ways = np.float32([[f(2 * np.pi * k / n) for f in (np.cos, np.sin)] for k in range(n)])
         parts.append((scores[best], classes, np.clip(centers + reach[..., None] * ways, 0, limit)))

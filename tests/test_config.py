@@ -154,7 +154,7 @@ def test_an_unknown_key_like_no_other_is_still_named(write):
     ("data.size=[64]", "2 values"),
     ("data.size=[64, x]", "whole number"),
     ("model.fpn.levels='3, 4'", "a list"),
-    ("model.head.norm=batch", "group, none"),
+    ("model.head.norm=layer", "group, batch, none"),
     ("train.optimizer=[adamw]", "adamw, sgd"),
     ("train=5", "section"),
     ("model.head=[]", "section"),

@@ -165,7 +165,7 @@ def test_the_metadata_says_whether_to_letterbox(tflite, tmp_path):
     expected = lite.PolarMaskLite(tflite)(image)
     for key, value in lite.PolarMaskLite(resized(tflite, tmp_path / "a.tflite", "letterbox"))(image).items():
         np.testing.assert_array_equal(value, expected[key])
-    with pytest.raises(ValueError, match="metadata.json"):  # of a later version, perhaps
+    with pytest.raises(ValueError, match=r"metadata\.json"):  # of a later version, perhaps
         lite.PolarMaskLite(resized(tflite, tmp_path / "b.tflite", "crop"))
 
 

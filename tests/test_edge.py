@@ -1,0 +1,364 @@
+"""Files for phones and boards: precisions, --raw, the gate on AP, what a file says of itself, and what it must survive."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+import training
+from ai_edge_litert.interpreter import Interpreter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polarmask_tf import benchmark_edge, cli, evaluate, lite, postprocess, runs
+from polarmask_tf import config as configs
+from polarmask_tf.errors import InputError
+from polarmask_tf.export import flatbuffer, quantize, tflite
+from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.predictor import load_predictor, run_predictor
+
+SMALL = (
+    *training.TINY, "model.head.norm=batch", "model.head.conv=separable", "model.head.kernel=1", "model.fpn.conv=separable",
+    "data.size=[64,96]", "postprocess.candidates=50", "postprocess.multi_label=false", "postprocess.score_threshold=0.02",
+)
+# Builtins that LiteRT and LiteRT.js run on a CPU without anything beside them; a new one is to be looked at first.
+ALLOWED = {
+    "ADD", "ARG_MAX", "CAST", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "DEQUANTIZE", "DIV", "EXP", "GATHER", "LESS",
+    "LOGISTIC", "MAXIMUM", "MEAN", "MINIMUM", "MUL", "NON_MAX_SUPPRESSION_V4", "PACK", "PAD", "QUANTIZE", "REDUCE_MAX",
+    "REDUCE_MIN", "RELU", "RESHAPE", "RSQRT", "SQRT", "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "TOPK_V2", "TRANSPOSE",
+}
+
+
+def images(number, height, width, seed=0):
+    """Blocks of colors with noise."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        blocks = np.kron(rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3)), np.ones((8, 8, 1)))[:height, :width]
+        yield np.clip(blocks + rng.normal(0, 5, blocks.shape), 0, 255).astype(np.uint8)
+
+
+def make_model(*overrides, classes=3):
+    """Of chance, but with BatchNorms that fit their inputs and scores that differ."""
+    model = PolarMask(configs.load("shapes", [*SMALL, *overrides]), classes)
+    model.build((None, 64, 96, 3))
+    rng = np.random.default_rng(3)
+    for variable in model.head.trainable_variables:
+        if variable.shape.rank == 4:
+            variable.assign(variable + rng.normal(0, 0.3, variable.shape))
+    model.head.classes.conv.bias.assign(tf.fill([classes], -2.0))
+    norms = [layer for layer in model.submodules if isinstance(layer, tf_keras.layers.BatchNormalization)]
+    for layer in norms:
+        layer.momentum = 0.0
+    model(np.stack(list(images(8, 64, 96))), training=True)
+    model.classes, model.input_size = [{"name": f"kind {i}", "category_id": i + 1} for i in range(classes)], (64, 96)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edge")
+    return {
+        (precision, raw): tflite.export_tflite(
+            model, model.classes, folder / tflite.file_name(precision, raw), precision, raw=raw,
+            images=lambda: images(16, 64, 96),
+        )
+        for precision in tflite.PRECISIONS for raw in (False, True)
+    }
+
+
+def kinds(path):
+    return [kind for kind, *_ in flatbuffer.operations(path.read_bytes())]
+
+
+def test_only_builtins_that_are_known_to_run(files):
+    for (precision, raw), path in files.items():
+        found = set(kinds(path))
+        assert found <= ALLOWED, (precision, raw, found - ALLOWED)
+        assert ("NON_MAX_SUPPRESSION_V4" in found) != raw
+
+
+def test_sizes(files):
+    size = {key: path.stat().st_size for key, path in files.items()}
+    assert size["int8", False] < 0.5 * size["fp32", False] and size["fp16", False] < 0.65 * size["fp32", False]
+    assert size["dynamic", False] < 0.6 * size["fp32", False]
+
+
+def test_8_bits_end_where_the_head_does(files):
+    content = files["int8", False].read_bytes()
+    interpreter = Interpreter(model_content=content)
+    types = {d["index"]: d["dtype"] for d in interpreter.get_tensor_details()}
+    found = flatbuffer.operations(content)
+    convolutions = [outputs for kind, _, outputs, _ in found if kind.endswith("CONV_2D")]
+    assert len(convolutions) > 20 and all(types[i] is np.int8 for outputs in convolutions for i in outputs)
+    back = set()  # in float, and all that is made of it
+    for kind, inputs, outputs, _ in found:
+        if kind == "DEQUANTIZE" or back & set(inputs):
+            back |= set(outputs)
+    assert not [i for i in back if types[i] is np.int8]
+    assert len([kind for kind, _, outputs, _ in found if back & set(outputs) and kind == "TOPK_V2"]) == 2
+
+
+def test_an_image_normalised_by_itself_is_so_in_float():
+    content = tflite.convert(make_model("model.normalization=image"), "int8", images=lambda: images(4, 64, 96))
+    types = {d["index"]: d["dtype"] for d in Interpreter(model_content=content).get_tensor_details()}
+    means = [outputs for kind, _, outputs, _ in flatbuffer.operations(content) if kind in ("MEAN", "SUM")]
+    assert means and all(types[i] is np.float32 for outputs in means for i in outputs)
+
+
+def test_every_precision_finds_what_keras_finds(model, files):
+    keras = run_predictor(model)
+    for (precision, raw), path in files.items():
+        matched = total = 0
+        for image in images(6, 64, 96, seed=7):
+            (a,), (b,) = keras([image]), load_predictor(path)([image])
+            total += len(a.scores)
+            if precision == "fp32":
+                np.testing.assert_allclose(b.scores, a.scores, atol=1e-4)
+                np.testing.assert_allclose(b.polygons, a.polygons, atol=1e-2)
+                np.testing.assert_array_equal(b.classes, a.classes)
+            for score, kind, polygon in zip(a.scores, a.classes, a.polygons, strict=True):
+                near = (np.abs(b.scores - score) < 0.05) & (b.classes == kind)
+                matched += bool((near & (np.abs(b.polygons - polygon).mean(axis=(1, 2)) < 3)).any())
+        least = 0.8 if precision in ("dynamic", "int8") else 1
+        assert total > 30 and matched >= least * total, (precision, raw, matched, total)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_numpy_assembles_what_the_graph_does(pairs, tmp_path):
+    model = make_model(f"postprocess.multi_label={pairs}".lower(), "model.head.ray_unit=stride", "model.rays=7")
+    whole, raw = (tflite.export_tflite(model, model.classes, tmp_path / f"{raw}.tflite", raw=raw) for raw in (False, True))
+    for image in images(4, 50, 96, seed=1):
+        expected, found = lite.PolarMaskLite(whole)(image), lite.PolarMaskLite(raw)(image)
+        assert len(expected["scores"]) > 3
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=2e-3, err_msg=name)
+            assert found[name].dtype == value.dtype
+
+
+def test_raw_is_refused_where_nothing_could_assemble_it():
+    for override in ("model.rays=4", "model.head.box=true"):
+        with pytest.raises(InputError, match=r"^--raw: "):
+            tflite.convert(make_model(override), raw=True)
+
+
+LOGITS = st.sampled_from([0.0, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4, 3e38, -3e38, float("inf"), float("-inf")])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_extreme_logits_give_finite_polygons(data):
+    sizes = {3: (3, 4), 4: (2, 2)}
+    values = {
+        level: {
+            name: tf.constant([data.draw(LOGITS) for _ in range(h * w * c)], shape=(h, w, c))
+            for name, c in (("classes", 2), ("centerness", 1), ("rays", 5))
+        }
+        for level, (h, w) in sizes.items()
+    }
+    for pairs in (True, False):
+        found = postprocess.detect(
+            values, (24, 32), {3: 8.0, 4: 16.0}, score_threshold=0.01, candidates=7, max_detections=6, multi_label=pairs
+        )
+        contract({f"{name}": value.numpy()[None] for name, value in found.items()}, 6, 5, 2)
+
+
+def contract(outputs, most, rays, classes):
+    """What exports/README.md promises of a file's outputs."""
+    count = int(outputs["num_detections"][0])
+    assert 0 <= count <= most
+    shapes = {"scores": (most,), "classes": (most,), "boxes": (most, 4), "polygons": (most, rays, 2)}
+    for name, shape in shapes.items():
+        value = outputs[f"detection_{name}"][0]
+        assert value.shape == shape and np.isfinite(value).all() and not value[count:].any(), name
+    scores, labels, boxes, polygons = (outputs[f"detection_{name}"][0][:count] for name in shapes)
+    assert (np.diff(scores) <= 0).all() and ((scores > 0) & (scores <= 1)).all()
+    assert ((labels >= 0) & (labels < classes)).all()
+    assert ((boxes >= 0) & (boxes <= 1)).all() and ((polygons >= 0) & (polygons <= 1)).all()
+    assert (boxes[:, :2] <= boxes[:, 2:]).all()
+    np.testing.assert_allclose(boxes[:, [1, 0]], polygons.min(1, initial=9), atol=1e-6)
+    np.testing.assert_allclose(boxes[:, [3, 2]], polygons.max(1, initial=-9), atol=1e-6)
+
+
+def test_two_thousand_images(files):
+    run = Interpreter(model_path=str(files["int8", False])).get_signature_runner("serving_default")
+    rng = np.random.default_rng(0)
+    found = 0
+    for number in range(2000):
+        kind = number % 4
+        image = rng.integers(0, 256, (1, 64, 96, 3), np.uint8) if kind < 2 else next(images(1, 64, 96, number))[None]
+        image = image >> np.uint8(rng.integers(0, 8)) if kind == 1 else image
+        if number < 3:
+            image = np.full((1, 64, 96, 3), (0, 255, 128)[number], np.uint8)
+        outputs = run(images=image)
+        contract(outputs, 20, 12, 3)
+        found += int(outputs["num_detections"][0])
+    assert found > 2000
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def run_and_data(model, tmp_path_factory):
+    """The model of chance as a run, and data whose truth is what it finds itself: its AP there is 1 or nearly so."""
+    folder = tmp_path_factory.mktemp("gate")
+    assert cli.main(["shapes", str(folder / "shapes"), "--train", "2", "--val", "12", "--size", "64"]) == 0
+    file = folder / "shapes" / "val" / "annotations.json"
+    truth = json.loads(file.read_text())
+    truth["categories"] = [{"id": entry["category_id"], "name": entry["name"]} for entry in model.classes]
+    truth["annotations"] = []
+    keras = run_predictor(model)
+    for image in truth["images"]:
+        (found,) = keras([lite.read_image(folder / "shapes" / "val" / "images" / image["file_name"])])
+        for polygon, label in list(zip(found.polygons, found.classes, strict=True))[:6]:
+            low, high = polygon.min(0), polygon.max(0)
+            truth["annotations"].append({
+                "id": len(truth["annotations"]) + 1, "image_id": image["id"], "category_id": int(label) + 1, "iscrowd": 0,
+                "segmentation": [polygon.ravel().tolist()], "area": 1.0, "bbox": [*low.tolist(), *(high - low).tolist()],
+            })
+    file.write_text(json.dumps(truth))
+    words = ["convert", file, folder / "shapes" / "val" / "images", folder / "val", "--processes", "1"]
+    assert cli.main([str(word) for word in words]) == 0
+    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, train=str(folder / "val")))
+    runs.write_run(folder / "run", config, {"classes": model.classes, "name": "x", "num_images": 0})
+    runs.save(model, folder / "run", 1, weights_only=True)
+    return folder / "run", folder / "val"
+
+
+def test_the_command_writes_all_and_measures_them(run_and_data, tmp_path, capsys):
+    run, data = run_and_data
+    words = ["export", run, "--out", tmp_path, "--precision", "fp32,int8", "--raw", "--data", data, "--max-ap-drop", "0.5"]
+    assert cli.main([str(word) for word in words]) == 0
+    names = {"model.tflite", "model_raw.tflite", "model_int8.tflite", "model_int8_raw.tflite", "saved_model", "lite.py"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("against Keras"))
+    table = {line.split()[0]: line.split() for line in lines[head + 1 : head + 6]}
+    assert set(table) == names - {"lite.py"}
+    expected = evaluate.evaluate(load_predictor(run), data).values["AP"]
+    assert expected > 0.5
+    for name, row in table.items():
+        assert float(row[-1]) == pytest.approx(expected, abs=1e-4)
+        measured = evaluate.evaluate(load_predictor(tmp_path / name), data).values["AP"]
+        assert float(row[-2]) == pytest.approx(measured, abs=1e-4), name
+        assert abs(measured - expected) < (0.3 if "int8" in name else 0.02), name
+
+    assert cli.main(["inspect", str(tmp_path / "model_int8_raw.tflite")]) == 0
+    told = capsys.readouterr().out
+    assert "input   images: uint8 [1, 64, 96, 3]" in told and "output  P4_rays: float32 [1, 4, 6, 12]" in told
+    assert '"precision": "int8"' in told and "3 classes: kind 0, kind 1, kind 2" in told
+    assert cli.main(["inspect", str(tmp_path / "saved_model")]) == 0 and "kind 2" in capsys.readouterr().out
+
+
+def test_the_gate_closes(run_and_data, tmp_path, capsys, monkeypatch):
+    run, data = run_and_data
+    worse = tflite.export_tflite
+
+    def blind(model, *args, **kwargs):
+        changed = dataclasses.replace(model.config.postprocess, max_detections=1)
+        model.config, kept = dataclasses.replace(model.config, postprocess=changed), model.config
+        try:
+            return worse(model, *args, **kwargs)
+        finally:
+            model.config = kept
+
+    monkeypatch.setattr(tflite, "export_tflite", blind)
+    assert cli.main(["export", str(run), "--out", str(tmp_path), "--data", str(data)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("polarmask: error: model.tflite: mask AP 0.") and "--max-ap-drop 0.01" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--precision", "int4"], "precision int4: choose of fp32, fp16, dynamic, int8"),
+        (["--data", "nowhere"], "nowhere: not a directory of converted data"),
+    ],
+)
+def test_bad_arguments_are_one_line(run_and_data, tmp_path, capsys, words, message):
+    assert cli.main(["export", str(run_and_data[0]), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_8_bits_need_images(run_and_data, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(run_and_data[0], run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(run_and_data[1]), str(tmp_path / "gone")))
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), "--precision", "int8"]) == 2
+    assert "give --images DATA" in capsys.readouterr().err
+
+
+# ---- what files cost
+
+
+def test_the_network_without_post_processing(files):
+    for precision in ("fp32", "int8"):
+        content = files[precision, False].read_bytes()
+        cut = flatbuffer.without_post_processing(content)
+        left = [kind for kind, *_ in flatbuffer.operations(cut)]
+        assert "NON_MAX_SUPPRESSION_V4" not in left and left.count("CONV_2D") == kinds(files[precision, False]).count("CONV_2D")
+        image = next(images(1, 64, 96, seed=5))[None]
+        interpreter = Interpreter(model_content=cut)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image)
+        interpreter.invoke()
+        heads = Interpreter(model_path=str(files[precision, True])).get_signature_runner("serving_default")(images=image)
+        for detail in interpreter.get_output_details():
+            value = interpreter.get_tensor(detail["index"])
+            scale, zero = detail["quantization"]
+            value = (value.astype(np.float32) - zero) * scale if value.dtype == np.int8 else value
+            off = [np.abs(v.ravel() - value.ravel()).max() for v in heads.values() if v.size == value.size]
+            # Of 8 bits the last may fall the other way.
+            assert min(off) < max(1e-3, 1.01 * scale), (precision, detail["name"], off)
+        assert len(interpreter.get_output_details()) == len(heads)
+        assert flatbuffer.without_post_processing(cut) == cut
+
+
+def test_the_benchmark_of_files(files, tmp_path, capsys):
+    paths = [str(files[key]) for key in (("fp32", False), ("int8", False), ("int8", True))]
+    assert cli.main(["benchmark", *paths, "--repeats", "7", "--csv", str(tmp_path / "edge.csv")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5 and len((tmp_path / "edge.csv").read_text().splitlines()) == 4
+    rows = benchmark_edge.run([Path(path) for path in paths], repeats=5)
+    for row in rows:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["peak_mb"] > 0 and (row["height"], row["width"]) == (64, 96)
+    assert rows[0]["ratio"] == 1 and rows[0]["post_ms"] > abs(rows[2]["post_ms"])
+    found = lite.PolarMaskLite(paths[0])(lite.letterbox(benchmark_edge.made_up_picture(), 64, 96)[0])
+    assert rows[0]["detections"] == len(found["scores"]) and rows[2]["detections"] == "-"
+
+
+def test_the_benchmark_refuses_other_files(tmp_path, capsys):
+    (tmp_path / "a.tflite").write_bytes(b"nothing")
+    assert cli.main(["benchmark", str(tmp_path / "a.tflite")]) == 2
+    assert cli.main(["inspect", str(tmp_path / "a.tflite")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all("export it again" in error for error in errors)
+
+
+def test_a_folder_of_images_by_lite(files, tmp_path, capsys):
+    from PIL import Image
+
+    for number, image in enumerate(images(2, 40, 70)):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "1.png").rename(tmp_path / "z.png")
+    assert lite.main([str(files["fp32", False]), str(tmp_path), "--score", "0"]) == 2  # of notes.txt
+    told = capsys.readouterr()
+    assert {line.split()[0] for line in told.out.splitlines()} == {"0.png", "z.png"}
+    assert told.err.count("error: ") == 1 and "notes.txt" in told.err
+
+
+def test_the_float_nodes_are_what_no_convolution_made(files):
+    names = quantize.float_nodes(files["fp32", False].read_bytes())
+    assert any("NonMaxSuppression" in name for name in names) and any("TopK" in name for name in names)
+    found = flatbuffer.operations(files["fp32", False].read_bytes())
+    assert not {name for kind, _, _, made in found if kind.endswith("CONV_2D") for name in made} & set(names)
