@@ -25,20 +25,23 @@ function draw() {
   context.lineWidth = 2;
   context.font = "bold 14px system-ui, sans-serif";
   context.textBaseline = "top";
-  const shown = detections.filter(({ score }) => score >= $("least").value);
-  for (const { label, class: number, score, box, polygon } of shown.reverse()) { // the best on top
-    const hue = (number * 137.5) % 360; // neighbors far apart
+  const shown = detections.filter(({ score }) => score >= $("least").value).reverse(); // the best on top
+  const color = (number, alpha) => `hsl(${(number * 137.5) % 360} 90% 35% / ${alpha})`; // neighbors far apart
+  for (const { class: number, polygon } of shown) {
     context.beginPath();
     for (const [x, y] of polygon) context.lineTo(x * scale, y * scale);
     context.closePath();
-    context.fillStyle = `hsl(${hue} 90% 50% / 0.3)`;
+    context.fillStyle = color(number, 0.3);
     context.fill();
-    context.strokeStyle = context.fillStyle = `hsl(${hue} 90% 35%)`;
+    context.strokeStyle = color(number, 1);
     context.stroke();
+  }
+  for (const { label, class: number, score, box } of shown) {
     const text = `${label} ${score.toFixed(2)}`;
     const wide = context.measureText(text).width + 8;
     const x = Math.max(Math.min(box[0] * scale, canvas.width - wide), 0);
     const y = Math.max(box[1] * scale - 18, 0);
+    context.fillStyle = color(number, 1);
     context.fillRect(x, y, wide, 18);
     context.fillStyle = "#fff";
     context.fillText(text, x + 4, y + 2);
@@ -66,7 +69,7 @@ async function detect() {
   const { resize, model: rest, runs } = milliseconds;
   $("status").textContent =
     `${picture.name} (${width} x ${height}), ${model.name}: ${rest.toFixed(1)} ms from pixels to polygons, ` +
-    `${resize.toFixed(1)} ms to resize (median of ${runs}), ${self.crossOriginIsolated ? "several threads" : "one thread"}`;
+    `${resize.toFixed(1)} ms to resize (median of ${runs})`;
   const all = { model: model.name, image: picture.name, width, height, milliseconds, detections };
   $("json").textContent = JSON.stringify(all, null, 1);
 }
@@ -84,6 +87,7 @@ async function useImage(name, blob) {
     throw new Error(`${name}: cannot read the image: ${error.message}`);
   });
   picture = { name, data };
+  detections = [];
 }
 
 async function useFiles(files) {

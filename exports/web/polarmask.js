@@ -10,7 +10,7 @@ async function loadRuntime() {
   try {
     const litert = await import("@litertjs/core"); // where that lies says the import map of index.html
     const wasm = new URL("../wasm/", import.meta.resolve("@litertjs/core"));
-    await litert.loadLiteRt(String(wasm), { threads: self.crossOriginIsolated }); // browsers forbid threads elsewhere
+    await litert.loadLiteRt(String(wasm));
     return litert;
   } catch (error) {
     runtime = undefined;
