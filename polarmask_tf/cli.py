@@ -325,6 +325,9 @@ def _benchmark_models(args):
 def main(argv: list[str] | None = None) -> int:
     # Before anything imports TensorFlow: its start-up lines (cuInit, oneDNN, ...) tell a user nothing.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorFlow imports a Keras for its own tf.keras, which nothing here uses: let it be the one that is imported anyway,
+    # since the other takes 2 CPU seconds of every command.
+    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # of retracing and slow callbacks
     args = parser().parse_args(argv)
     try:
