@@ -239,7 +239,7 @@ def test_the_number_of_threads_is_that_asked_for(program, models, tmp_path):
             process.communicate()
 
 
-def test_a_reordered_comment_and_spaces_are_a_ppm_too(program, models, tmp_path):
+def test_comments_and_other_spaces_are_a_ppm_too(program, models, tmp_path):
     image = noise(40, 50)
     expected = run(program, models["fp32"], write_ppm(tmp_path / "a.ppm", image), "--score", "0")
     (tmp_path / "b.ppm").write_bytes(b"P6 # 9 9\n# more\n50\t\n 40#\n255 " + image.tobytes() + b"P6 1 1 255 \0\0\0")
