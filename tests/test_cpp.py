@@ -60,10 +60,13 @@ def program(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A tiny model of random weights that finds many overlapping things, in float32 and 8 bits."""
+    import tf_keras
+
     from polarmask_tf import config
     from polarmask_tf.export import tflite
     from polarmask_tf.modeling.polarmask import PolarMask
 
+    tf_keras.utils.set_random_seed(0)
     options = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", f"data.size=[{HEIGHT},{WIDTH}]"]
     options += ["postprocess.score_threshold=0.05", "postprocess.candidates=60", "postprocess.nms_iou=0.6"]
     model = PolarMask(config.load("shapes", [*options, "postprocess.max_detections=40"]), len(LABELS))
@@ -141,8 +144,8 @@ def compare(program, model, image, path, *options, threads=1):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_an_image_of_the_models_size(program, models, tmp_path, precision):
-    assert compare(program, models[precision], noise(HEIGHT, WIDTH), tmp_path / "a.ppm") >= 10
-    assert compare(program, models[precision], noise(HEIGHT, WIDTH, 7), tmp_path / "a.ppm", "--threads", "2", threads=2) >= 10
+    assert compare(program, models[precision], noise(HEIGHT, WIDTH), tmp_path / "a.ppm") >= 5
+    assert compare(program, models[precision], noise(HEIGHT, WIDTH, 7), tmp_path / "a.ppm", "--threads", "2", threads=2) >= 5
 
 
 SIZES = [(200, 300), (301, 97), (50, 20), (30, 128), (95, 127), (7, 500), (400, 3), (1, 1)]
@@ -154,7 +157,7 @@ def test_a_resized_image(program, models, tmp_path, monkeypatch, height, width):
     monkeypatch.setattr(lite, "place", width_first)
     for precision in ("fp32", "int8"):
         found = compare(program, models[precision], noise(height, width), tmp_path / "a.ppm")
-        assert found >= 10 or min(height, width) < 20
+        assert found >= 5 or min(height, width) < 20
 
 
 @pytest.mark.parametrize("height, width", SIZES)
@@ -185,7 +188,7 @@ def test_a_stretched_image(program, models, tmp_path, monkeypatch):
     monkeypatch.setattr(lite, "place", width_first)
     model = with_metadata(models["fp32"], tmp_path / "a.tflite", lambda described: described["input"].update(resize="stretch"))
     for height, width in ((300, 160), (40, 160)):
-        assert compare(program, model, noise(height, width), tmp_path / "a.ppm") >= 10
+        assert compare(program, model, noise(height, width), tmp_path / "a.ppm") >= 5
         both = [run(program, path, tmp_path / "a.ppm", "--score", "0")[1] for path in (model, models["fp32"])]
         assert both[0] != both[1]
 
