@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FOUND = ("scores", "classes", "boxes", "polygons")
 
@@ -30,9 +30,9 @@ def read_image(source):
                     return np.repeat((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
                 return np.array(image.convert("RGB"))
     except Exception as error:  # broken files make Pillow's decoders raise nearly any type
-        name = source if isinstance(source, (str, Path)) else "the image"
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"{name}: cannot read the image: {reason}") from None
+        reason = f"cannot read the image: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}"
+        reason = "not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else reason
+        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the image'}: {reason}") from None
 
 
 def check_image(image):

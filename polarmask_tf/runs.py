@@ -79,7 +79,8 @@ def prepare(config: Config, info, run: Path, restart: bool) -> None:
     elif run.is_dir() and not (run / "config.yaml").is_file() and any(path.suffix != ".tmp" for path in run.iterdir()):
         raise InputError(f"{run}: exists and is not a run directory; choose another --out")
     if restart and (run / "config.yaml").is_file():
-        _remove([run / "best", run / "metrics.csv", *run.glob("checkpoints/*"), *run.glob("events.out.tfevents.*")])
+        made = ("checkpoints/*", "events.out.tfevents.*", "not_finite_step_*.npz")
+        _remove([run / "best", run / "metrics.csv", run / "plugins", *(path for name in made for path in run.glob(name))])
     _tidy(run / "checkpoints", checkpoints(run))
     write_run(run, config, {"classes": info.classes, "name": info.name, "num_images": info.num_images})
 

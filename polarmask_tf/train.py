@@ -189,6 +189,9 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> Non
         raise explained from None
     finally:
         log.close()
+        for callback in callbacks:
+            if isinstance(callback, Profile):
+                callback.on_train_end()  # Keras does not tell it of an error
 
 
 def _save_batch(batches: tf.data.Dataset, run: Path, step: int) -> Path:

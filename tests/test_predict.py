@@ -101,7 +101,7 @@ def test_what_is_no_model_is_refused(tmp_path, exports):
     metadata = (exports["saved_model"] / "assets.extra" / "metadata.json").read_text()
     (tmp_path / "broken" / "assets.extra" / "metadata.json").write_text(metadata)
     expected = {
-        "text.tflite": "not a TFLite model",
+        "text.tflite": "no .tflite file with metadata.json",
         "notes.txt": "is none of these: a run directory",
         "empty": "is none of these",
         "missing": "does not exist",

@@ -335,7 +335,7 @@ def test_evaluation_without_data_is_refused(data, tmp_path, capsys, settings):
 def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, seen):
     run = tmp_path / "run"
     settings = ("train.learning_rate=1e20", "train.checkpoint_every=1", "train.ema=0.5", "data.flip=both", *QUICK)
-    assert train(data / "train", run, *settings) == 2
+    assert train(data / "train", run, *settings, arguments=("--profile", "1,8")) == 2
     first = min(step for step, (loss, _) in seen.items() if loss is not None and not np.isfinite(loss))
     assert max(seen) <= first + 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -357,6 +357,10 @@ def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, se
     model = runs.load_run(run)
     assert all(np.isfinite(v).all() for v in model.variables)
     assert int(model.detect(images)["num_detections"].shape[0]) == 4
+
+    assert list((run / "plugins" / "profile").glob("*/*"))  # though the training did not come to its step 8
+    runs.prepare(settings, records.load_dataset_info(data / "train"), run, restart=True)
+    assert not saved.exists() and not (run / "plugins").exists()
 
 
 def test_a_loss_that_is_not_finite_from_the_start(data, tmp_path, capsys, monkeypatch):
