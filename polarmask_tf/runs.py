@@ -40,7 +40,7 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     config, classes = read_run(run)
     config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
     model = PolarMask(config, len(classes))
-    model.build((None, *configs.canvas(config.data), 3))
+    tf.autograph.experimental.do_not_convert(model.build)((None, *configs.canvas(config.data), 3))
     model.classes, model.input_size = classes, configs.canvas(config.data)
     if not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run})")

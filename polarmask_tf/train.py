@@ -114,7 +114,8 @@ def build(config: Config, classes: int) -> PolarMask:
     tf_keras.mixed_precision.set_global_policy(POLICIES[config.train.precision])
     try:
         model = PolarMask(config, classes)
-        model.build((None, *configs.canvas(config.data), 3))
+        # Without AutoGraph, which would look for branches in every layer and find none.
+        tf.autograph.experimental.do_not_convert(model.build)((None, *configs.canvas(config.data), 3))
         model.compile(optimizer=optimizers.make(config))
     finally:
         tf_keras.mixed_precision.set_global_policy("float32")
