@@ -199,7 +199,7 @@ def test_keras_needs_its_normalisation_and_strides(resnet50_h5):
 
 
 def test_keras_files_that_are_none(resnet50_h5, tmp_path):
-    config, backbone = caffe(""), built(caffe(""))
+    config, backbone = caffe(""), built(caffe("", blocks=(1, 1, 1, 1)))  # refused before its size matters
 
     def refused(path):
         backbone_config = dataclasses.replace(config.backbone, weights=str(path))
@@ -214,7 +214,7 @@ def test_keras_files_that_are_none(resnet50_h5, tmp_path):
         assert "truncated, or not an HDF5" in refused(tmp_path / "a.h5")
     tf_keras.Sequential([tf_keras.layers.Dense(2, input_shape=(3,))]).save_weights(tmp_path / "b.h5")
     assert "not the weights of ResNet50" in refused(tmp_path / "b.h5")
-    deeper = error_of(caffe(resnet50_h5, blocks=(3, 4, 23, 3)))
+    deeper = error_of(caffe(resnet50_h5, blocks=(3, 4, 23, 3)), backbone)
     assert "not the weights of ResNet101" in deeper
     assert "is expected" in refused(tmp_path / "a.ckpt")
 
