@@ -44,7 +44,7 @@ def run(files: Sequence[Path], *, image: np.ndarray | None = None, threads: int 
         content = Path(path).read_bytes()
         size = metadata["input"]["height"], metadata["input"]["width"]
         picture = lite.letterbox(made_up_picture() if image is None else image, *size)[0]
-        whole, network = (_Runner(c, picture, threads) for c in (content, flatbuffer.without_post_processing(content)))
+        whole, network = (Runner(c, picture, threads) for c in (content, flatbuffer.without_post_processing(content)))
         cases.append((path, metadata, len(content), whole, network))
     turns = [[(whole(), network()) for *_, whole, network in cases] for _ in range(repeats + WARM_UP)][WARM_UP:]
     rows = []
@@ -83,7 +83,7 @@ def made_up_picture(height: int = 480, width: int = 640) -> np.ndarray:
     return np.clip(blocks + rng.normal(0, 10, blocks.shape), 0, 255).astype(np.uint8)
 
 
-class _Runner:
+class Runner:
     """A loaded file with its input; a call gives wall and CPU milliseconds of one inference."""
 
     def __init__(self, content: bytes, picture: np.ndarray, threads: int):

@@ -1,8 +1,10 @@
 """Files for phones and boards: precisions, --raw, the gate on AP, what a file says of itself, and what it must survive."""
 
+import csv
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from polarmask_tf.export import flatbuffer, quantize, tflite
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.predictor import load_predictor, run_predictor
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     *training.TINY, "model.head.norm=batch", "model.head.conv=separable", "model.head.kernel=1", "model.fpn.conv=separable",
     "data.size=[64,96]", "postprocess.candidates=50", "postprocess.multi_label=false", "postprocess.score_threshold=0.02",
@@ -361,3 +364,27 @@ def test_the_float_nodes_are_what_no_convolution_made(files):
     assert any("NonMaxSuppression" in name for name in names) and any("TopK" in name for name in names)
     found = flatbuffer.operations(files["fp32", False].read_bytes())
     assert not {name for kind, _, _, made in found if kind.endswith("CONV_2D") for name in made} & set(names)
+
+
+def test_the_scripts_that_write_the_tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import edge_pairs
+    import edge_table
+
+    def rows_of(script, *words):
+        monkeypatch.setattr(sys, "argv", ["script", *words, "--repeats", "3", "--csv", str(tmp_path / "rows.csv")])
+        assert script.main() == 0
+        with open(tmp_path / "rows.csv") as file:
+            return list(csv.DictReader(file))
+
+    words = ("--configs", "edge_small", "--sizes", "64", "--precisions", "fp32", "--detections", "7")
+    [row] = rows_of(edge_table, *words)
+    assert {"config": "edge_small", "precision": "fp32", "height": "64", "detections": "7"}.items() <= row.items()
+    weights = 4 * int(row["parameters"])
+    assert weights < 1e6 * float(row["mb"]) < 1.1 * weights and float(row["cpu_ms"]) > 0
+
+    boxes = edge_pairs.export(tmp_path, "fp32", 64, 5, "edge_small", "model.rays=4")
+    assert 0.8 * weights < len(boxes) < 1e6 * float(row["mb"])
+    monkeypatch.setattr(edge_pairs, "pairs", lambda folder: [("a file / itself", 64, 5, "fp32", boxes, boxes)])
+    [row] = rows_of(edge_pairs)
+    assert row["what"] == "a file / itself" and float(row["first/second"]) > 0

@@ -30,7 +30,8 @@ def export(
       precisions: of tflite.PRECISIONS, a .tflite file of each. int8 is calibrated on the run's training data, or else on
         the data that the comparison takes.
       raw: also a file of each that ends at the head's outputs.
-      data: converted data on which the mask AP of all that is exported is measured beside Keras'.
+      data: converted data on which the mask AP of all that is exported is measured beside Keras', of 100 detections an
+        image or as many as the model gives.
       max_ap_drop: how much lower an AP on `data` may be.
       overrides: of config.postprocess, fixed in the exports; None values are ignored.
 
@@ -88,7 +89,8 @@ def export(
             rows[name] = parity.compare(reference, load_predictor(path), pictures)
         if data:
             keras = run_predictor(model)
-            _measure(rows, written, keras, keras if fit(own) == own.fit else run_predictor(model, fit(own)), data)
+            in_file = keras if fit(own) == own.fit else run_predictor(model, fit(own))
+            _measure(rows, written, keras, in_file, data, model.config.postprocess.max_detections)
         print(parity.format_table(rows))
     file = next(path for path in written.values() if path.suffix == ".tflite")
     if data:
@@ -113,17 +115,23 @@ def _calibration(model, data):
         yield network_input(lite.read_image(io.BytesIO(encoded)), model.config.data, fit(model.config.data))[0]
 
 
-def _measure(rows: dict, written: dict, keras, keras_in_file, data: Path) -> None:
-    """Adds "AP", of every export, and "keras", of the model that resizes images as that does."""
+def _measure(rows: dict, written: dict, keras, keras_in_file, data: Path, detections: int) -> None:
+    """Adds "AP", of every export, and "keras", of the model that resizes images as that does.
+
+    Of 100 detections an image, as COCO counts, or of `detections` where the model gives more.
+    """
     from polarmask_tf.evaluate import evaluate
     from polarmask_tf.predictor import load_predictor
+
+    def mask_ap(predictor):
+        return evaluate(predictor, data, max_detections=max(100, detections)).values["AP"]
 
     found = {}
     for name, path in written.items():
         reference = keras if name == "saved_model" else keras_in_file
         if id(reference) not in found:
-            found[id(reference)] = evaluate(reference, data).values["AP"]
-        rows[name] |= {"AP": evaluate(load_predictor(path), data).values["AP"], "keras": found[id(reference)]}
+            found[id(reference)] = mask_ap(reference)
+        rows[name] |= {"AP": mask_ap(load_predictor(path)), "keras": found[id(reference)]}
 
 
 def _refuse(rows: dict, max_ap_drop: float) -> None:
