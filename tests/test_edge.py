@@ -381,7 +381,7 @@ def test_the_scripts_that_write_the_tables(tmp_path, monkeypatch):
     [row] = rows_of(edge_table, *words)
     assert {"config": "edge_small", "precision": "fp32", "height": "64", "detections": "7"}.items() <= row.items()
     weights = 4 * int(row["parameters"])
-    assert weights < 1e6 * float(row["mb"]) < 1.1 * weights and float(row["cpu_ms"]) > 0
+    assert weights < 1e6 * float(row["mb"]) < 1.2 * weights and float(row["cpu_ms"]) > 0
 
     boxes = edge_pairs.export(tmp_path, "fp32", 64, 5, "edge_small", "model.rays=4")
     assert 0.8 * weights < len(boxes) < 1e6 * float(row["mb"])

@@ -327,3 +327,14 @@ def test_two_replicas_train_like_one_device(two_replicas, name):
         np.testing.assert_allclose(change, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max() + resolution)
         moved += np.abs(wanted).max() > 100 * resolution
     assert moved > 5
+
+
+def test_images_are_normalised_alike_in_known_and_unknown_sizes():
+    config = tiny_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mean=(10, 20, 30), std=(2, 4, 5)))
+    model = PolarMask(config, 2)
+    images = np.random.default_rng(0).uniform(0, 255, (2, 5, 7, 3)).astype(np.float32)
+    expected = (images - np.float32([10, 20, 30])) / np.float32([2, 4, 5])
+    for shape in ((2, 5, 7, 3), (None, None, None, 3), (None, None, 7, 3), (None, 5, 7, 3)):
+        normalise = tf.function(model._normalize, input_signature=[tf.TensorSpec(shape)])
+        np.testing.assert_allclose(normalise(images), expected, rtol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 
@@ -53,7 +54,13 @@ class PolarMask(tf_keras.Model):
     def _normalize(self, images):
         config = self.config.model
         if config.normalization == "fixed":
-            return (images - list(config.mean)) / list(config.std)
+            mean, std = np.float32(config.mean), np.float32(config.std)
+            _, height, width, _ = images.shape
+            if None in (height, width):
+                return (images - mean) / std
+            # Whole rows at once: along a last dimension of 3, LiteRT takes ten times as long.
+            rows = tf.reshape(images, [-1, height, 3 * width])
+            return tf.reshape((rows - np.tile(mean, width)) / np.tile(std, width), [-1, height, width, 3])
         # Over the whole canvas, padding included: a .tflite file does not know where the padding is.
         mean = tf.reduce_mean(images, axis=[1, 2, 3], keepdims=True)
         variance = tf.reduce_mean(tf.square(images - mean), axis=[1, 2, 3], keepdims=True)
