@@ -91,7 +91,8 @@ class Runner:
 
         self.interpreter = Interpreter(model_content=content, num_threads=threads)
         self.interpreter.allocate_tensors()
-        self.interpreter.set_tensor(self.interpreter.get_input_details()[0]["index"], picture[np.newaxis])
+        images = self.interpreter.get_input_details()[0]
+        self.interpreter.set_tensor(images["index"], picture[np.newaxis].astype(images["dtype"]))
 
     def __call__(self) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
