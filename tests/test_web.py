@@ -98,17 +98,16 @@ def serve(folder):
 
 def make_model(path, *overrides, raw=False, precision="fp32"):
     """A tiny network of random weights, exported to `path`; always the same for the same options."""
-    import tensorflow as tf
+    import tf_keras
 
     from polarmask_tf.export import tflite
     from polarmask_tf.modeling.polarmask import PolarMask
 
-    tf.keras.backend.clear_session()
     options = config.load("shapes", [
         "model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", f"data.size=[{HEIGHT},{WIDTH}]",
         "postprocess.score_threshold=0.05", "postprocess.candidates=100", "postprocess.multi_label=false", *overrides,
     ])
-    tf.keras.utils.set_random_seed(0)
+    tf_keras.utils.set_random_seed(0)
     model = PolarMask(options, len(CLASSES))
     model.build((None, HEIGHT, WIDTH, 3))
     rng = np.random.default_rng(0)
