@@ -29,9 +29,10 @@ def run(files: Sequence[Path], *, image: np.ndarray | None = None, threads: int 
 
     Returns:
       Rows {"file", "mb" (10^6 bytes), "threads", "height", "width", "detections", "p50_ms", "p95_ms" (wall), "cpu_ms" (median,
-      all threads), "ratio" (median of cpu_ms in the same turn, relative to the first file), "post_ms", "post_share" (of
-      cpu_ms: what the same file takes less without all that follows the head's last convolutions), "peak_mb" (most memory
-      that a process that loads and runs it takes on top of what it had)}. Raises InputError for other files.
+      all threads), "ratio" (median of cpu_ms in the same turn, relative to the first file), "post_ms" (median CPU time of all
+      that follows the head's last convolutions, run alone on what they give; 0 of a --raw file), "post_share" (of cpu_ms),
+      "peak_mb" (most memory that a process that loads and runs it takes on top of what it had)}. Raises InputError for other
+      files.
     """
     cases = []
     for path in files:
@@ -44,14 +45,14 @@ def run(files: Sequence[Path], *, image: np.ndarray | None = None, threads: int 
         content = Path(path).read_bytes()
         size = metadata["input"]["height"], metadata["input"]["width"]
         picture = lite.letterbox(made_up_picture() if image is None else image, *size)[0]
-        whole, network = (Runner(c, picture, threads) for c in (content, flatbuffer.without_post_processing(content)))
-        cases.append((path, metadata, len(content), whole, network))
-    turns = [[(whole(), network()) for *_, whole, network in cases] for _ in range(repeats + WARM_UP)][WARM_UP:]
+        network, rest = flatbuffer.halves(content)
+        post = Runner(rest, picture, threads, after=Runner(network, picture, threads)) if rest else lambda: (0.0, 0.0)
+        cases.append((path, metadata, len(content), Runner(content, picture, threads), post))
+    turns = [[(whole(), post()) for *_, whole, post in cases] for _ in range(repeats + WARM_UP)][WARM_UP:]
     rows = []
     for number, (path, metadata, length, whole, _) in enumerate(cases):
         wall, cpu = zip(*(turn[number][0] for turn in turns), strict=True)
-        bare = [turn[number][1][1] for turn in turns]
-        post = statistics.median(a - b for a, b in zip(cpu, bare, strict=True))
+        post = statistics.median(turn[number][1][1] for turn in turns)
         rows.append({
             "file": str(path), "mb": length / 1e6, "threads": threads, "height": metadata["input"]["height"],
             "width": metadata["input"]["width"], "detections": whole.detections(),
@@ -84,15 +85,20 @@ def made_up_picture(height: int = 480, width: int = 640) -> np.ndarray:
 
 
 class Runner:
-    """A loaded file with its input; a call gives wall and CPU milliseconds of one inference."""
+    """A loaded file with its input, a picture or what another one gives; a call gives wall and CPU ms of one inference."""
 
-    def __init__(self, content: bytes, picture: np.ndarray, threads: int):
+    def __init__(self, content: bytes, picture: np.ndarray, threads: int, after: Runner | None = None):
         from ai_edge_litert.interpreter import Interpreter
 
         self.interpreter = Interpreter(model_content=content, num_threads=threads)
         self.interpreter.allocate_tensors()
-        images = self.interpreter.get_input_details()[0]
-        self.interpreter.set_tensor(images["index"], picture[np.newaxis].astype(images["dtype"]))
+        if after is None:
+            images = self.interpreter.get_input_details()[0]
+            self.interpreter.set_tensor(images["index"], picture[np.newaxis].astype(images["dtype"]))
+            return
+        after.interpreter.invoke()
+        for end in after.interpreter.get_output_details():  # see flatbuffer.halves
+            self.interpreter.set_tensor(end["index"], after.interpreter.get_tensor(end["index"]))
 
     def __call__(self) -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import flatbuffers
 from tensorflow.lite.python import schema_py_generated as schema
 
@@ -14,11 +16,7 @@ def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str
 
     The kind of one that is not TensorFlow Lite's own is "CUSTOM" and its name, which begins with Flex if TensorFlow has it.
     """
-    return _operations(schema.ModelT.InitFromPackedBuf(content, 0))
-
-
-def _operations(model):
-    kinds = []
+    model, kinds = schema.ModelT.InitFromPackedBuf(content, 0), []
     for code in model.operatorCodes:
         name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
         custom = (code.customCode or b"").decode()
@@ -48,17 +46,28 @@ def parts(operations: list) -> list[str]:
     return found
 
 
-def without_post_processing(content: bytes) -> bytes:
-    """The same file, ended where post-processing begins; the bytes given if there is none."""
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    graph, found = model.subgraphs[0], _operations(model)
+def halves(content: bytes) -> tuple[bytes, bytes | None]:
+    """The same file, ended where post-processing begins, and the post-processing alone; (the bytes given, None) without one.
+
+    What the first gives the second takes, tensors of the same indices. Neither has a signature.
+    """
+    found = operations(content)
     where = parts(found)
-    made = {i for (_, _, outputs, _), part in zip(found, where, strict=True) if part == "network" for i in outputs}
+    made = {i for (_, _, outputs, _), part in zip(found, where, strict=True) if part != "after" for i in outputs}
     ends = sorted({i for (_, inputs, _, _), part in zip(found, where, strict=True) if part == "after" for i in inputs} & made)
     if not ends:
-        return content
-    graph.operators = [op for op, part in zip(graph.operators, where, strict=True) if part != "after"]
-    graph.outputs, model.signatureDefs = ends, []
+        return content, None
+    network = _cut(content, [part != "after" for part in where], outputs=ends)
+    return network, _cut(content, [part == "after" for part in where], inputs=ends)
+
+
+def _cut(content: bytes, keep: list[bool], **ends) -> bytes:
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    graph = model.subgraphs[0]
+    graph.operators = list(itertools.compress(graph.operators, keep))
+    for name, value in ends.items():
+        setattr(graph, name, value)
+    model.signatureDefs = []
     builder = flatbuffers.Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
