@@ -1,11 +1,14 @@
 """Set before any test imports TensorFlow: quiet start-up, no GPU surprises."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# A shell that starts this in the background makes it ignore Ctrl-C, and with it the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
