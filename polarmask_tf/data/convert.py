@@ -185,16 +185,12 @@ def _run(tasks, processes, bar):
         return [_write_shard(task, bar.update) for task in tasks]
     # Spawned, not forked: the caller may have TensorFlow's threads running.
     context = multiprocessing.get_context("spawn")
-    stop, done = context.Event(), context.Value("q", 0)
+    with _ctrl_c_held():  # starts a process too
+        stop, done = context.Event(), context.Value("q", 0)
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(stop, done))
     try:
-        # Ctrl-C reaches every process of the terminal. It is the parent's to handle, which sets `stop`; the workers start
-        # here and inherit the blocked signal, so that not even one that is still importing shows a traceback.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _ctrl_c_held():
             pending = {pool.submit(_write_shard_in_process, task): i for i, task in enumerate(tasks)}
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         futures = list(pending)
         while pending:
             finished, _ = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -211,6 +207,27 @@ def _run(tasks, processes, bar):
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _ctrl_c_held():
+    """Ctrl-C, which reaches every process of a terminal, is the parent's to handle, and only after this block.
+
+    Processes that start within inherit the blocked signal, so that not even one that is still importing shows a traceback. The
+    parent has other threads, which take the signal when this one blocks it: its handler must wait, too.
+    """
+    came = []
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True)) if ours else None
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _start_process(stop, done):
