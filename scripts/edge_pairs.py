@@ -1,8 +1,9 @@
 """Writes exports/edge_pairs.csv: edge files beside what they replace and beside themselves with four rays, in turns.
 
-    python scripts/edge_pairs.py [--csv FILE]
+    python scripts/edge_pairs.py [--yolo FOLDER] [--csv FILE]
 
-One thread, CPU time, weights of chance, everything from pixels to polygons (or boxes, or masks) in each file.
+One thread, CPU time, weights of chance, everything from pixels to polygons (or boxes, or masks) in each file; of YOLO11n-seg,
+whose files yolo11n_seg.py writes into FOLDER, the network alone.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def mask_rcnn(folder: Path, size: int) -> bytes:
     return export_tflite_lib.convert_tflite_model(saved_model_dir=str(folder / "mask_rcnn"))
 
 
-def pairs(folder: Path):
+def pairs(folder: Path, yolo: Path | None):
     """(what is compared, of which size, detections, precisions, the one relative to ..., ... the other)."""
     for precision in tflite.PRECISIONS:
         yield ("36 rays / 4 rays", 320, 100, precision, export(folder, precision, 320, 100, "edge"),
@@ -56,6 +57,11 @@ def pairs(folder: Path):
         for detections in (10, 100):
             yield ("edge / MobileNetV2, separable head 4 x 128, boxes only", 320, detections, precision,
                    export(folder, precision, 320, detections, "edge"), export(folder, precision, 320, detections, *BOXES))
+    for precision in ("fp32", "int8") if yolo else ():
+        theirs = (yolo / f"yolo11n-seg_{precision}.tflite").read_bytes()
+        for name, detections in (("edge", 10), ("edge", 100), ("edge_small", 100)):
+            ours = export(folder, precision, 320, detections, name)
+            yield f"{name} / YOLO11n-seg, its network alone", 320, detections, precision, ours, theirs
     theirs = mask_rcnn(folder, 512)
     for name in ("edge", "edge_small"):
         for precision in ("fp32", "int8"):
@@ -74,11 +80,12 @@ def compare(files: tuple[bytes, bytes], size: int, repeats: int) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--yolo", type=Path, metavar="FOLDER", help="beside YOLO11n-seg too: what yolo11n_seg.py wrote")
     parser.add_argument("--csv", type=Path, default=Path(__file__).resolve().parents[1] / "exports" / "edge_pairs.csv")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for what, size, detections, precision, *files in pairs(Path(folder)):
+        for what, size, detections, precision, *files in pairs(Path(folder), args.yolo):
             times = compare(files, size, args.repeats if size < 512 else max(1, args.repeats // 5))
             rows.append({"what": what, "size": size, "detections": detections, "precision": precision}
                         | {key: round(value, 4) for key, value in times.items()})

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import flatbuffers
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,6 +16,7 @@ import training
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow.lite.python import schema_py_generated as schema
 
 from polarmask_tf import benchmark_edge, cli, evaluate, lite, postprocess, runs
 from polarmask_tf import config as configs
@@ -335,6 +337,34 @@ def test_the_network_and_the_post_processing_are_halves_of_a_file(files):
             np.testing.assert_array_equal(post.get_tensor(output["index"]), both[0].get_tensor(output["index"]))
 
 
+def test_halves_of_a_file_whose_weights_lie_behind_the_flatbuffer(files):
+    """As ai-edge-quantizer writes them."""
+    content = files["fp32", False].read_bytes()
+    model, outside = schema.ModelT.InitFromPackedBuf(content, 0), {}
+    for number, buffer in enumerate(model.buffers):
+        if buffer.data is not None and len(buffer.data) > 1000:
+            outside[number], buffer.data, buffer.offset, buffer.size = bytes(buffer.data), None, 2, 2
+    assert outside
+
+    def packed():
+        builder = flatbuffers.Builder(len(content))
+        builder.Finish(model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    at = -(-len(packed()) // 16) * 16
+    behind = bytearray()
+    for number, data in outside.items():
+        model.buffers[number].offset, model.buffers[number].size = at + len(behind), len(data)
+        behind += data + b"\0" * (-len(data) % 16)
+    moved = packed()
+    moved += b"\0" * (at - len(moved)) + bytes(behind)
+    picture = next(images(1, 64, 96))
+    plain, far = (benchmark_edge.Runner(flatbuffer.halves(text)[0], picture, 1) for text in (content, moved))
+    plain(), far()
+    for end in plain.interpreter.get_output_details():
+        np.testing.assert_array_equal(far.interpreter.get_tensor(end["index"]), plain.interpreter.get_tensor(end["index"]))
+
+
 def test_the_benchmark_of_files(files, tmp_path, capsys):
     paths = [str(files[key]) for key in (("fp32", False), ("int8", False), ("int8", True))]
     assert cli.main(["benchmark", *paths, "--repeats", "7", "--csv", str(tmp_path / "edge.csv")]) == 0
@@ -394,6 +424,6 @@ def test_the_scripts_that_write_the_tables(tmp_path, monkeypatch):
 
     boxes = edge_pairs.export(tmp_path, "fp32", 64, 5, "edge_small", "model.rays=4")
     assert 0.8 * weights < len(boxes) < 1e6 * float(row["mb"])
-    monkeypatch.setattr(edge_pairs, "pairs", lambda folder: [("a file / itself", 64, 5, "fp32", boxes, boxes)])
+    monkeypatch.setattr(edge_pairs, "pairs", lambda folder, yolo: [("a file / itself", 64, 5, "fp32", boxes, boxes)])
     [row] = rows_of(edge_pairs)
     assert row["what"] == "a file / itself" and float(row["first/second"]) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import flatbuffers
+import numpy as np
 from tensorflow.lite.python import schema_py_generated as schema
 
 HEADS = tuple(f"/head/{name}/conv" for name in ("classes", "centerness", "rays", "boxes"))
@@ -63,6 +64,10 @@ def halves(content: bytes) -> tuple[bytes, bytes | None]:
 
 def _cut(content: bytes, keep: list[bool], **ends) -> bytes:
     model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:  # of files from other quantizers the weights may lie behind the flatbuffer
+        if buffer.offset > 1:
+            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
     graph = model.subgraphs[0]
     graph.operators = list(itertools.compress(graph.operators, keep))
     for name, value in ends.items():
