@@ -33,8 +33,8 @@ def start_run(folder, norm, settings):
     """Weights for step 0 that are nowhere zero. The loss has kinks, ReLU's and those of min and max in Polar IoU, and a value
     close to one may fall on either side of it when sums are rounded otherwise: that is one small step of a weight. In a
     bias that has only begun to leave zero it would be all there is to compare. Always the same weights: of many starts
-    by chance one had such a step early enough to move tensors by 3e-4, where 1e-7 is usual."""
-    tf_keras.utils.set_random_seed(0)
+    by chance one had such a step early enough to move tensors by 3e-4, where these reach 5e-7."""
+    tf_keras.utils.set_random_seed(1)
     config = configs.load("shapes", [*training.TINY, *settings])
     model = PolarMask(config, 4)
     model.build((None, 64, 64, 3))
