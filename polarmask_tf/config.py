@@ -29,6 +29,7 @@ class BackboneConfig:
     ] = "resnet"
     multiplier: float = 1.0  # times the channels of a MobileNet
     stem: typing.Literal["7x7", "3x3"] = "7x7"  # 7x7 convolution and max pooling, or two 3x3 convolutions, which cost less
+    stem_width: int = 0  # channels between these two; 0: as many as after them, `width`
     block: typing.Literal["basic", "bottleneck"] = "basic"
     blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3)
     width: int = 24  # channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64
@@ -254,6 +255,8 @@ def check(config: Config) -> None:
          "model.backbone.multiplier is for the mobile backbones; a resnet has model.backbone.width"),
         (model.backbone.groups == 1 or model.backbone.block == "bottleneck",
          "model.backbone.groups above 1 needs model.backbone.block: bottleneck"),
+        (model.backbone.stem_width == 0 or model.backbone.stem == "3x3",
+         "model.backbone.stem_width needs model.backbone.stem: 3x3"),
         (0 <= model.backbone.freeze_at <= 5, f"model.backbone.freeze_at is {model.backbone.freeze_at}: 0 to 5 are possible"),
         (config.conventions == "paper" or model.head.box,
          "conventions: released compares boxes of the box branch; it needs model.head.box: true"),
@@ -289,9 +292,9 @@ def check(config: Config) -> None:
         (config.postprocess.max_detections >= 1, "postprocess.max_detections must be at least 1"),
     ]
     at_least = {
-        "model.backbone.width": 1, "model.fpn.channels": 1, "model.head.channels": 1, "model.head.convs": 0,
-        "model.backbone.groups": 1, "model.backbone.group_width": 1, "train.rate_batch": 0, "train.bias_rate": 0,
-        "data.max_instances": 1, "data.shuffle": 1, "postprocess.candidates": 1, "train.learning_rate": 0,
+        "model.backbone.width": 1, "model.backbone.stem_width": 0, "model.fpn.channels": 1, "model.head.channels": 1,
+        "model.head.convs": 0, "model.backbone.groups": 1, "model.backbone.group_width": 1, "train.rate_batch": 0,
+        "train.bias_rate": 0, "data.max_instances": 1, "data.shuffle": 1, "postprocess.candidates": 1, "train.learning_rate": 0,
         "train.warmup_steps": 0, "train.accumulate": 1, "train.evaluate_every": 0, "train.patience": 0,
     }
     for key, least in at_least.items():

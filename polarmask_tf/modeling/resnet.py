@@ -55,8 +55,9 @@ class ResNet(tf_keras.Model):
         super().__init__(**kwargs)
         self.config = config
         large = config.stem == "7x7"
-        self.stem = Conv(config.width, 7 if large else 3, 2, name="stem")
-        self.stem_norm = norm(config.norm, config.width, name="stem_norm")
+        first = config.stem_width or config.width
+        self.stem = Conv(first, 7 if large else 3, 2, name="stem")
+        self.stem_norm = norm(config.norm, first, name="stem_norm")
         stem = [self.stem, self.stem_norm]
         if large:
             # Padding with zeros, which never exceed the ReLU's output, is as good as padding with -inf.
