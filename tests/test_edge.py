@@ -307,7 +307,7 @@ def test_8_bits_need_images(run_and_data, tmp_path, capsys):
 
 
 def test_the_network_and_the_post_processing_are_halves_of_a_file(files):
-    for precision in ("fp32", "int8"):
+    for precision in tflite.PRECISIONS:
         content = files[precision, False].read_bytes()
         cut, rest = flatbuffer.halves(content)
         left = [kind for kind, *_ in flatbuffer.operations(cut)]
@@ -323,7 +323,7 @@ def test_the_network_and_the_post_processing_are_halves_of_a_file(files):
         ends = both[1].get_output_details()
         for end in ends:
             np.testing.assert_array_equal(both[0].get_tensor(end["index"]), both[1].get_tensor(end["index"]))
-        heads = Interpreter(model_path=str(files[precision, True])).get_signature_runner("serving_default").get_output_details()
+        heads = Interpreter(model_path=str(files["fp32", True])).get_signature_runner("serving_default").get_output_details()
         assert sorted(end["shape"].tolist() for end in ends) == sorted(head["shape"].tolist() for head in heads.values())
         assert flatbuffer.halves(cut) == (cut, None)
         post = Interpreter(model_content=rest, **plain)
@@ -366,9 +366,9 @@ def test_halves_of_a_file_whose_weights_lie_behind_the_flatbuffer(files):
 
 
 def test_the_benchmark_of_files(files, tmp_path, capsys):
-    paths = [str(files[key]) for key in (("fp32", False), ("int8", False), ("int8", True))]
+    paths = [str(files[key]) for key in (("fp32", False), ("fp16", False), ("int8", True), ("int8", False))]
     assert cli.main(["benchmark", *paths, "--repeats", "7", "--csv", str(tmp_path / "edge.csv")]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5 and len((tmp_path / "edge.csv").read_text().splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 6 and len((tmp_path / "edge.csv").read_text().splitlines()) == 5
     rows = benchmark_edge.run([Path(path) for path in paths], repeats=5)
     for row in rows:
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["peak_mb"] > 0 and (row["height"], row["width"]) == (64, 96)

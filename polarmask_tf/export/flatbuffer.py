@@ -53,13 +53,27 @@ def halves(content: bytes) -> tuple[bytes, bytes | None]:
     What the first gives the second takes, tensors of the same indices. Neither has a signature.
     """
     found = operations(content)
-    where = parts(found)
-    made = {i for (_, _, outputs, _), part in zip(found, where, strict=True) if part != "after" for i in outputs}
-    ends = sorted({i for (_, inputs, _, _), part in zip(found, where, strict=True) if part == "after" for i in inputs} & made)
+    late = [part == "after" for part in parts(found)]
+    moving = set(schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0].inputs)  # what hangs on the image
+    for _, inputs, outputs, _ in found:
+        if moving & set(inputs):
+            moving |= set(outputs)
+    taken = [set(), set()]  # by the network, by the post-processing
+    for (_, inputs, _, _), after in zip(found, late, strict=True):
+        taken[after] |= set(inputs)
+    made = {i for (_, _, outputs, _), after in zip(found, late, strict=True) if not after for i in outputs}
+    ends = sorted(taken[True] & made & moving)
     if not ends:
         return content, None
-    network = _cut(content, [part != "after" for part in where], outputs=ends)
-    return network, _cut(content, [part == "after" for part in where], inputs=ends)
+
+    def keep(half: bool) -> list[bool]:
+        # What makes a constant of a constant, as of 16-bit weights, belongs to whichever half takes it.
+        return [
+            after == half if moving & set(outputs) else bool(taken[half] & set(outputs))
+            for (_, _, outputs, _), after in zip(found, late, strict=True)
+        ]
+
+    return _cut(content, keep(False), outputs=ends), _cut(content, keep(True), inputs=ends)
 
 
 def _cut(content: bytes, keep: list[bool], **ends) -> bytes:
