@@ -5,8 +5,9 @@
     yolo/bin/python scripts/yolo11n_seg.py FOLDER
     python scripts/edge_pairs.py --yolo FOLDER
 
-Weights of chance; the network alone, as people deploy it: NMS, masks and outlines are left to the application. Ultralytics'
-package is under the AGPL and takes gigabytes with all that it needs, so it has an environment of its own.
+Made with ultralytics 8.4, litert-torch 0.10 and torch 2.13. Weights of chance; the network alone, as people deploy it: NMS,
+masks and outlines are left to the application. Ultralytics' package is under the AGPL and takes gigabytes with all that it
+needs, so it has an environment of its own.
 """
 
 import sys
