@@ -13,14 +13,13 @@ from pathlib import Path
 from polarmask_tf import __version__
 from polarmask_tf.errors import InputError
 
-MODEL = (
-    "run directory, SavedModel directory, .tflite file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
-)
+MODEL = "run directory, SavedModel directory, .tflite file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="polarmask", description="PolarMask instance segmentation: COCO JSON in, polygons out.",
+        prog="polarmask",
+        description="PolarMask instance segmentation: COCO JSON in, polygons out.",
         epilog="Each command has its own --help. Typical order: convert, train, evaluate, export, predict.",
     )
     root.add_argument("--version", action="version", version=f"polarmask_tf {__version__}")
@@ -60,8 +59,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--restart", action="store_true", help="start over, deleting the run's checkpoints")
     sub.add_argument("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
     _add_devices(sub)
-    sub.add_argument("--worker-timeout", type=_positive, default=600, metavar="SECONDS",
-                     help="how long to wait for the other workers at the start (default %(default)s)")
+    sub.add_argument(
+        "--worker-timeout",
+        type=_positive,
+        default=600,
+        metavar="SECONDS",
+        help="how long to wait for the other workers at the start (default %(default)s)",
+    )
     sub.add_argument("--profile", type=_numbers, metavar="A,B", help="profile between two steps, for TensorBoard")
 
     sub = command("evaluate", evaluate, "COCO mask AP of a run directory, a SavedModel or a .tflite file")
@@ -85,20 +89,35 @@ def parser() -> argparse.ArgumentParser:
     sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     sub.add_argument("run", type=Path, help="run directory")
     sub.add_argument("--out", type=Path, required=True, help="directory for saved_model/, model.tflite and lite.py")
-    sub.add_argument("--precision", type=lambda text: text.split(","), default=["fp32"], metavar="A,B,...",
-                     help="of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)")
+    sub.add_argument(
+        "--precision",
+        type=lambda text: text.split(","),
+        default=["fp32"],
+        metavar="A,B,...",
+        help="of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)",
+    )
     sub.add_argument("--raw", action="store_true", help="also .tflite files that end at the head's outputs, for GPUs and NPUs")
     sub.add_argument("--data", type=Path, help="converted data: measure the mask AP of every export beside Keras'")
-    sub.add_argument("--max-ap-drop", type=float, default=0.01, metavar="X",
-                     help="with --data: fail if an AP is lower by more (default %(default)s)")
+    sub.add_argument(
+        "--max-ap-drop",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="with --data: fail if an AP is lower by more (default %(default)s)",
+    )
     sub.add_argument("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
     sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
     sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
     sub.add_argument("--serving", action="store_true", help="instead: a version directory for TF Serving, OUT/NAME/1")
     sub.add_argument("--name", default="polarmask", help="serving: what the model is called in requests (default %(default)s)")
     sub.add_argument("--contract", choices=("model_garden",), help="serving: also speak as Model Garden's Mask R-CNN does")
-    sub.add_argument("--max-pixels", type=_positive, default=50_000_000, metavar="N",
-                     help="serving: refuse encoded images of more pixels (default %(default)s)")
+    sub.add_argument(
+        "--max-pixels",
+        type=_positive,
+        default=50_000_000,
+        metavar="N",
+        help="serving: refuse encoded images of more pixels (default %(default)s)",
+    )
 
     sub = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
     sub.add_argument("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
@@ -123,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("benchmark", benchmark, "inference time of configs and runs; without any: CPU time of the data side")
     sub.add_argument(
-        "models", nargs="*", metavar="CONFIG|RUN|FILE",
+        "models",
+        nargs="*",
+        metavar="CONFIG|RUN|FILE",
         help="timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`: "
         "images/s of input, step and both; `growth`: a training step against batch, instances and rays",
     )
@@ -138,10 +159,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_devices(sub) -> None:
-    sub.add_argument("--strategy", choices=("auto", "none", "mirrored", "multi_worker"), default="auto",
-                     help="one device, all of this machine, or all of several machines (default: by what there is)")
-    sub.add_argument("--devices", type=_positive, default=0, metavar="N",
-                     help="devices of this machine to use (default: all GPUs); without GPUs the CPU is split into N")
+    sub.add_argument(
+        "--strategy",
+        choices=("auto", "none", "mirrored", "multi_worker"),
+        default="auto",
+        help="one device, all of this machine, or all of several machines (default: by what there is)",
+    )
+    sub.add_argument(
+        "--devices",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="devices of this machine to use (default: all GPUs); without GPUs the CPU is split into N",
+    )
 
 
 def _positive(text: str) -> int:
@@ -159,7 +189,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def shapes(args):
-    from polarmask_tf.data.shapes import DEFAULT_KINDS, make_shapes
+    from polarmask_tf.tools.shapes import DEFAULT_KINDS, make_shapes
 
     kinds = args.kinds.split(",") if args.kinds else DEFAULT_KINDS
     make_shapes(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed, kinds=kinds)
@@ -169,8 +199,15 @@ def convert(args):
     from polarmask_tf.data.convert import convert
 
     convert(
-        args.annotations, args.images, args.out, shards=args.shards, processes=args.processes, masks=args.masks,
-        verify=args.verify, strict=args.strict, max_edges=args.max_edges,
+        args.annotations,
+        args.images,
+        args.out,
+        shards=args.shards,
+        processes=args.processes,
+        masks=args.masks,
+        verify=args.verify,
+        strict=args.strict,
+        max_edges=args.max_edges,
     )
 
 
@@ -181,22 +218,23 @@ def train(args):
     settings = config.load(args.config, [*data, *args.set])
     if args.profile and (len(args.profile) != 2 or args.profile[0] >= args.profile[1]):
         raise InputError("--profile takes two steps, the first before the second, like 10,20")
-    from polarmask_tf import distribute
+    from polarmask_tf.training import distribution, replicas
 
-    strategy = distribute.make(args.strategy, devices=args.devices, timeout=args.worker_timeout)
-    from polarmask_tf.train import train
+    strategy = distribution.make(args.strategy, devices=args.devices, timeout=args.worker_timeout)
+    from polarmask_tf.training.train import train
 
     train(settings, args.out, strategy=strategy, restart=args.restart, start=args.start, profile=args.profile)
-    if distribute.is_chief(strategy):
+    if replicas.is_chief(strategy):
         print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
 
 
 def evaluate(args):
-    from polarmask_tf import evaluate
-    from polarmask_tf.predictor import load_predictor
+    from polarmask_tf.inference import evaluate
+    from polarmask_tf.inference.predictor import load_predictor
 
     predictor = load_predictor(
-        args.model, score_threshold=args.score_threshold,
+        args.model,
+        score_threshold=args.score_threshold,
         max_detections=args.max_detections if args.max_detections != 100 else None,
     )
     metrics = evaluate.evaluate(
@@ -210,12 +248,17 @@ def evaluate(args):
 
 
 def predict(args):
-    from polarmask_tf.predict import predict
-    from polarmask_tf.predictor import load_predictor
+    from polarmask_tf.inference.predict import predict
+    from polarmask_tf.inference.predictor import load_predictor
 
     predictor = load_predictor(args.model)
     done = predict(
-        predictor, args.images, args.out, score_threshold=args.score_threshold, truth=args.truth, limit=args.limit,
+        predictor,
+        args.images,
+        args.out,
+        score_threshold=args.score_threshold,
+        truth=args.truth,
+        limit=args.limit,
         results_only=args.results_only,
     )
     pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
@@ -223,7 +266,7 @@ def predict(args):
 
 
 def export(args):
-    from polarmask_tf import export
+    from polarmask_tf.export import export
 
     overrides = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
     if args.serving:
@@ -232,8 +275,14 @@ def export(args):
         )
     else:
         export.export(
-            args.run, args.out, images=args.images, precisions=args.precision, raw=args.raw, data=args.data,
-            max_ap_drop=args.max_ap_drop, **overrides,
+            args.run,
+            args.out,
+            images=args.images,
+            precisions=args.precision,
+            raw=args.raw,
+            data=args.data,
+            max_ap_drop=args.max_ap_drop,
+            **overrides,
         )
 
 
@@ -241,14 +290,14 @@ def import_weights(args):
     from polarmask_tf import config
 
     settings = config.load(args.config, args.set)
-    from polarmask_tf.weights import import_weights
+    from polarmask_tf.weights.released import import_weights
 
     import_weights(args.checkpoint, settings, args.out, data=args.data or "")
     print(f"imported into {args.out}; next: polarmask predict {args.out} IMAGES --out predictions")
 
 
 def upper_bound(args):
-    from polarmask_tf import upper_bound
+    from polarmask_tf.tools import upper_bound
 
     upper_bound.run(args.data, args.out, args.rays or upper_bound.RAYS, args.limit)
 
@@ -257,13 +306,13 @@ def summary(args):
     from polarmask_tf import config
 
     settings = config.load(args.config, args.set)
-    from polarmask_tf.summary import run
+    from polarmask_tf.tools.summary import run
 
     run(settings, args.classes)
 
 
 def inspect(args):
-    from polarmask_tf.describe import describe
+    from polarmask_tf.export.inspect import describe
 
     print(describe(args.model))
 
@@ -272,7 +321,7 @@ def benchmark(args):
     if args.models[:1] == ["train"]:
         rows = _benchmark_train(args)
     elif args.models == ["growth"]:
-        from polarmask_tf import benchmark_train
+        from polarmask_tf.tools import benchmark_train
 
         rows = benchmark_train.growth()
         print(benchmark_train.format_growth(rows))
@@ -286,31 +335,32 @@ def benchmark(args):
 
 
 def _benchmark_train(args):
-    from polarmask_tf import config, distribute
+    from polarmask_tf import config
+    from polarmask_tf.training import distribution, replicas
 
     if len(args.models) != 2:
         raise InputError("write it as: polarmask benchmark train CONFIG")
     settings = config.load(args.models[1], [*([f"data.train={json.dumps(args.data)}"] if args.data else []), *args.set])
-    strategy = distribute.make(args.strategy, devices=args.devices)
-    from polarmask_tf import benchmark_train
+    strategy = distribution.make(args.strategy, devices=args.devices)
+    from polarmask_tf.tools import benchmark_train
 
     rows = benchmark_train.run(settings, strategy, steps=args.repeats or 10)
-    if distribute.is_chief(strategy):
+    if replicas.is_chief(strategy):
         print(benchmark_train.format_rows(rows, settings, strategy))
     return rows
 
 
 def _benchmark_models(args):
     if args.models and all(model.endswith(".tflite") for model in args.models):
-        from polarmask_tf import benchmark_edge
-        from polarmask_tf.predictor import read_image
+        from polarmask_tf.inference.predictor import read_image
+        from polarmask_tf.tools import benchmark_files
 
         image = read_image(args.image) if args.image else None
         files = [Path(model) for model in args.models]
-        rows = benchmark_edge.run(files, image=image, threads=args.threads, repeats=args.repeats or 50)
-        print(benchmark_edge.format_rows(rows))
+        rows = benchmark_files.run(files, image=image, threads=args.threads, repeats=args.repeats or 50)
+        print(benchmark_files.format_rows(rows))
         return rows
-    from polarmask_tf import benchmark
+    from polarmask_tf.tools import benchmark
 
     if args.models:
         rows = benchmark.run_models(args.models, repeats=args.repeats or 10)

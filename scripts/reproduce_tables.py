@@ -32,8 +32,12 @@ TABLES = {
     "1e": [
         ("table1e_r50", "ResNet-50", 29.1, {}),
         ("table1e_r101", "ResNet-101", 30.4, {"model": {"backbone": {"blocks": [1, 1, 3, 1]}}}),
-        ("table1e_x101", "ResNeXt-101", 32.6,
-         {"model": {"backbone": {"blocks": [1, 1, 3, 1], "block": "bottleneck", "groups": 8, "group_width": 4}}}),
+        (
+            "table1e_x101",
+            "ResNeXt-101",
+            32.6,
+            {"model": {"backbone": {"blocks": [1, 1, 3, 1], "block": "bottleneck", "groups": 8, "group_width": 4}}},
+        ),
     ],
     "1f": [
         (f"table1f_{side}", f"shorter side {side}", ap, {"data": {"size": [small, small]}})
@@ -41,8 +45,12 @@ TABLES = {
     ],
     "2": [
         ("table2_r101", "ResNet-101, test-dev", 30.4, {"model": {"backbone": {"blocks": [1, 1, 3, 1]}}}),
-        ("table2_x101", "ResNeXt-101, test-dev", 32.9,
-         {"model": {"backbone": {"blocks": [1, 1, 3, 1], "block": "bottleneck", "groups": 8, "group_width": 4}}}),
+        (
+            "table2_x101",
+            "ResNeXt-101, test-dev",
+            32.9,
+            {"model": {"backbone": {"blocks": [1, 1, 3, 1], "block": "bottleneck", "groups": 8, "group_width": 4}}},
+        ),
     ],
 }
 METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL")
@@ -151,8 +159,10 @@ def _write(args, results):
     seeds = ", ".join(map(str, args.seeds))
     lines = [
         "Small network (configs/reduced.yaml), not the paper's: compare rows with each other only."
-        if args.small else "Full size.",
-        f"Mask AP x 100, mean over seeds {seeds} (each seed's AP in brackets). \"Paper\" is the published AP on COCO.", "",
+        if args.small
+        else "Full size.",
+        f'Mask AP x 100, mean over seeds {seeds} (each seed\'s AP in brackets). "Paper" is the published AP on COCO.',
+        "",
     ]
     for table in dict.fromkeys(result["table"] for result in results):
         lines += [f"## Table {table}", "", f"| | paper | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 2) + "|"]
@@ -169,19 +179,20 @@ def _write(args, results):
         writer.writerow(["table", "row", "paper_AP", "seed", *METRICS])
         for result in results:
             for seed, numbers in zip(args.seeds, result["numbers"], strict=True):
-                writer.writerow([
-                    result["table"], result["row"], result["paper"], seed, *(round(numbers[m], 4) for m in METRICS)
-                ])
+                writer.writerow(
+                    [result["table"], result["row"], result["paper"], seed, *(round(numbers[m], 4) for m in METRICS)]
+                )
     os.replace(args.out / "tables.csv.tmp", args.out / "tables.csv")
 
 
 def _figure6(args, runs, settings):
-    from polarmask_tf.predict import compare
-    from polarmask_tf.predictor import load_predictor
+    from polarmask_tf.inference.predict import compare
+    from polarmask_tf.inference.predictor import load_predictor
 
     predictors = {
-        label: load_predictor(runs[configs.dump(settings[name])].with_name(
-            f"{runs[configs.dump(settings[name])].name}_seed{args.seeds[0]}"))
+        label: load_predictor(
+            runs[configs.dump(settings[name])].with_name(f"{runs[configs.dump(settings[name])].name}_seed{args.seeds[0]}")
+        )
         for label, name in (("Smooth-L1", "table1b_smooth_l1_030"), ("Polar IoU", "table1b_polar_iou"))
     }
     # Small networks are less sure of themselves.

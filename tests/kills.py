@@ -17,13 +17,21 @@ from pathlib import Path
 
 import training
 
-from polarmask_tf import cli, runs
+from polarmask_tf import cli
+from polarmask_tf.weights import runs
 
 # Everything that a checkpoint has to bring back: Adam's moments, averages, BatchNorm's statistics, the place in the data.
 # Evaluations come with checkpoints and between them; an epoch, 25 images of 4 a step, ends within a step.
 SETTINGS = (
-    "train.deterministic=true", "train.ema=0.9", "model.backbone.norm=sync", "data.flip=both", "data.scale=[0.8,1.2]",
-    "data.shuffle=10", "train.steps=60", "train.checkpoint_every=3", "train.evaluate_every=10",
+    "train.deterministic=true",
+    "train.ema=0.9",
+    "model.backbone.norm=sync",
+    "data.flip=both",
+    "data.scale=[0.8,1.2]",
+    "data.shuffle=10",
+    "train.steps=60",
+    "train.checkpoint_every=3",
+    "train.evaluate_every=10",
 )
 STEPS, EVERY = 60, 3
 # Seconds that may pass between what a kill waits for and the kill. A start takes longer than 12 s, the first evaluation
@@ -135,7 +143,10 @@ def soak(kills: int, folder: Path, seed: int) -> int:
         number += 1
         run = folder / f"run{number}"
         done += round_of_kills(
-            command(data, run), run, rng, A_ROUND[: kills - done] if kills - done < len(A_ROUND) else A_ROUND,
+            command(data, run),
+            run,
+            rng,
+            A_ROUND[: kills - done] if kills - done < len(A_ROUND) else A_ROUND,
             lambda line, n=number: print(f"training {n}, {line}", flush=True),
         )
         differ = differences(run, alone)

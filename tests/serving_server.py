@@ -69,10 +69,13 @@ def predict(model, signature, inputs):
     """Arrays by the signature's input names -> arrays by its output names, or Refused."""
     if set(inputs) != set(signature.inputs):
         missing, extra = set(signature.inputs) - set(inputs), set(inputs) - set(signature.inputs)
-        raise Refused(INVALID_ARGUMENT, (
-            f"input size does not match signature: {len(inputs)}!={len(signature.inputs)}. "
-            f"Sent extra: {{{','.join(extra)}}}. Missing but required: {{{','.join(missing)}}}."
-        ))
+        raise Refused(
+            INVALID_ARGUMENT,
+            (
+                f"input size does not match signature: {len(inputs)}!={len(signature.inputs)}. "
+                f"Sent extra: {{{','.join(extra)}}}. Missing but required: {{{','.join(missing)}}}."
+            ),
+        )
     for name, value in inputs.items():
         wanted = tf.dtypes.as_dtype(signature.inputs[name].dtype)
         if tf.dtypes.as_dtype(value.dtype) != wanted:
@@ -217,9 +220,10 @@ def rest_answer(model, method, path, body):
         name, version, what = matched.groups()
         if name != model.name or version not in (None, str(model.version)):
             asked = f"Specific({name}, {version})" if version else f"Latest({name})"
-            raise Refused(NOT_FOUND, (
-                f"Servable not found for request: {asked}" if what else f"Could not find any versions of model {name}"
-            ))
+            raise Refused(
+                NOT_FOUND,
+                (f"Servable not found for request: {asked}" if what else f"Could not find any versions of model {name}"),
+            )
         if what == ":predict":
             return 200, predict_json(model, body)
         if what:

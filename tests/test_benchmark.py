@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from polarmask_tf import benchmark, config
+from polarmask_tf import config
 from polarmask_tf.errors import InputError
+from polarmask_tf.inference.predictor import network_input
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.predictor import network_input
+from polarmask_tf.tools import benchmark
 
 
 @pytest.mark.parametrize(
@@ -33,9 +34,7 @@ def test_the_scene_has_about_as_many_positives_as_the_released_codes():
     assert "111 positives" in benchmark._targets(1)[0]["what"]  # 108 there
 
 
-SMALL = [
-    "model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1", "data.size=[64,96]"
-]
+SMALL = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1", "data.size=[64,96]"]
 
 
 def test_every_model_gives_its_network_alone_and_with_post_processing():

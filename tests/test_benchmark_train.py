@@ -13,13 +13,19 @@ import numpy as np
 import pytest
 import training
 
-from polarmask_tf import benchmark_train, cli, config
+from polarmask_tf import cli, config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
+from polarmask_tf.tools import benchmark_train
 
 TINY = (
-    *training.TINY, "model.backbone.width=4", "model.fpn.levels=[5]", "targets.ranges=[]", "model.backbone.norm=group",
-    "model.backbone.freeze_at=5", "train.optimizer=sgd",
+    *training.TINY,
+    "model.backbone.width=4",
+    "model.fpn.levels=[5]",
+    "targets.ranges=[]",
+    "model.backbone.norm=group",
+    "model.backbone.freeze_at=5",
+    "train.optimizer=sgd",
 )
 WHAT = ["input pipeline", "step", "both"]
 
@@ -64,20 +70,34 @@ def test_the_three_rows_and_a_verdict(data, tmp_path, capsys):
 
 def test_two_devices_and_made_up_pictures(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "polarmask_tf", *words("train.accumulate=2", arguments=(
-            "--strategy", "mirrored", "--devices", 2, "--repeats", 2, "--csv", tmp_path / "rows.csv"))],
-        capture_output=True, text=True, cwd=training.ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            "polarmask_tf",
+            *words(
+                "train.accumulate=2",
+                arguments=("--strategy", "mirrored", "--devices", 2, "--repeats", 2, "--csv", tmp_path / "rows.csv"),
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=training.ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     with open(tmp_path / "rows.csv", newline="") as file:
         check(done.stdout, list(csv.DictReader(file)), 4, 2)
 
 
-@pytest.mark.parametrize(("speeds", "verdict"), [
-    ((90, 100, 80), "the input pipeline limits: more CPU cores"),
-    ((300, 100, 70), "the step limits, and the pipeline takes its cores"),
-    ((300, 100, 95), "the step limits: more devices"),
-])
+@pytest.mark.parametrize(
+    ("speeds", "verdict"),
+    [
+        ((90, 100, 80), "the input pipeline limits: more CPU cores"),
+        ((300, 100, 70), "the step limits, and the pipeline takes its cores"),
+        ((300, 100, 95), "the step limits: more devices"),
+    ],
+)
 def test_the_bottleneck_is_named(speeds, verdict):
     rows = [
         {"what": what, "images_per_second": float(speed), "step_ms": 16e3 / speed, "cpu_ms": 1.0}
@@ -89,17 +109,20 @@ def test_the_bottleneck_is_named(speeds, verdict):
     assert text.splitlines()[-1].startswith(verdict)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (["benchmark", "train"], "polarmask benchmark train CONFIG"),
-    (["benchmark", "train", "shapes", "small"], "polarmask benchmark train CONFIG"),
-    (["benchmark", "train", "nothing"], "no config file 'nothing'"),
-    (["benchmark", "train", "shapes", "--set", "data.bacth=3"], "did you mean data.batch"),
-    (["benchmark", "train", "shapes", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["benchmark", "train", "shapes", "--strategy", "none", "--devices", "2"], "devices=2"),
-    (words("data.cache=/dev/null/cache", "data.train=DATA"), "choose another data.cache"),
-    (words("train.accumulate=4", "data.batch=6"), "not a multiple of train.accumulate"),
-    (words("data.train=EMPTY"), "EMPTY"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (["benchmark", "train"], "polarmask benchmark train CONFIG"),
+        (["benchmark", "train", "shapes", "small"], "polarmask benchmark train CONFIG"),
+        (["benchmark", "train", "nothing"], "no config file 'nothing'"),
+        (["benchmark", "train", "shapes", "--set", "data.bacth=3"], "did you mean data.batch"),
+        (["benchmark", "train", "shapes", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["benchmark", "train", "shapes", "--strategy", "none", "--devices", "2"], "devices=2"),
+        (words("data.cache=/dev/null/cache", "data.train=DATA"), "choose another data.cache"),
+        (words("train.accumulate=4", "data.batch=6"), "not a multiple of train.accumulate"),
+        (words("data.train=EMPTY"), "EMPTY"),
+    ],
+)
 def test_a_wrong_call_is_one_line(data, tmp_path, capsys, call, message):
     empty = tmp_path / "EMPTY"
     empty.mkdir()
@@ -139,7 +162,7 @@ def test_a_made_up_batch_is_one_of_the_pipelines(data):
     settings = load(f"data.train={data}", "data.size=[64,96]")
     info = records.load_dataset_info(data)
     images, instances = next(iter(pipeline.training_batches(info, settings).take(1)))
-    made_images, made = benchmark_train.made_up_batch(settings, 7, edges=16)
+    made_images, made = benchmark_train.synthetic_batch(settings, 7, edges=16)
     assert (made_images.shape, made_images.dtype) == (images.shape, np.uint8)
     assert set(made) == set(instances)
     for name, value in instances.items():
@@ -186,8 +209,13 @@ def test_growth_compares_with_the_first_of_a_kind(monkeypatch):
     assert len(lines) == 2 + len(rows) and " ".join(lines[1].split()) == "varied batch instances rays CPU ms ratio peak MB"
     for line, row in zip(lines[2:], rows, strict=True):
         assert line.split() == [
-            row["what"], str(row["batch"]), str(row["instances"]), str(row["rays"]), f"{row['cpu_ms']:.1f}",
-            f"{row['ratio']:.2f}", "512",
+            row["what"],
+            str(row["batch"]),
+            str(row["instances"]),
+            str(row["rays"]),
+            f"{row['cpu_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+            "512",
         ]
 
 

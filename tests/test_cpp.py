@@ -68,7 +68,7 @@ def models(tmp_path_factory):
 
     tf_keras.utils.set_random_seed(0)
     options = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", f"data.size=[{HEIGHT},{WIDTH}]"]
-    options += ["postprocess.score_threshold=0.05", "postprocess.candidates=60", "postprocess.nms_iou=0.6"]
+    options += ["postprocess.score_threshold=0.05", "postprocess.pre_nms_top_k=60", "postprocess.nms_iou_threshold=0.6"]
     model = PolarMask(config.load("shapes", [*options, "postprocess.max_detections=40"]), len(LABELS))
     model.build((None, HEIGHT, WIDTH, 3))
     rng = np.random.default_rng(0)
@@ -253,11 +253,21 @@ def test_bad_images_are_refused_in_one_line(program, models, tmp_path):
     whole = write_ppm(tmp_path / "whole.ppm", noise(20, 30)).read_bytes()
     (tmp_path / "folder.ppm").mkdir()
     cases = {
-        b"": "P6", b"P5 1 1 255 \0": "P6", b"\x89PNG\r\n": "P6",
-        b"P6": "header", b"P6 3 #": "header", b"P6 -3 4 255 ": "header",
-        b"P6 99999999999 1 255 ": "header", b"P6 0 4 255 ": "without pixels", b"P6 4 0 255 ": "without pixels",
-        b"P6 1 1 65535 \0\0\0\0\0\0": "8 bits", b"P6 1 1 0 \0\0\0": "8 bits", b"P6 1 1 255": "cut off",
-        b"P6 1 1 255 \0\0": "cut off", b"P6 4294967295 4294967295 255 \0": "cut off", whole[:-1]: "cut off",
+        b"": "P6",
+        b"P5 1 1 255 \0": "P6",
+        b"\x89PNG\r\n": "P6",
+        b"P6": "header",
+        b"P6 3 #": "header",
+        b"P6 -3 4 255 ": "header",
+        b"P6 99999999999 1 255 ": "header",
+        b"P6 0 4 255 ": "without pixels",
+        b"P6 4 0 255 ": "without pixels",
+        b"P6 1 1 65535 \0\0\0\0\0\0": "8 bits",
+        b"P6 1 1 0 \0\0\0": "8 bits",
+        b"P6 1 1 255": "cut off",
+        b"P6 1 1 255 \0\0": "cut off",
+        b"P6 4294967295 4294967295 255 \0": "cut off",
+        whole[:-1]: "cut off",
     }
     for content, message in cases.items():
         (tmp_path / "a.ppm").write_bytes(content)
@@ -290,11 +300,15 @@ def test_bad_models_are_refused_in_one_line(program, models, tmp_path):
     with zipfile.ZipFile(deflated, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("metadata.json", "{}" + " " * 1000)
     contents = {
-        "nowhere": (None, "nowhere: No such file"), "empty": (b"", "not a .tflite file"),
+        "nowhere": (None, "nowhere: No such file"),
+        "empty": (b"", "not a .tflite file"),
         "text": (b"hello\n" * 9, "not a .tflite"),
-        "bare": (whole[: whole.rindex(b"PK\x03\x04")], "no metadata.json"), "head": (whole[:20], "no metadata.json"),
-        "cut": (whole[: len(whole) // 2], "no metadata.json"), "last": (whole[:-1], "no metadata.json"),
-        "middle": (whole[:5000] + whole[9000:], "no metadata.json"), "zipped": (deflated.read_bytes(), "no metadata.json"),
+        "bare": (whole[: whole.rindex(b"PK\x03\x04")], "no metadata.json"),
+        "head": (whole[:20], "no metadata.json"),
+        "cut": (whole[: len(whole) // 2], "no metadata.json"),
+        "last": (whole[:-1], "no metadata.json"),
+        "middle": (whole[:5000] + whole[9000:], "no metadata.json"),
+        "zipped": (deflated.read_bytes(), "no metadata.json"),
         "overwritten": (whole[:8] + bytes(2000) + whole[2008:], "LiteRT could not"),
     }
     for name, (content, _) in contents.items():
@@ -315,9 +329,12 @@ def test_bad_models_are_refused_in_one_line(program, models, tmp_path):
     good = other_model(tmp_path / "good", hexagon_around_brightest)
     other = "its tensors are not those"
     for name, outputs, dtype in (
-        ("one output", lambda images: {"y": tf.cast(images, tf.float32)}, "uint8"), ("renamed", renamed, "uint8"),
+        ("one output", lambda images: {"y": tf.cast(images, tf.float32)}, "uint8"),
+        ("renamed", renamed, "uint8"),
         ("more", lambda images: {**hexagon_around_brightest(images), "y": tf.cast(images, tf.float32)}, "uint8"),
-        ("floats", hexagon_around_brightest, "float32"), ("integers", integer_boxes, "uint8"), ("fewer", fewer_boxes, "uint8"),
+        ("floats", hexagon_around_brightest, "float32"),
+        ("integers", integer_boxes, "uint8"),
+        ("fewer", fewer_boxes, "uint8"),
     ):
         other_model(tmp_path / name, outputs, dtype)
         contents[name] = (None, other)
@@ -332,8 +349,19 @@ def test_bad_models_are_refused_in_one_line(program, models, tmp_path):
 
 def test_bad_arguments_are_refused(program, models, tmp_path):
     image = write_ppm(tmp_path / "a.ppm", noise(20, 30))
-    bad = [("--score",), ("--score", "x"), ("--score", "0.3x"), ("--score", ""), ("--threads", "0"), ("--threads", "65"),
-           ("--threads", "nan"), ("--digits", "10"), ("--digits", "-1"), ("--best", "1"), ("--threads", "1", "--best")]
+    bad = [
+        ("--score",),
+        ("--score", "x"),
+        ("--score", "0.3x"),
+        ("--score", ""),
+        ("--threads", "0"),
+        ("--threads", "65"),
+        ("--threads", "nan"),
+        ("--digits", "10"),
+        ("--digits", "-1"),
+        ("--best", "1"),
+        ("--threads", "1", "--best"),
+    ]
     for arguments in ((), (models["fp32"],), *((models["fp32"], image, *options) for options in bad)):
         status, lines, errors = run(program, *arguments)
         assert (status, lines, len(errors)) == (2, [], 1) and "usage: " in errors[0], arguments

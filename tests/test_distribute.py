@@ -1,4 +1,4 @@
-"""polarmask_tf/distribute.py: what is checked before TensorFlow, and real processes over loopback on CPU."""
+"""polarmask_tf/distribution.py: what is checked before TensorFlow, and real processes over loopback on CPU."""
 
 import json
 import os
@@ -11,22 +11,22 @@ from types import SimpleNamespace
 import pytest
 import tensorflow as tf
 
-from polarmask_tf import distribute
 from polarmask_tf.errors import InputError
+from polarmask_tf.training import distribution
 
 TWO = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
 
 
 def test_tf_config_names_the_workers():
-    assert distribute.parse_tf_config(json.dumps(TWO)) == (("a:1", "b:2"), 1)
-    assert distribute.parse_tf_config(distribute.EXAMPLE) == (("host0:12345", "host1:12345"), 0)
+    assert distribution.parse_tf_config(json.dumps(TWO)) == (("a:1", "b:2"), 1)
+    assert distribution.parse_tf_config(distribution.EXAMPLE) == (("host0:12345", "host1:12345"), 0)
 
 
 @pytest.mark.parametrize("job, index, expected", [("chief", 0, 0), ("worker", 0, 1), ("worker", "1", 2)])
 def test_a_chief_is_the_first_worker(job, index, expected):
     cluster = {"worker": ["a:1", "b:2"], "chief": ["[::1]:3"]}  # as Kubeflow writes it, with more keys beside
     text = json.dumps({"cluster": cluster, "task": {"type": job, "index": index}, "environment": "cloud"})
-    assert distribute.parse_tf_config(text) == (("[::1]:3", "a:1", "b:2"), expected)
+    assert distribution.parse_tf_config(text) == (("[::1]:3", "a:1", "b:2"), expected)
 
 
 def cluster(*addresses, **jobs):
@@ -37,43 +37,46 @@ def task(**task):
     return {**TWO, "task": task}
 
 
-@pytest.mark.parametrize("config, problem", [
-    ("{'cluster'", "not JSON"),
-    ("[]", "not a JSON object"),
-    ({}, 'no "cluster"'),
-    ({"cluster": [], "task": {}}, 'no "cluster"'),
-    ({"cluster": {"worker": ["a:1"]}}, 'no "task"'),
-    ({"cluster": {"worker": ["a:1"]}, "task": 0}, 'no "task"'),
-    (cluster(master=["a:1"]), 'no "worker" list'),
-    (cluster(worker=["a:1"], ps=["b:1"]), 'the job "ps"'),
-    (cluster(worker=["a:1"], evaluator=["b:1"]), 'the job "evaluator"'),
-    (cluster(worker="a:1"), '"worker" is not a list'),
-    (cluster(worker=[1]), '"worker" is not a list'),
-    (cluster(worker=[]), "empty"),
-    (cluster(worker=["a:1"], chief=["b:1", "c:1"]), "2 chiefs"),
-    (cluster("a:1", "b"), '"b" is not "host:port"'),
-    (cluster("a:1", ":2"), '":2" is not "host:port"'),
-    (cluster("a:1", "b:http"), '"b:http" is not "host:port"'),
-    (cluster("a:1", "grpc://b:2"), '"grpc://b:2" is not "host:port"'),
-    (cluster("a:1,b:1"), '"a:1,b:1" is not "host:port"'),
-    (cluster("a:1", "b:70000"), "not in 1..65535"),
-    (cluster("a:0"), "not in 1..65535"),
-    (cluster("a:1", "b:2", "A:1"), "A:1 is there twice"),
-    (cluster(worker=["a:1"], chief=["a:1"]), "a:1 is there twice"),
-    (task(index=0), "of type null"),
-    (task(type="ps", index=0), 'of type "ps"'),
-    (task(type=["worker"], index=0), "of type"),
-    (task(type="worker"), '"index" of "task" is null'),
-    (task(type="worker", index=-1), "is -1, not a number"),
-    (task(type="worker", index=True), "is true, not a number"),
-    (task(type="worker", index=0.5), "is 0.5, not a number"),
-    (task(type="worker", index=2), 'is 2, but "worker" has only 2 addresses'),
-])
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        ("{'cluster'", "not JSON"),
+        ("[]", "not a JSON object"),
+        ({}, 'no "cluster"'),
+        ({"cluster": [], "task": {}}, 'no "cluster"'),
+        ({"cluster": {"worker": ["a:1"]}}, 'no "task"'),
+        ({"cluster": {"worker": ["a:1"]}, "task": 0}, 'no "task"'),
+        (cluster(master=["a:1"]), 'no "worker" list'),
+        (cluster(worker=["a:1"], ps=["b:1"]), 'the job "ps"'),
+        (cluster(worker=["a:1"], evaluator=["b:1"]), 'the job "evaluator"'),
+        (cluster(worker="a:1"), '"worker" is not a list'),
+        (cluster(worker=[1]), '"worker" is not a list'),
+        (cluster(worker=[]), "empty"),
+        (cluster(worker=["a:1"], chief=["b:1", "c:1"]), "2 chiefs"),
+        (cluster("a:1", "b"), '"b" is not "host:port"'),
+        (cluster("a:1", ":2"), '":2" is not "host:port"'),
+        (cluster("a:1", "b:http"), '"b:http" is not "host:port"'),
+        (cluster("a:1", "grpc://b:2"), '"grpc://b:2" is not "host:port"'),
+        (cluster("a:1,b:1"), '"a:1,b:1" is not "host:port"'),
+        (cluster("a:1", "b:70000"), "not in 1..65535"),
+        (cluster("a:0"), "not in 1..65535"),
+        (cluster("a:1", "b:2", "A:1"), "A:1 is there twice"),
+        (cluster(worker=["a:1"], chief=["a:1"]), "a:1 is there twice"),
+        (task(index=0), "of type null"),
+        (task(type="ps", index=0), 'of type "ps"'),
+        (task(type=["worker"], index=0), "of type"),
+        (task(type="worker"), '"index" of "task" is null'),
+        (task(type="worker", index=-1), "is -1, not a number"),
+        (task(type="worker", index=True), "is true, not a number"),
+        (task(type="worker", index=0.5), "is 0.5, not a number"),
+        (task(type="worker", index=2), 'is 2, but "worker" has only 2 addresses'),
+    ],
+)
 def test_a_bad_tf_config_is_one_line_with_an_example(config, problem):
     text = config if isinstance(config, str) else json.dumps(config)
     with pytest.raises(InputError) as e:
-        distribute.parse_tf_config(text)
-    assert problem in str(e.value) and distribute.EXAMPLE in str(e.value) and "\n" not in str(e.value)
+        distribution.parse_tf_config(text)
+    assert problem in str(e.value) and distribution.EXAMPLE in str(e.value) and "\n" not in str(e.value)
 
 
 def slurm(nodes, tasks, rank, **more):
@@ -84,50 +87,57 @@ def slurm(nodes, tasks, rank, **more):
 def test_slurm_numbers_tasks_by_node_in_its_own_order():
     # Sorted as text n10 would come before n9, and rank 0 would be looked for on the wrong node.
     port = 12000 + 16 * 3
-    assert distribute.slurm_cluster(slurm("n[9-10]", "1(x2)", 1)) == ((f"n9:{port}", f"n10:{port}"), 1)
-    addresses, index = distribute.slurm_cluster(slurm("gpu[01,03],x", "2(x2),1", 3, SLURM_NODEID="1", SLURM_LOCALID="1"))
+    assert distribution.slurm_cluster(slurm("n[9-10]", "1(x2)", 1)) == ((f"n9:{port}", f"n10:{port}"), 1)
+    addresses, index = distribution.slurm_cluster(slurm("gpu[01,03],x", "2(x2),1", 3, SLURM_NODEID="1", SLURM_LOCALID="1"))
     assert addresses == (f"gpu01:{port}", f"gpu01:{port + 1}", f"gpu03:{port}", f"gpu03:{port + 1}", f"x:{port}")
     assert index == 3
 
 
 def test_no_slurm_step_or_one_of_one_task_is_no_cluster():
-    assert distribute.slurm_cluster({}) is None
-    assert distribute.slurm_cluster({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None  # a batch script outside of srun
-    assert distribute.slurm_cluster(slurm("n1", "1", 0)) is None
+    assert distribution.slurm_cluster({}) is None
+    assert distribution.slurm_cluster({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None  # a batch script outside of srun
+    assert distribution.slurm_cluster(slurm("n1", "1", 0)) is None
 
 
-@pytest.mark.parametrize("environment, problem", [
-    (slurm("n[1", "1(x2)", 0), "cannot be understood"),
-    (slurm("n[1-2]", "two", 0), "cannot be understood"),
-    (slurm("n[1-3]", "1(x2)", 0), "cannot be understood"),
-    (slurm("n[1-2]", "1(x2)", 2), "cannot be understood"),
-    (slurm("n[1-2]", "1(x2)", "x"), "cannot be understood"),
-    (slurm("n[1-2]", "2(x2)", 1, SLURM_NODEID="1", SLURM_LOCALID="0"), "--distribution=block"),
-])
+@pytest.mark.parametrize(
+    "environment, problem",
+    [
+        (slurm("n[1", "1(x2)", 0), "cannot be understood"),
+        (slurm("n[1-2]", "two", 0), "cannot be understood"),
+        (slurm("n[1-3]", "1(x2)", 0), "cannot be understood"),
+        (slurm("n[1-2]", "1(x2)", 2), "cannot be understood"),
+        (slurm("n[1-2]", "1(x2)", "x"), "cannot be understood"),
+        (slurm("n[1-2]", "2(x2)", 1, SLURM_NODEID="1", SLURM_LOCALID="0"), "--distribution=block"),
+    ],
+)
 def test_a_slurm_step_that_is_not_understood(environment, problem):
     with pytest.raises(InputError, match=problem):
-        distribute.slurm_cluster(environment)
+        distribution.slurm_cluster(environment)
 
 
-@pytest.mark.parametrize("environment, expected", [
-    (slurm("n1", "2", 1, SLURM_LOCALID="1", SLURM_NODEID="0"), [2, 3]),
-    (slurm("n1", "2", 0, SLURM_LOCALID="0", SLURM_NODEID="0"), [0, 1]),
-    (slurm("n[1-2]", "1(x2)", 1, SLURM_LOCALID="0", SLURM_NODEID="1"), [0, 1, 2, 3]),
-    (slurm("n1", "2", 1, SLURM_LOCALID="1", SLURM_NODEID="0", SLURM_GPUS_PER_TASK="4"), [0, 1, 2, 3]),
-    ({"TF_CONFIG": "..."}, [0, 1, 2, 3]),
-])
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        (slurm("n1", "2", 1, SLURM_LOCALID="1", SLURM_NODEID="0"), [2, 3]),
+        (slurm("n1", "2", 0, SLURM_LOCALID="0", SLURM_NODEID="0"), [0, 1]),
+        (slurm("n[1-2]", "1(x2)", 1, SLURM_LOCALID="0", SLURM_NODEID="1"), [0, 1, 2, 3]),
+        (slurm("n1", "2", 1, SLURM_LOCALID="1", SLURM_NODEID="0", SLURM_GPUS_PER_TASK="4"), [0, 1, 2, 3]),
+        ({"TF_CONFIG": "..."}, [0, 1, 2, 3]),
+    ],
+)
 def test_tasks_of_one_node_share_its_gpus(environment, expected):
-    assert distribute._share_of_node([0, 1, 2, 3], environment) == expected
+    assert distribution._share_of_node([0, 1, 2, 3], environment) == expected
 
 
 def test_more_tasks_than_gpus_on_a_node():
     with pytest.raises(InputError, match="5 tasks on a node with 4 GPUs"):
-        distribute._share_of_node([0, 1, 2, 3], slurm("n1", "5", 0))
+        distribution._share_of_node([0, 1, 2, 3], slurm("n1", "5", 0))
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """Sets the GPUs and the cluster that there are; the strategies are their arguments."""
+
     def setup(gpus=0, environment=None):
         for name in [*os.environ]:
             if name.startswith(("SLURM_", "TF_CONFIG")):
@@ -141,44 +151,51 @@ def machine(monkeypatch):
         monkeypatch.setattr(tf.config, "set_visible_devices", lambda devices, kind: visible.extend(devices))
         monkeypatch.setattr(tf.distribute, "get_strategy", lambda: ("none", visible))
         monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: ("mirrored", devices, visible))
-        monkeypatch.setattr(distribute, "_multi_worker", lambda cluster, gpus, timeout: ("workers", cluster.index, gpus))
-        monkeypatch.setattr(distribute, "_split_cpu", lambda number: None)
+        monkeypatch.setattr(distribution, "_multi_worker", lambda cluster, gpus, timeout: ("workers", cluster.index, gpus))
+        monkeypatch.setattr(distribution, "_split_cpu", lambda number: None)
+
     return setup
 
 
-@pytest.mark.parametrize("gpus, environment, devices, expected", [
-    (0, {}, 0, ("none", [])),
-    (1, {}, 0, ("none", [])),
-    (4, {}, 0, ("mirrored", ["GPU:0", "GPU:1", "GPU:2", "GPU:3"], [])),
-    (4, {}, 1, ("none", ["gpu0"])),
-    (4, {}, 2, ("mirrored", ["GPU:0", "GPU:1"], ["gpu0", "gpu1"])),
-    (0, {}, 2, ("mirrored", ["CPU:0", "CPU:1"], [])),
-    (0, {"TF_CONFIG": json.dumps(TWO)}, 0, ("workers", 1, 0)),
-    (4, {"TF_CONFIG": json.dumps(TWO)}, 3, ("workers", 1, 3)),
-    (4, {"TF_CONFIG": json.dumps(cluster("a:1"))}, 0, ("mirrored", ["GPU:0", "GPU:1", "GPU:2", "GPU:3"], [])),
-    (2, slurm("n[1-2]", "1(x2)", 1), 0, ("workers", 1, 2)),
-    (2, slurm("n1", "1", 0), 0, ("mirrored", ["GPU:0", "GPU:1"], [])),
-    (2, {**slurm("n[1-2]", "1(x2)", 0), "TF_CONFIG": json.dumps(TWO)}, 0, ("workers", 1, 2)),  # TF_CONFIG goes first
-])
+@pytest.mark.parametrize(
+    "gpus, environment, devices, expected",
+    [
+        (0, {}, 0, ("none", [])),
+        (1, {}, 0, ("none", [])),
+        (4, {}, 0, ("mirrored", ["GPU:0", "GPU:1", "GPU:2", "GPU:3"], [])),
+        (4, {}, 1, ("none", ["gpu0"])),
+        (4, {}, 2, ("mirrored", ["GPU:0", "GPU:1"], ["gpu0", "gpu1"])),
+        (0, {}, 2, ("mirrored", ["CPU:0", "CPU:1"], [])),
+        (0, {"TF_CONFIG": json.dumps(TWO)}, 0, ("workers", 1, 0)),
+        (4, {"TF_CONFIG": json.dumps(TWO)}, 3, ("workers", 1, 3)),
+        (4, {"TF_CONFIG": json.dumps(cluster("a:1"))}, 0, ("mirrored", ["GPU:0", "GPU:1", "GPU:2", "GPU:3"], [])),
+        (2, slurm("n[1-2]", "1(x2)", 1), 0, ("workers", 1, 2)),
+        (2, slurm("n1", "1", 0), 0, ("mirrored", ["GPU:0", "GPU:1"], [])),
+        (2, {**slurm("n[1-2]", "1(x2)", 0), "TF_CONFIG": json.dumps(TWO)}, 0, ("workers", 1, 2)),  # TF_CONFIG goes first
+    ],
+)
 def test_auto_takes_all_that_there_is(machine, gpus, environment, devices, expected):
     machine(gpus, environment)
-    assert distribute.make(devices=devices) == expected
+    assert distribution.make(devices=devices) == expected
 
 
-@pytest.mark.parametrize("name, gpus, environment, devices, problem", [
-    ("mirrored", 2, {}, 3, "has 2 GPUs"),
-    ("auto", 1, {}, 2, "has 1 GPU$"),
-    ("none", 2, {}, 2, "take mirrored"),
-    ("multi_worker", 2, {}, 0, "TF_CONFIG='{"),
-    ("multi_worker", 0, {"TF_CONFIG": json.dumps(TWO)}, 2, "without GPUs"),
-    ("mirrored", 0, {"TF_CONFIG": "{"}, 0, "not JSON"),
-    ("auto", 0, {"TF_CONFIG": "{"}, 0, "not JSON"),
-    ("two", 0, {}, 0, "choose auto"),
-])
+@pytest.mark.parametrize(
+    "name, gpus, environment, devices, problem",
+    [
+        ("mirrored", 2, {}, 3, "has 2 GPUs"),
+        ("auto", 1, {}, 2, "has 1 GPU$"),
+        ("none", 2, {}, 2, "take mirrored"),
+        ("multi_worker", 2, {}, 0, "TF_CONFIG='{"),
+        ("multi_worker", 0, {"TF_CONFIG": json.dumps(TWO)}, 2, "without GPUs"),
+        ("mirrored", 0, {"TF_CONFIG": "{"}, 0, "not JSON"),
+        ("auto", 0, {"TF_CONFIG": "{"}, 0, "not JSON"),
+        ("two", 0, {}, 0, "choose auto"),
+    ],
+)
 def test_what_cannot_be_made(machine, name, gpus, environment, devices, problem):
     machine(gpus, environment)
     with pytest.raises(InputError, match=problem):
-        distribute.make(name, devices=devices)
+        distribution.make(name, devices=devices)
 
 
 def free_ports(number):
@@ -204,34 +221,34 @@ def test_a_taken_port_is_said_at_once(monkeypatch, bound):
         port = other.getsockname()[1]
         monkeypatch.setenv("TF_CONFIG", tf_config([port, *free_ports(1)], 0))
         with pytest.raises(InputError, match=f"port {port} of this machine .* is taken"):
-            distribute.make()
+            distribution.make()
 
 
 def test_without_a_cluster_this_is_the_only_worker():
     strategy = tf.distribute.get_strategy()
-    assert distribute.worker(strategy) == (0, 1) and distribute.is_chief(strategy)
-    with distribute.watching(strategy):
+    assert distribution.worker(strategy) == (0, 1) and distribution.is_chief(strategy)
+    with distribution.worker_watchdog(strategy):
         pass
-    with pytest.raises(ZeroDivisionError), distribute.watching(strategy):
+    with pytest.raises(ZeroDivisionError), distribution.worker_watchdog(strategy):
         raise ZeroDivisionError
 
 
 # A process of its own: TensorFlow's devices cannot be changed once it runs. Prints its results as JSON.
-SCRIPT = '''
+SCRIPT = """
 import json, os, signal, sys, time
 import tensorflow as tf
 from polarmask_tf import distribute
 from polarmask_tf.errors import InputError
 
 what, devices, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-distribute.TELL_EVERY = 1 if timeout < 10 else 60
-distribute.GRACE = 2
+distribution.TELL_EVERY = 1 if timeout < 10 else 60
+distribution.GRACE = 2
 try:
-    strategy = distribute.make(devices=devices, timeout=timeout)
-    index, number = distribute.worker(strategy)
+    strategy = distribution.make(devices=devices, timeout=timeout)
+    index, number = distribution.worker(strategy)
     step = tf.function(lambda x: strategy.reduce("SUM", strategy.run(
         lambda x: tf.distribute.get_replica_context().all_reduce("sum", x * 1.0), (x,)), axis=None))
-    with distribute.watching(strategy):
+    with distribution.worker_watchdog(strategy):
         total = step(tf.constant(index + 1.0))
         print(json.dumps([type(strategy).__name__, index, number, strategy.num_replicas_in_sync, float(total)]), flush=True)
         for _ in range(10000 if what.startswith("kill") else 3):
@@ -241,15 +258,15 @@ try:
                 time.sleep(60)
             step(tf.constant(1.0))
             time.sleep(0.1)
-        if what == "late" and distribute.is_chief(strategy):
+        if what == "late" and distribution.is_chief(strategy):
             time.sleep(1)
-    if what == "late" and distribute.is_chief(strategy):
+    if what == "late" and distribution.is_chief(strategy):
         time.sleep(5)  # longer than a dead worker would go unnoticed
     print("finished")
 except InputError as e:
     print(f"polarmask: error: {e}", file=sys.stderr)
     sys.exit(2)
-'''
+"""
 
 
 def run(what="plain", environments=({},), devices=0, timeout=60):

@@ -18,23 +18,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.lite.python import schema_py_generated as schema
 
-from polarmask_tf import benchmark_edge, cli, evaluate, lite, postprocess, runs
+from polarmask_tf import cli, lite
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import flatbuffer, quantize, tflite
+from polarmask_tf.inference import evaluate
+from polarmask_tf.inference.predictor import load_predictor, run_predictor
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.predictor import load_predictor, run_predictor
+from polarmask_tf.ops import postprocess
+from polarmask_tf.tools import benchmark_files
+from polarmask_tf.weights import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
-    *training.TINY, "model.head.norm=batch", "model.head.conv=separable", "model.head.kernel=1", "model.fpn.conv=separable",
-    "data.size=[64,96]", "postprocess.candidates=50", "postprocess.multi_label=false", "postprocess.score_threshold=0.02",
+    *training.TINY,
+    "model.head.norm=batch",
+    "model.head.conv=separable",
+    "model.head.kernel=1",
+    "model.fpn.conv=separable",
+    "data.size=[64,96]",
+    "postprocess.pre_nms_top_k=50",
+    "postprocess.multi_label=false",
+    "postprocess.score_threshold=0.02",
 )
 # Builtins that LiteRT and LiteRT.js run on a CPU without anything beside them; a new one is to be looked at first.
 ALLOWED = {
-    "ADD", "ARG_MAX", "CAST", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "DEQUANTIZE", "DIV", "EXP", "GATHER", "LESS",
-    "LOGISTIC", "MAXIMUM", "MEAN", "MINIMUM", "MUL", "NON_MAX_SUPPRESSION_V4", "PACK", "PAD", "QUANTIZE", "REDUCE_MAX",
-    "REDUCE_MIN", "RELU", "RESHAPE", "RSQRT", "SQRT", "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "TOPK_V2", "TRANSPOSE",
+    "ADD",
+    "ARG_MAX",
+    "CAST",
+    "CONCATENATION",
+    "CONV_2D",
+    "DEPTHWISE_CONV_2D",
+    "DEQUANTIZE",
+    "DIV",
+    "EXP",
+    "GATHER",
+    "LESS",
+    "LOGISTIC",
+    "MAXIMUM",
+    "MEAN",
+    "MINIMUM",
+    "MUL",
+    "NON_MAX_SUPPRESSION_V4",
+    "PACK",
+    "PAD",
+    "QUANTIZE",
+    "REDUCE_MAX",
+    "REDUCE_MIN",
+    "RELU",
+    "RESHAPE",
+    "RSQRT",
+    "SQRT",
+    "SQUARED_DIFFERENCE",
+    "STRIDED_SLICE",
+    "SUB",
+    "TOPK_V2",
+    "TRANSPOSE",
 }
 
 
@@ -73,10 +112,16 @@ def files(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("edge")
     return {
         (precision, raw): tflite.export_tflite(
-            model, model.classes, folder / tflite.file_name(precision, raw), precision, raw=raw,
+            model,
+            model.classes,
+            folder / tflite.file_name(precision, raw),
+            precision,
+            raw=raw,
             images=lambda: images(16, 64, 96),
         )
-        for precision in tflite.PRECISIONS for raw in (False, True) if not raw or precision in ("fp32", "int8")
+        for precision in tflite.PRECISIONS
+        for raw in (False, True)
+        if not raw or precision in ("fp32", "int8")
     }
 
 
@@ -171,7 +216,7 @@ def test_extreme_logits_give_finite_polygons(data):
     }
     for pairs in (True, False):
         found = postprocess.detect(
-            values, (24, 32), {3: 8.0, 4: 16.0}, score_threshold=0.01, candidates=7, max_detections=6, multi_label=pairs
+            values, (24, 32), {3: 8.0, 4: 16.0}, score_threshold=0.01, pre_nms_top_k=7, max_detections=6, multi_label=pairs
         )
         contract({f"{name}": value.numpy()[None] for name, value in found.items()}, 6, 5, 2)
 
@@ -226,10 +271,17 @@ def run_and_data(model, tmp_path_factory):
         (found,) = keras([lite.read_image(folder / "shapes" / "val" / "images" / image["file_name"])])
         for polygon, label in list(zip(found.polygons, found.classes, strict=True))[:6]:
             low, high = polygon.min(0), polygon.max(0)
-            truth["annotations"].append({
-                "id": len(truth["annotations"]) + 1, "image_id": image["id"], "category_id": int(label) + 1, "iscrowd": 0,
-                "segmentation": [polygon.ravel().tolist()], "area": 1.0, "bbox": [*low.tolist(), *(high - low).tolist()],
-            })
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image["id"],
+                    "category_id": int(label) + 1,
+                    "iscrowd": 0,
+                    "segmentation": [polygon.ravel().tolist()],
+                    "area": 1.0,
+                    "bbox": [*low.tolist(), *(high - low).tolist()],
+                }
+            )
     file.write_text(json.dumps(truth))
     words = ["convert", file, folder / "shapes" / "val" / "images", folder / "val", "--processes", "1"]
     assert cli.main([str(word) for word in words]) == 0
@@ -309,7 +361,7 @@ def test_8_bits_need_images(run_and_data, tmp_path, capsys):
 def test_the_network_and_the_post_processing_are_halves_of_a_file(files):
     for precision in tflite.PRECISIONS:
         content = files[precision, False].read_bytes()
-        cut, rest = flatbuffer.halves(content)
+        cut, rest = flatbuffer.split_at_postprocess(content)
         left = [kind for kind, *_ in flatbuffer.operations(cut)]
         assert "NON_MAX_SUPPRESSION_V4" not in left and left.count("CONV_2D") == kinds(files[precision, False]).count("CONV_2D")
         image = next(images(1, 64, 96, seed=5))[None]
@@ -325,7 +377,7 @@ def test_the_network_and_the_post_processing_are_halves_of_a_file(files):
             np.testing.assert_array_equal(both[0].get_tensor(end["index"]), both[1].get_tensor(end["index"]))
         heads = Interpreter(model_path=str(files["fp32", True])).get_signature_runner("serving_default").get_output_details()
         assert sorted(end["shape"].tolist() for end in ends) == sorted(head["shape"].tolist() for head in heads.values())
-        assert flatbuffer.halves(cut) == (cut, None)
+        assert flatbuffer.split_at_postprocess(cut) == (cut, None)
         post = Interpreter(model_content=rest, **plain)
         post.allocate_tensors()
         for end in ends:
@@ -359,7 +411,7 @@ def test_halves_of_a_file_whose_weights_lie_behind_the_flatbuffer(files):
     moved = packed()
     moved += b"\0" * (at - len(moved)) + bytes(behind)
     picture = next(images(1, 64, 96))
-    plain, far = (benchmark_edge.Runner(flatbuffer.halves(text)[0], picture, 1) for text in (content, moved))
+    plain, far = (benchmark_files.Runner(flatbuffer.split_at_postprocess(text)[0], picture, 1) for text in (content, moved))
     plain(), far()
     for end in plain.interpreter.get_output_details():
         np.testing.assert_array_equal(far.interpreter.get_tensor(end["index"]), plain.interpreter.get_tensor(end["index"]))
@@ -369,11 +421,11 @@ def test_the_benchmark_of_files(files, tmp_path, capsys):
     paths = [str(files[key]) for key in (("fp32", False), ("fp16", False), ("int8", True), ("int8", False))]
     assert cli.main(["benchmark", *paths, "--repeats", "7", "--csv", str(tmp_path / "edge.csv")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6 and len((tmp_path / "edge.csv").read_text().splitlines()) == 5
-    rows = benchmark_edge.run([Path(path) for path in paths], repeats=5)
+    rows = benchmark_files.run([Path(path) for path in paths], repeats=5)
     for row in rows:
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["peak_mb"] > 0 and (row["height"], row["width"]) == (64, 96)
     assert rows[0]["ratio"] == 1 and rows[0]["post_ms"] > rows[2]["post_ms"] == 0
-    found = lite.PolarMaskLite(paths[0])(lite.letterbox(benchmark_edge.made_up_picture(), 64, 96)[0])
+    found = lite.PolarMaskLite(paths[0])(lite.letterbox(benchmark_files.synthetic_picture(), 64, 96)[0])
     assert rows[0]["detections"] == len(found["scores"]) and rows[2]["detections"] == "-"
 
 

@@ -14,10 +14,21 @@ from polarmask_tf.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
-    "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.fpn.levels=[3,4]", "model.head.channels=16",
-    "model.head.convs=1", "model.head.ray_unit=stride", "model.head.ray_bias=1", "train.learning_rate=0.01",
-    "data.size=[64,96]", "data.batch=4", "targets.ranges=[24]", "train.checkpoint_every=4",
-    "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
+    "model.rays=12",
+    "model.backbone.width=8",
+    "model.fpn.channels=16",
+    "model.fpn.levels=[3,4]",
+    "model.head.channels=16",
+    "model.head.convs=1",
+    "model.head.ray_unit=stride",
+    "model.head.ray_bias=1",
+    "train.learning_rate=0.01",
+    "data.size=[64,96]",
+    "data.batch=4",
+    "targets.ranges=[24]",
+    "train.checkpoint_every=4",
+    "postprocess.max_detections=20",
+    "postprocess.score_threshold=0.001",
 ]
 
 
@@ -47,7 +58,7 @@ def work(tmp_path_factory):
 
 
 def test_training_goes_on_where_it_stopped(work, capsys):
-    from polarmask_tf.runs import load_run
+    from polarmask_tf.weights.runs import load_run
 
     assert {p.name for p in (work / "run/checkpoints").glob("*.index")} == {"step-4.index", "step-8.index"}
     assert list((work / "run").glob("events.out.tfevents.*"))
@@ -78,7 +89,7 @@ def test_evaluate_gives_the_same_numbers_for_all_three(work):
 
 def test_exports_agree_with_keras(work):
     from polarmask_tf.export import parity
-    from polarmask_tf.predictor import load_predictor
+    from polarmask_tf.inference.predictor import load_predictor
 
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, size, np.uint8) for size in ((64, 96, 3), (50, 120, 3), (200, 90, 3))]
@@ -104,8 +115,11 @@ def test_tflite_has_the_contract_and_builtin_operations_only(work):
     assert (inputs["dtype"], list(inputs["shape"])) == (np.uint8, [1, 64, 96, 3])
     found = {name: (d["dtype"], list(d["shape"])) for name, d in runner.get_output_details().items()}
     assert found == {
-        "num_detections": (np.int32, [1]), "detection_scores": (np.float32, [1, 20]), "detection_classes": (np.int32, [1, 20]),
-        "detection_boxes": (np.float32, [1, 20, 4]), "detection_polygons": (np.float32, [1, 20, 12, 2]),
+        "num_detections": (np.int32, [1]),
+        "detection_scores": (np.float32, [1, 20]),
+        "detection_classes": (np.int32, [1, 20]),
+        "detection_boxes": (np.float32, [1, 20, 4]),
+        "detection_polygons": (np.float32, [1, 20, 12, 2]),
     }
     operations = {op["op_name"] for op in interpreter._get_ops_details()}
     assert "NON_MAX_SUPPRESSION_V4" in operations
@@ -124,8 +138,17 @@ def test_all_black_and_tiny_images(work):
 def test_predict_writes_pictures_and_results(work, tmp_path):
     folder = work / "shapes/val"
     done = polarmask(
-        "predict", work / "export/model.tflite", folder / "images", "--out", tmp_path, "--truth", folder / "annotations.json",
-        "--score-threshold", 0.001, "--limit", 4,
+        "predict",
+        work / "export/model.tflite",
+        folder / "images",
+        "--out",
+        tmp_path,
+        "--truth",
+        folder / "annotations.json",
+        "--score-threshold",
+        0.001,
+        "--limit",
+        4,
     )
     assert done == 0
     assert len(list((tmp_path / "overlays").glob("*.png"))) == 4
@@ -157,7 +180,7 @@ def test_export_replaces_an_older_one_and_refuses_what_is_no_run(work, tmp_path,
 def test_a_damaged_checkpoint_is_one_line(work, tmp_path, capsys):
     import shutil
 
-    from polarmask_tf.runs import load_run
+    from polarmask_tf.weights.runs import load_run
 
     run = shutil.copytree(work / "run", tmp_path / "run")
     older = shutil.copytree(work / "run", tmp_path / "older")
@@ -211,7 +234,8 @@ def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
     assert last.startswith(f"polarmask: error: {tmp_path / 'data'}: image ") and "convert --verify" in last
     number, name = re.search(r"image (\d+) \((\S+)\) cannot be decoded", last).groups()
     assert {"id": int(number), "file_name": name}.items() <= next(
-        image for image in json.loads(text)["images"] if image["id"] == int(number)).items()
+        image for image in json.loads(text)["images"] if image["id"] == int(number)
+    ).items()
     assert polarmask("convert", *source, tmp_path / "verified", "--processes", 1, "--verify") == 2
     assert "empty data set" in capsys.readouterr().err
 

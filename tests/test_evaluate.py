@@ -11,10 +11,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from polarmask_tf import evaluate as evaluation
 from polarmask_tf.errors import InputError
-from polarmask_tf.evaluate import coco_metrics, detections_to_results, evaluate, format_table, polygons_to_rle
-from polarmask_tf.predictor import Detections, Predictor
+from polarmask_tf.inference import evaluate as evaluation
+from polarmask_tf.inference.evaluate import coco_metrics, detections_to_results, evaluate, format_table, polygons_to_rle
+from polarmask_tf.inference.predictor import Detections, Predictor
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 1, "name": "dog"}, {"id": 17, "name": "unseen"}]
 NAMES = ["AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL"]

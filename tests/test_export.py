@@ -12,9 +12,9 @@ from PIL import Image
 from test_lite import CLASSES, RADIUS, hexagon_around_brightest, spot
 
 from polarmask_tf import config as configs
-from polarmask_tf import export, lite
-from polarmask_tf.export import parity, saved_model, tflite
-from polarmask_tf.predictor import Detections, load_predictor, network_input, run_predictor
+from polarmask_tf import lite
+from polarmask_tf.export import export, graph, parity, tflite
+from polarmask_tf.inference.predictor import Detections, load_predictor, network_input, run_predictor
 
 SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47), (120, 50), (427, 640), (2000, 3)]
 
@@ -23,7 +23,7 @@ SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47)
 @pytest.mark.parametrize("fit", ["letterbox", "stretch", "short_side"])
 def test_the_graphs_resizing_is_pillows(fit, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    placed, filled = saved_model.resize(image[None], (64, 96), fit)
+    placed, filled = graph.resize(image[None], (64, 96), fit)
     expected, (back_x, back_y) = network_input(image, configs.DataConfig(size=(64, 96), fit=fit))
     assert placed.shape[1:] == expected.shape
     assert np.abs(placed[0].numpy().astype(int) - expected).max() <= 1
@@ -40,7 +40,7 @@ def test_the_graph_finds_the_same_canvas_for_every_size():
         expected, back = network_input(image, configs.DataConfig(size=(48, 90), fit="short_side"))
         assert expected.shape[:2] == tuple(-(-side // 32) * 32 for side in rounded)
         np.testing.assert_allclose(back, np.divide(size, rounded)[::-1])
-        placed, filled = saved_model.resize(image[None], (48, 90), "short_side")
+        placed, filled = graph.resize(image[None], (48, 90), "short_side")
         assert placed.shape[1:] == expected.shape
         np.testing.assert_allclose(filled, np.divide(rounded, expected.shape[:2])[::-1], rtol=1e-6)
 
@@ -50,7 +50,11 @@ def fake_model(fit, size):
     config = configs.Config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit, size=size))
     return types.SimpleNamespace(
-        config=config, classes=CLASSES, input_size=configs.canvas(config.data), variables=[], detect=hexagon_around_brightest,
+        config=config,
+        classes=CLASSES,
+        input_size=configs.input_size(config.data),
+        variables=[],
+        detect=hexagon_around_brightest,
     )
 
 
@@ -61,7 +65,7 @@ def three(request, tmp_path_factory):
     model = fake_model(fit, (48, 90) if fit == "short_side" else (64, 96))
     folder = tmp_path_factory.mktemp(fit)
     paths = [
-        saved_model.export_saved_model(model, CLASSES, folder / "saved_model"),
+        graph.export_saved_model(model, CLASSES, folder / "saved_model"),
         tflite.export_tflite(model, CLASSES, folder / "model.tflite"),
     ]
     return fit, {"run": run_predictor(model), **{path.name: load_predictor(path) for path in paths}}, paths
@@ -85,7 +89,7 @@ def test_all_three_put_polygons_onto_the_image(three, height, width):
     for name, predictor in predictors.items():
         wide, high = expected_scale(fit, name, height, width)
         size = int(np.ceil(2 * max(wide, high)))  # so that a pixel of the input is bright whatever the resizing
-        found, = predictor([spot(height, width, x, y, size)])
+        (found,) = predictor([spot(height, width, x, y, size)])
         polygon = found.polygons[1]  # the smaller hexagon
         assert polygon[0, 0] - polygon[3, 0] == pytest.approx(RADIUS * wide, rel=1e-4), name
         assert polygon[1, 1] - polygon[4, 1] == pytest.approx(RADIUS * np.sqrt(3) / 2 * high, rel=1e-4), name
@@ -131,20 +135,29 @@ def test_one_graph_for_inputs_of_every_size():
 @pytest.fixture(scope="module")
 def short_side_export(tmp_path_factory):
     """A real network with weights of chance whose images are resized by their shorter side: run directory and exports."""
-    from polarmask_tf import runs
     from polarmask_tf.data import records
     from polarmask_tf.modeling.polarmask import PolarMask
+    from polarmask_tf.weights import runs
 
     folder = tmp_path_factory.mktemp("short_side")
     overrides = [
-        "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.fpn.levels=[3,4,5,6]", "targets.ranges=[]",
-        "model.head.channels=16", "model.head.convs=1", "data.fit=short_side", "data.size=[48,90]",
-        "postprocess.max_detections=20", "postprocess.score_threshold=0.001", f"data.val={folder / 'data'}",
+        "model.rays=12",
+        "model.backbone.width=8",
+        "model.fpn.channels=16",
+        "model.fpn.levels=[3,4,5,6]",
+        "targets.ranges=[]",
+        "model.head.channels=16",
+        "model.head.convs=1",
+        "data.fit=short_side",
+        "data.size=[48,90]",
+        "postprocess.max_detections=20",
+        "postprocess.score_threshold=0.001",
+        f"data.val={folder / 'data'}",
     ]
     config = configs.load("shapes", overrides)
     tf_keras.utils.set_random_seed(0)
     model = PolarMask(config, 1)
-    model.build((None, *configs.canvas(config.data), 3))
+    model.build((None, *configs.input_size(config.data), 3))
     rng = np.random.default_rng(0)
     for variable in model.head.variables:  # weights of its start give every location nearly the same score
         variable.assign(variable + rng.normal(0, 0.1, variable.shape))
@@ -157,13 +170,29 @@ def short_side_export(tmp_path_factory):
         for i, image in enumerate(images):
             file = io.BytesIO()
             Image.fromarray(image).save(file, "PNG")
-            records.write_record(out, records.encode_example(
-                encoded=file.getvalue(), format="png", file_name="x.png", image_id=i, height=image.shape[0],
-                width=image.shape[1], instances=[records.Instance(1, 0, "a", False, 1.0, (0, 0, 1, 1), [], b"")],
-            ))
+            records.write_record(
+                out,
+                records.encode_example(
+                    encoded=file.getvalue(),
+                    format="png",
+                    file_name="x.png",
+                    image_id=i,
+                    height=image.shape[0],
+                    width=image.shape[1],
+                    instances=[records.Instance(1, 0, "a", False, 1.0, (0, 0, 1, 1), [], b"")],
+                ),
+            )
     content = {
-        "format": records.FORMAT, "name": "val", "num_images": len(images), "num_instances": 5, "num_crowd": 0,
-        "classes": [{"name": "a", "category_id": 1}], "max_instances": 1, "max_edges": 3, "shards": [shard.name], "skipped": {},
+        "format": records.FORMAT,
+        "name": "val",
+        "num_images": len(images),
+        "num_instances": 5,
+        "num_crowd": 0,
+        "classes": [{"name": "a", "category_id": 1}],
+        "max_instances": 1,
+        "max_edges": 3,
+        "shards": [shard.name],
+        "skipped": {},
     }
     (folder / "data" / "dataset.json").write_text(json.dumps(content))
     rows = export.export(folder / "run", folder / "out")
@@ -188,7 +217,7 @@ def test_a_network_finds_the_same_lying_and_standing(short_side_export):
 
 
 def test_export_compares_each_on_images_resized_as_it_does(short_side_export, capsys):
-    from polarmask_tf.runs import load_run
+    from polarmask_tf.weights.runs import load_run
 
     folder, rows, images = short_side_export
     # The .tflite letterboxes, and so does the Keras model that it is compared with: both resize by Pillow, and all agree.
@@ -231,6 +260,6 @@ def test_metadata_says_what_a_user_needs():
     from polarmask_tf import __version__, config
 
     model = types.SimpleNamespace(config=config.load("shapes"))
-    found = saved_model.metadata(model, [{"name": "cat", "category_id": 17}])
+    found = graph.metadata(model, [{"name": "cat", "category_id": 17}])
     assert found["version"] == __version__ and found["classes"] == [{"name": "cat", "category_id": 17}]
     assert (found["input"]["height"], found["input"]["width"], found["rays"]) == (128, 128, 36)

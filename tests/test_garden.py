@@ -13,8 +13,9 @@ from test_model import instances_of, loss_and_gradients, random_images, random_s
 
 from polarmask_tf.config import BackboneConfig, Config, FPNConfig, HeadConfig, ModelConfig
 from polarmask_tf.errors import InputError
-from polarmask_tf.modeling import garden, pretrained
+from polarmask_tf.modeling.backbones import garden
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.weights import pretrained
 
 LEVELS = (2, 3, 4, 5)
 TYPES = [kind for kind in typing.get_args(typing.get_type_hints(BackboneConfig)["type"]) if kind != "resnet"]
@@ -24,7 +25,9 @@ CLASSES = 3
 def small_config(**backbone):
     values = {"type": "MobileNetV2", "multiplier": 0.35, **backbone}
     model = ModelConfig(
-        rays=8, backbone=BackboneConfig(**values), fpn=FPNConfig(channels=16, levels=(3, 4, 5)),
+        rays=8,
+        backbone=BackboneConfig(**values),
+        fpn=FPNConfig(channels=16, levels=(3, 4, 5)),
         head=HeadConfig(channels=16, convs=1),
     )
     return dataclasses.replace(Config(), model=model)
@@ -107,9 +110,14 @@ def test_a_mobile_backbone_learns(tmp_path):
         assert np.array_equal(v.numpy(), before[id(v)]) == (id(v) not in learning)
 
 
-@pytest.mark.parametrize("kind, freezing", [
-    ("MobileNetV2", (0, 1, 2, 3, 4, 5)), ("MobileNetV4ConvSmall", (0, 1, 4)), ("EfficientNetB0", (0, 1, 4)),
-])
+@pytest.mark.parametrize(
+    "kind, freezing",
+    [
+        ("MobileNetV2", (0, 1, 2, 3, 4, 5)),
+        ("MobileNetV4ConvSmall", (0, 1, 4)),
+        ("EfficientNetB0", (0, 1, 4)),
+    ],
+)
 def test_freezing_by_level(kind, freezing):
     """What is frozen computes the same in training, BatchNorm included; what is not has BatchNorm of the batch."""
     x, counts = images(), []
@@ -135,12 +143,15 @@ def test_norms():
         assert {layer.synchronized for layer in found} == {norm == "sync"}
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"norm": "group"}, "batch, sync or frozen"),
-    ({"multiplier": 0.0}, "must be positive"),
-    ({"multiplier": -1.0}, "must be positive"),
-    ({"type": "EfficientNetB0", "multiplier": 0.5}, "one size"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"norm": "group"}, "batch, sync or frozen"),
+        ({"multiplier": 0.0}, "must be positive"),
+        ({"multiplier": -1.0}, "must be positive"),
+        ({"type": "EfficientNetB0", "multiplier": 0.5}, "one size"),
+    ],
+)
 def test_what_does_not_apply_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         garden.build(small_config(**options).model.backbone)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from polarmask_tf import geometry
+from polarmask_tf.ops import geometry
 
 GOLDEN = Path(__file__).parent / "golden"
 SEEDS = st.integers(0, 2**32 - 1)
@@ -23,8 +23,22 @@ SQUARE = [[10, 10], [30, 10], [30, 30], [10, 30]]
 HOLE = [[15, 15], [15, 25], [25, 25], [25, 15]]  # turns the other way
 # Teeth upwards from a bar at y 40..50: x 10..20, 30..40, 50..60, 70..80.
 COMB = [
-    [10, 50], [10, 10], [20, 10], [20, 40], [30, 40], [30, 10], [40, 10], [40, 40], [50, 40], [50, 10], [60, 10], [60, 40],
-    [70, 40], [70, 10], [80, 10], [80, 50],
+    [10, 50],
+    [10, 10],
+    [20, 10],
+    [20, 40],
+    [30, 40],
+    [30, 10],
+    [40, 10],
+    [40, 40],
+    [50, 40],
+    [50, 10],
+    [60, 10],
+    [60, 40],
+    [70, 40],
+    [70, 10],
+    [80, 10],
+    [80, 50],
 ]
 
 
@@ -44,9 +58,9 @@ def star(rng, center, radius, corners, roughness=0.7):
 def one_or_two_stars(rng, centers, radii):
     """Edges of one or two deeply concave rings."""
     count = rng.integers(1, 3)
-    return edges_of(*(
-        star(rng, rng.uniform(*centers, 2), rng.uniform(*radii), int(rng.integers(3, 20)), 0.9) for _ in range(count)
-    ))
+    return edges_of(
+        *(star(rng, rng.uniform(*centers, 2), rng.uniform(*radii), int(rng.integers(3, 20)), 0.9) for _ in range(count))
+    )
 
 
 def unit_vectors(n):
@@ -409,10 +423,12 @@ def test_clip_takes_many_polygons_and_no_edges():
 @given(SEEDS)
 def test_contains_is_the_even_odd_rule(seed):
     rng = np.random.default_rng(seed)
-    polygons = np.stack([
-        edges_of(*(star(rng, rng.uniform(20, 60, 2), rng.uniform(10, 40), int(rng.integers(3, 20)), 0.9) for _ in range(2)))
-        for _ in range(3)
-    ])
+    polygons = np.stack(
+        [
+            edges_of(*(star(rng, rng.uniform(20, 60, 2), rng.uniform(10, 40), int(rng.integers(3, 20)), 0.9) for _ in range(2)))
+            for _ in range(3)
+        ]
+    )
     points = rng.uniform(0, 80, (20, 2)).astype(np.float32)
     expected = [[inside(p, edges) for p in points] for edges in polygons]
     np.testing.assert_array_equal(geometry.contains(tf.constant(polygons), tf.constant(points)), expected)

@@ -17,9 +17,10 @@ import pytest
 import tensorflow as tf
 import training
 
-from polarmask_tf import callbacks, runs, train
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
+from polarmask_tf.training import callbacks, train
+from polarmask_tf.weights import runs
 
 DATA = "step-6.data-00000-of-00001"
 
@@ -67,8 +68,14 @@ def test_kills_at_ten_random_moments_change_nothing(data, started, request, tmp_
 
 def test_a_lost_chief_ends_the_other_and_both_go_on(data, tmp_path):
     settings = (
-        "train.deterministic=true", "train.optimizer=sgd", "model.backbone.norm=sync", "data.flip=both", "data.shuffle=10",
-        "train.steps=12", "train.checkpoint_every=3", "model.head.convs=0",
+        "train.deterministic=true",
+        "train.optimizer=sgd",
+        "model.backbone.norm=sync",
+        "data.flip=both",
+        "data.shuffle=10",
+        "train.steps=12",
+        "train.checkpoint_every=3",
+        "model.head.convs=0",
     )
     alone, run = tmp_path / "alone", tmp_path / "run"
 
@@ -76,7 +83,7 @@ def test_a_lost_chief_ends_the_other_and_both_go_on(data, tmp_path):
         return [training.start(training.command(data / "train", folder, *settings), TF_CONFIG=c) for c in cluster]
 
     cluster = training.cluster(2)
-    for (status, _, error) in training.finish(*start(alone)):
+    for status, _, error in training.finish(*start(alone)):
         assert status == 0, error
     chief, other = start(run)  # the other one's loss is in test_distribute.py
     end = time.monotonic() + kills.LIMIT
@@ -103,7 +110,7 @@ def test_a_lost_chief_ends_the_other_and_both_go_on(data, tmp_path):
 def fill(model, value):
     for variable in (v for v in model.optimizer.variables if v.dtype.is_floating):
         variable.assign(tf.fill(variable.shape, -float(value)))
-    for variable in [*model.trainable_variables, *runs.average(model)]:
+    for variable in [*model.trainable_variables, *runs.ema_weights(model)]:
         variable.assign(tf.fill(variable.shape, float(value)))
 
 
@@ -187,6 +194,7 @@ def test_no_checkpoint_left_is_one_line(data, alone, tmp_path):
 @pytest.mark.parametrize("moves", [0, 1])
 def test_a_checkpoint_counts_when_it_is_whole_and_leaves_no_rest(model, run, moves, monkeypatch):
     """A kill before the data are moved, and before the index is."""
+
     class Killed(BaseException):
         pass
 
@@ -232,7 +240,7 @@ def test_a_training_on_a_full_disk_ends_with_one_line(data, alone, model, tmp_pa
     assert kills.files(run) == before
     assert runs.step_of(runs.restore(model, run, training=True)) == kills.STEPS
     weights = training.weights(alone, kills.STEPS)
-    for index, variable in enumerate(runs.average(model)):
+    for index, variable in enumerate(runs.ema_weights(model)):
         np.testing.assert_array_equal(variable, weights[f"average/{index}/.ATTRIBUTES/VARIABLE_VALUE"])
 
 

@@ -8,13 +8,19 @@ import pytest
 import tf_keras
 import training
 
-from polarmask_tf import cli, runs
+from polarmask_tf import cli
 from polarmask_tf import config as configs
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.weights import runs
 
 SGD = (
-    "train.optimizer=sgd", "train.learning_rate=0.003", "train.steps=20", "train.checkpoint_every=20", "data.flip=both",
-    "data.scale=[0.8,1.2]", "data.shuffle=10",
+    "train.optimizer=sgd",
+    "train.learning_rate=0.003",
+    "train.steps=20",
+    "train.checkpoint_every=20",
+    "data.flip=both",
+    "data.scale=[0.8,1.2]",
+    "data.shuffle=10",
 )
 
 

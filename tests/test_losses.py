@@ -9,8 +9,8 @@ import tf_keras
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polarmask_tf import geometry, losses
-from polarmask_tf.targets import BACKGROUND, IGNORED
+from polarmask_tf.ops import geometry, losses
+from polarmask_tf.ops.targets import BACKGROUND, IGNORED
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses_unit.npz", allow_pickle=False)
 
@@ -33,18 +33,23 @@ def assert_equals_golden(function, x, name):
 
 def test_polar_iou_equals_the_released_one():
     target, weight = GOLDEN["rays_target"], GOLDEN["centerness_target"]
-    np.testing.assert_allclose(losses.polar_iou(GOLDEN["rays_pred"], target), GOLDEN["mask_iou_v1_each"], rtol=1e-5)
+    np.testing.assert_allclose(losses.polar_iou_loss(GOLDEN["rays_pred"], target), GOLDEN["mask_iou_v1_each"], rtol=1e-5)
     assert_equals_golden(
-        lambda rays: tf.reduce_sum(losses.polar_iou(rays, target) * weight) / weight.sum(), GOLDEN["rays_pred"], "mask_iou_v1"
+        lambda rays: tf.reduce_sum(losses.polar_iou_loss(rays, target) * weight) / weight.sum(),
+        GOLDEN["rays_pred"],
+        "mask_iou_v1",
     )
 
 
 def test_squared_polar_iou_equals_the_released_one():
     target, weight = GOLDEN["rays_target"], GOLDEN["centerness_target"]
-    np.testing.assert_allclose(losses.polar_iou_squared(GOLDEN["rays_pred"], target), GOLDEN["mask_iou_v3_each"], rtol=1e-5)
+    np.testing.assert_allclose(
+        losses.polar_iou_squared_loss(GOLDEN["rays_pred"], target), GOLDEN["mask_iou_v3_each"], rtol=1e-5
+    )
     assert_equals_golden(
-        lambda rays: tf.reduce_sum(losses.polar_iou_squared(rays, target) * weight) / weight.sum(),
-        GOLDEN["rays_pred"], "mask_iou_v3",
+        lambda rays: tf.reduce_sum(losses.polar_iou_squared_loss(rays, target) * weight) / weight.sum(),
+        GOLDEN["rays_pred"],
+        "mask_iou_v3",
     )
 
 
@@ -56,7 +61,7 @@ def test_box_iou_equals_the_released_one():
         return tf.concat([200.0 - corners[:, :2], corners[:, 2:] - 200.0], axis=1)
 
     def loss(corners):
-        each = losses.box_iou(sides(corners), sides(GOLDEN["box_target"]), pixel=1.0)
+        each = losses.iou_loss(sides(corners), sides(GOLDEN["box_target"]), pixel=1.0)
         return tf.reduce_sum(each * weight) / weight.sum()
 
     assert_equals_golden(loss, GOLDEN["box_pred"], "box_iou_loss")
@@ -66,7 +71,7 @@ def test_box_iou_by_hand():
     # 4 x 6 and 6 x 4 around one point share 4 x 4: 16 / 32. Disjoint boxes: no IoU, no infinity.
     boxes = tf.constant([[2.0, 3, 2, 3], [-5, 1, 6, 1]])
     others = tf.constant([[3.0, 2, 3, 2], [6, 1, -5, 1]])
-    np.testing.assert_allclose(losses.box_iou(boxes, others), [np.log(2), -np.log(1e-6)], rtol=1e-6)
+    np.testing.assert_allclose(losses.iou_loss(boxes, others), [np.log(2), -np.log(1e-6)], rtol=1e-6)
 
 
 def test_smooth_l1_equals_torch():
@@ -75,26 +80,28 @@ def test_smooth_l1_equals_torch():
     parameter = torch.tensor(rays, requires_grad=True)
     expected = torch.nn.functional.smooth_l1_loss(parameter, torch.tensor(target), reduction="none").mean(dim=1)
     expected.sum().backward()
-    value, gradient = value_and_gradient(lambda x: tf.reduce_sum(losses.smooth_l1(x, target)), rays)
+    value, gradient = value_and_gradient(lambda x: tf.reduce_sum(losses.smooth_l1_loss(x, target)), rays)
     assert value == pytest.approx(expected.sum().item(), rel=1e-5)
     np.testing.assert_allclose(gradient, parameter.grad.numpy(), atol=1e-6)
 
 
 def test_smooth_l1_by_hand():
     # .5 * .5^2, 3 - .5 and 0, over three rays.
-    np.testing.assert_allclose(losses.smooth_l1(tf.constant([[2.5, 7, 1]]), tf.constant([[2.0, 4, 1]])), [2.625 / 3])
+    np.testing.assert_allclose(losses.smooth_l1_loss(tf.constant([[2.5, 7, 1]]), tf.constant([[2.0, 4, 1]])), [2.625 / 3])
 
 
 def test_centerness_equals_the_released_one():
     target = GOLDEN["centerness_target"]
-    assert_equals_golden(lambda logits: tf.reduce_mean(losses.centerness(logits, target)), GOLDEN["ctr_logits"], "ctr_loss")
+    assert_equals_golden(
+        lambda logits: tf.reduce_mean(losses.centerness_loss(logits, target)), GOLDEN["ctr_logits"], "ctr_loss"
+    )
 
 
 def test_focal_equals_the_released_one():
     labels = GOLDEN["cls_labels"].astype(np.int32) - 1  # there 0 is the background
     assert (labels == BACKGROUND).any()
     count = float(GOLDEN["focal_avg_factor"])
-    assert_equals_golden(lambda logits: losses.focal(logits, labels) / count, GOLDEN["cls_logits"], "focal_loss")
+    assert_equals_golden(lambda logits: losses.focal_loss(logits, labels) / count, GOLDEN["cls_logits"], "focal_loss")
 
 
 @pytest.mark.parametrize(("gamma", "alpha"), [(2.0, 0.25), (1.0, 0.5), (0.5, 0.9), (0.0, 0.25)])
@@ -107,34 +114,34 @@ def test_focal_equals_keras(gamma, alpha):
         apply_class_balancing=True, alpha=alpha, gamma=gamma, from_logits=True, reduction="none"
     )
     expected = tf.reduce_sum(keras(hot[..., None], logits[..., None]))
-    np.testing.assert_allclose(losses.focal(logits, labels, gamma=gamma, alpha=alpha), expected, rtol=1e-4)
+    np.testing.assert_allclose(losses.focal_loss(logits, labels, gamma=gamma, alpha=alpha), expected, rtol=1e-4)
 
 
 def test_focal_by_hand():
     # One location of class 1: logit 0 is p = 0.5 everywhere, -log p = log 2.
     expected = 0.25 * 0.5**2 * np.log(2) + 2 * 0.75 * 0.5**2 * np.log(2)
-    assert losses.focal(tf.zeros([1, 3]), tf.constant([1])).numpy() == pytest.approx(expected, rel=1e-6)
+    assert losses.focal_loss(tf.zeros([1, 3]), tf.constant([1])).numpy() == pytest.approx(expected, rel=1e-6)
 
 
 def test_ignored_locations_neither_count_nor_learn():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 4, 3)).astype(np.float32)
     labels = np.array([[0, IGNORED, BACKGROUND, IGNORED], [IGNORED, 2, 1, BACKGROUND]], np.int32)
-    value, gradient = value_and_gradient(lambda x: losses.focal(x, labels), logits)
+    value, gradient = value_and_gradient(lambda x: losses.focal_loss(x, labels), logits)
     kept = labels != IGNORED
-    assert value == pytest.approx(losses.focal(logits[kept], labels[kept]).numpy(), rel=1e-6)
+    assert value == pytest.approx(losses.focal_loss(logits[kept], labels[kept]).numpy(), rel=1e-6)
     assert (gradient[~kept] == 0).all() and (gradient[kept] != 0).all()
 
 
 def test_polar_iou_by_hand():
     predicted, target = tf.constant([[1.0, 2.0, 3.0, 4.0], [5, 5, 5, 5]]), tf.constant([[2.0, 2.0, 2.0, 2.0], [5, 5, 5, 5]])
     # max: 2 2 3 4 = 11, min: 1 2 2 2 = 7 (equation 7); its negative logarithm (equation 8).
-    np.testing.assert_allclose(losses.polar_iou(predicted, target), [np.log(11 / 7), 0], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(losses.polar_iou(predicted, target), losses.polar_iou(target, predicted))
+    np.testing.assert_allclose(losses.polar_iou_loss(predicted, target), [np.log(11 / 7), 0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(losses.polar_iou_loss(predicted, target), losses.polar_iou_loss(target, predicted))
 
 
 def test_centerness_by_hand():
-    found = losses.centerness(tf.constant([0.0, np.log(3)]), tf.constant([0.3, 1.0]))  # p = 0.5 and 0.75
+    found = losses.centerness_loss(tf.constant([0.0, np.log(3)]), tf.constant([0.3, 1.0]))  # p = 0.5 and 0.75
     np.testing.assert_allclose(found, [np.log(2), -np.log(0.75)], rtol=1e-6)
 
 
@@ -149,7 +156,7 @@ extreme = st.one_of(st.sampled_from([-1e4, 1e4, 0.0, -1e-30, 1e30, -1e30]), st.f
 )
 def test_focal_is_finite_for_extreme_logits(logits, labels, gamma):
     logits = np.float32(logits).reshape(3, 2)
-    value, gradient = value_and_gradient(lambda x: losses.focal(x, np.int32(labels), gamma=gamma), logits)
+    value, gradient = value_and_gradient(lambda x: losses.focal_loss(x, np.int32(labels), gamma=gamma), logits)
     assert np.isfinite(value) and value >= 0 and np.isfinite(gradient).all()
 
 
@@ -157,7 +164,7 @@ def test_focal_of_nothing_is_zero():
     for count in (3, 0):
         labels = np.full(count, IGNORED, np.int32)
         logits = np.full((count, 2), 1e4, np.float32)
-        value, gradient = value_and_gradient(lambda x, labels=labels: losses.focal(x, labels), logits)
+        value, gradient = value_and_gradient(lambda x, labels=labels: losses.focal_loss(x, labels), logits)
         assert value == 0 and (gradient == 0).all()
 
 
@@ -170,24 +177,24 @@ def test_rays_and_centerness_are_finite_for_extreme_logits_and_zero_rays(logits,
     """From the logits on, as the model does it: the ray lengths of a location may all be epsilon."""
     logits, target = np.float32(logits).reshape(2, 4), np.float32(target).reshape(2, 4)
     value, gradient = value_and_gradient(
-        lambda x: tf.reduce_sum(losses.polar_iou(geometry.rays_from_logits(x, 8.0), target)), logits
+        lambda x: tf.reduce_sum(losses.polar_iou_loss(geometry.rays_from_logits(x, 8.0), target)), logits
     )
     assert np.isfinite(value) and value >= -1e-5 and np.isfinite(gradient).all()
     value, gradient = value_and_gradient(
-        lambda x: tf.reduce_sum(losses.centerness(x, geometry.polar_centerness(target))), logits[:, 0]
+        lambda x: tf.reduce_sum(losses.centerness_loss(x, geometry.polar_centerness(target))), logits[:, 0]
     )
     assert np.isfinite(value) and value >= 0 and np.isfinite(gradient).all()
 
 
 def test_no_positives_sum_to_zero():
     none = np.zeros((0, 36), np.float32)
-    value, gradient = value_and_gradient(lambda x: tf.reduce_sum(losses.polar_iou(x, none)), none)
+    value, gradient = value_and_gradient(lambda x: tf.reduce_sum(losses.polar_iou_loss(x, none)), none)
     assert value == 0 and gradient.shape == (0, 36)
-    value, _ = value_and_gradient(lambda x: tf.reduce_sum(losses.centerness(x, none[:, 0])), none[:, 0])
+    value, _ = value_and_gradient(lambda x: tf.reduce_sum(losses.centerness_loss(x, none[:, 0])), none[:, 0])
     assert value == 0
 
 
 def test_losses_are_float32_whatever_the_logits():
     half = tf.constant([[300.0, -300.0]], tf.float16)
-    assert losses.focal(half, tf.constant([0])).dtype == tf.float32
-    assert losses.centerness(half[0], tf.constant([0.5, 0.5])).dtype == tf.float32
+    assert losses.focal_loss(half, tf.constant([0])).dtype == tf.float32
+    assert losses.centerness_loss(half[0], tf.constant([0.5, 0.5])).dtype == tf.float32

@@ -13,11 +13,11 @@ import tensorflow as tf
 import tf_keras
 from test_geometry import edges_of, star
 
-from polarmask_tf import geometry
 from polarmask_tf.config import BackboneConfig, Config, FPNConfig, HeadConfig, ModelConfig
+from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.modeling.resnet import ResNet
+from polarmask_tf.ops import geometry
 
 CLASSES, ROWS, EDGES = 3, 4, 24
 
@@ -96,7 +96,9 @@ def test_output_shapes(levels, size):
         h, w = -(-size[0] // 2**level), -(-size[1] // 2**level)
         assert geometry.locations(*size, 2**level).shape[0] == h * w
         assert {name: value.shape for name, value in maps.items()} == {
-            "classes": (2, h, w, CLASSES), "centerness": (2, h, w, 1), "rays": (2, h, w, 8)
+            "classes": (2, h, w, CLASSES),
+            "centerness": (2, h, w, 1),
+            "rays": (2, h, w, 8),
         }
         assert all(value.dtype == tf.float32 for value in maps.values())
 
@@ -138,10 +140,16 @@ def test_normalisation_is_part_of_the_network():
 
 
 def test_rays_are_in_units_of_the_stride_or_in_pixels():
-    strided, plain = PolarMask(tiny_config(), 1), PolarMask(
-        dataclasses.replace(tiny_config(), model=dataclasses.replace(tiny_config().model, head=HeadConfig(ray_unit="pixel"))), 1
+    strided, plain = (
+        PolarMask(tiny_config(), 1),
+        PolarMask(
+            dataclasses.replace(
+                tiny_config(), model=dataclasses.replace(tiny_config().model, head=HeadConfig(ray_unit="pixel"))
+            ),
+            1,
+        ),
     )
-    assert strided.ray_units == {3: 8.0, 4: 16.0, 5: 32.0} and plain.ray_units == {3: 1.0, 4: 1.0, 5: 1.0}
+    assert strided.ray_units == {"3": 8.0, "4": 16.0, "5": 32.0} and plain.ray_units == {"3": 1.0, "4": 1.0, "5": 1.0}
 
 
 def test_resnet_50_has_the_published_number_of_parameters():

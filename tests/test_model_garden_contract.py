@@ -11,9 +11,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import config as configs
-from polarmask_tf import geometry
-from polarmask_tf.evaluate import coco_metrics, detections_to_results
-from polarmask_tf.predictor import Detections
+from polarmask_tf.inference.evaluate import coco_metrics, detections_to_results
+from polarmask_tf.inference.predictor import Detections
+from polarmask_tf.ops import geometry
 
 pytest.importorskip("tensorflow_serving.apis", reason="needs the extra `serving`")
 import dataclasses
@@ -123,8 +123,10 @@ def fixed_model(fit, size, tables, scores, classes, box_branch=False):
     if box_branch:
         boxes = (boxes + np.float32([0.05, 0.0, 0.0, 0.02])) * valid[..., None]
     outputs = {
-        "num_detections": valid.sum(1).astype(np.int32), "detection_scores": (scores * valid).astype(np.float32),
-        "detection_classes": (classes * valid).astype(np.int32), "detection_boxes": boxes.astype(np.float32),
+        "num_detections": valid.sum(1).astype(np.int32),
+        "detection_scores": (scores * valid).astype(np.float32),
+        "detection_classes": (classes * valid).astype(np.int32),
+        "detection_boxes": boxes.astype(np.float32),
         "detection_polygons": polygons,
     }
 
@@ -159,8 +161,11 @@ def test_outputs_are_named_shaped_and_placed_as_model_gardens(tmp_path):
     contents = [numbered(0, *size) for size in ((100, 80), (64, 96), (33, 200))]
     found = loaded.signatures["model_garden_image_bytes"](inputs=tf.constant(contents))
     assert {name: (value.dtype, value.shape.as_list()) for name, value in found.items()} == {
-        "num_detections": (tf.int32, [3]), "detection_scores": (tf.float32, [3, 3]), "detection_classes": (tf.int32, [3, 3]),
-        "detection_boxes": (tf.float32, [3, 3, 4]), "detection_masks": (tf.float32, [3, 3, 14, 14]),
+        "num_detections": (tf.int32, [3]),
+        "detection_scores": (tf.float32, [3, 3]),
+        "detection_classes": (tf.int32, [3, 3]),
+        "detection_boxes": (tf.float32, [3, 3, 4]),
+        "detection_masks": (tf.float32, [3, 3, 14, 14]),
         "image_info": (tf.float32, [3, 4, 2]),
     }
     assert found["detection_classes"].numpy().tolist() == [[5, 0, 0]] * 3  # from 1, zeros past the last
@@ -230,7 +235,8 @@ def compare(images, annotations, detections, classes, size, tmp_path):
     numbers = {entry["category_id"]: number for number, entry in enumerate(classes, 1)}
     # In its data the categories are the numbers 1, 2, ..., as in the records that `polarmask convert` writes.
     theirs = {
-        "images": images, "categories": [{"id": number, "name": "?"} for number in numbers.values()],
+        "images": images,
+        "categories": [{"id": number, "name": "?"} for number in numbers.values()],
         "annotations": [{**one, "category_id": numbers[one["category_id"]]} for one in annotations],
     }
     categories = [{"id": entry["category_id"], "name": entry["name"]} for entry in classes]
@@ -249,12 +255,17 @@ def test_model_gardens_evaluator_gives_the_ap_that_ours_gives(tmp_path):
         labels = rng.integers(0, 2, 6)
         for polygon, label in zip(truth, labels, strict=True):
             box = [*polygon.min(0), *(polygon.max(0) - polygon.min(0))]
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": 100 + number, "iscrowd": 0,
-                "category_id": classes[label]["category_id"],
-                "area": float(coco_mask.area(coco_mask.frPyObjects([polygon.ravel().tolist()], height, width))[0]),
-                "bbox": box, "segmentation": [polygon.ravel().tolist()],
-            })
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 100 + number,
+                    "iscrowd": 0,
+                    "category_id": classes[label]["category_id"],
+                    "area": float(coco_mask.area(coco_mask.frPyObjects([polygon.ravel().tolist()], height, width))[0]),
+                    "bbox": box,
+                    "segmentation": [polygon.ravel().tolist()],
+                }
+            )
         # Found a little beside and a little too large or small; some twice, some not at all.
         which = np.concatenate([rng.permutation(6)[:5], rng.integers(0, 6, 3)])
         middle = truth[which].mean(1, keepdims=True)

@@ -8,16 +8,24 @@ import tensorflow as tf
 import tf_keras
 
 from polarmask_tf import config as configs
-from polarmask_tf import optimizers
 from polarmask_tf.config import Config, TrainConfig
+from polarmask_tf.training import optimizers
 
 NAMES = ("conv/kernel", "conv/bias", "norm/gamma", "norm/beta", "head/scale3")
 
 
 def released_recipe(**changes):
     values = {
-        "optimizer": "sgd", "schedule": "step", "decay": "l2", "bias_rate": 2.0, "learning_rate": 0.01, "warmup_steps": 4,
-        "decay_steps": (8, 12), "weight_decay": 1e-2, "clip_norm": 3.0, "rate_batch": 16,
+        "optimizer": "sgd",
+        "schedule": "step",
+        "decay": "l2",
+        "bias_lr_multiplier": 2.0,
+        "learning_rate": 0.01,
+        "warmup_steps": 4,
+        "lr_boundaries": (8, 12),
+        "weight_decay": 1e-2,
+        "clip_norm": 3.0,
+        "base_batch_size": 16,
     }
     return dataclasses.replace(Config(), train=TrainConfig(**{**values, **changes}))
 
@@ -52,9 +60,11 @@ def test_paper_sgd_equals_torch(momentum):
         np.testing.assert_allclose(mine, parameter.detach().numpy(), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "rate_batch", "expected"), [(16, 16, 0.01), (4, 16, 0.0025), (64, 16, 0.04), (4, 0, 0.01)])
-def test_the_rate_is_scaled_to_the_batch(batch, rate_batch, expected):
-    config = released_recipe(rate_batch=rate_batch, warmup_steps=0)
+@pytest.mark.parametrize(
+    ("batch", "base_batch_size", "expected"), [(16, 16, 0.01), (4, 16, 0.0025), (64, 16, 0.04), (4, 0, 0.01)]
+)
+def test_the_rate_is_scaled_to_the_batch(batch, base_batch_size, expected):
+    config = released_recipe(base_batch_size=base_batch_size, warmup_steps=0)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=batch))
     assert float(optimizers.make(config).learning_rate) == pytest.approx(expected)
 
@@ -70,11 +80,17 @@ def test_the_shipped_recipes_follow_the_paper():
     train = configs.load("paper_1x").train
     rate = optimizers.Schedule(train)
     assert [round(float(rate(step)), 7) for step in (0, 250, 500, 59_999, 60_000, 79_999, 80_000)] == [
-        0.0033333, 0.0066667, 0.01, 0.01, 0.001, 0.001, 0.0001
+        0.0033333,
+        0.0066667,
+        0.01,
+        0.01,
+        0.001,
+        0.001,
+        0.0001,
     ]
     assert (train.steps, train.momentum, train.weight_decay, train.clip_norm) == (90_000, 0.9, 1e-4, 35.0)
     twice = configs.load("paper_2x").train
-    assert (twice.steps, twice.decay_steps) == (180_000, (120_000, 160_000))
+    assert (twice.steps, twice.lr_boundaries) == (180_000, (120_000, 160_000))
 
 
 def test_an_optimizer_can_be_saved_by_keras():

@@ -9,18 +9,26 @@ import tf_keras
 from test_model import CLASSES, instances_of, random_images, random_scenes, tiny_config
 
 from polarmask_tf import config as configs
-from polarmask_tf import geometry, losses, runs, targets, train
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.ops import geometry, losses, targets
+from polarmask_tf.training import train
+from polarmask_tf.weights import runs
 
 
 def make(box=False, rays=8, conventions="paper", centerness="polar", **loss):
     config = tiny_config(rays=rays)
     head = dataclasses.replace(config.model.head, box=box, ray_bias=2.0, ray_unit="pixel")
-    return PolarMask(dataclasses.replace(
-        config, conventions=conventions, model=dataclasses.replace(config.model, head=head),
-        targets=dataclasses.replace(config.targets, centerness=centerness), loss=dataclasses.replace(config.loss, **loss),
-    ), CLASSES)
+    return PolarMask(
+        dataclasses.replace(
+            config,
+            conventions=conventions,
+            model=dataclasses.replace(config.model, head=head),
+            targets=dataclasses.replace(config.targets, centerness=centerness),
+            loss=dataclasses.replace(config.loss, **loss),
+        ),
+        CLASSES,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +44,14 @@ def losses_of(model, batch):
     return values
 
 
-@pytest.mark.parametrize(("loss", "function"), losses.RAYS.items())
+@pytest.mark.parametrize(("loss", "function"), losses.RAY_LOSSES.items())
 @pytest.mark.parametrize("centerness", ["polar", "cartesian"])
 def test_ray_losses_are_weighted_means_over_positives(batch, loss, function, centerness):
     model = make(ray=loss, ray_weight=0.3, centerness=centerness)
     images, instances = batch
     values = losses_of(model, batch)
     assert values["loss"] == pytest.approx(values["class"] + 0.3 * values["ray"] + values["centerness"], rel=1e-5)
-    encoded = targets.encode(
-        instances, rays=8, levels=(3, 4, 5), size=(64, 64), ranges=model.ranges, centerness=centerness
-    )
+    encoded = targets.encode(instances, rays=8, levels=(3, 4, 5), size=(64, 64), ranges=model.ranges, centerness=centerness)
     maps = model(images)
     flat = np.concatenate([maps[level]["rays"].numpy().reshape(2, -1, 8) for level in (3, 4, 5)], axis=1)
     predicted = np.exp(flat[tuple(encoded.positives.numpy().T)])

@@ -7,12 +7,22 @@ import numpy as np
 import pytest
 
 from polarmask_tf import cli
-from polarmask_tf.predictor import load_predictor
+from polarmask_tf.inference.predictor import load_predictor
 
 NARROW = [
-    "model.backbone.blocks=[1,1,1,1]", "model.backbone.width=8", "model.backbone.weights=''", "model.fpn.channels=16",
-    "model.head.channels=16", "model.head.convs=1", "data.batch=4", "train.steps=4", "train.checkpoint_every=4",
-    "train.warmup_steps=2", "postprocess.score_threshold=0.001", "postprocess.candidates=50", "postprocess.max_detections=20",
+    "model.backbone.blocks=[1,1,1,1]",
+    "model.backbone.width=8",
+    "model.backbone.weights=''",
+    "model.fpn.channels=16",
+    "model.head.channels=16",
+    "model.head.convs=1",
+    "data.batch=4",
+    "train.steps=4",
+    "train.checkpoint_every=4",
+    "train.warmup_steps=2",
+    "postprocess.score_threshold=0.001",
+    "postprocess.pre_nms_top_k=50",
+    "postprocess.max_detections=20",
 ]
 SIZES = {"paper_1x": "data.size=[64,100]", "released_r50_1x": "data.size=[64,96]"}
 
@@ -65,7 +75,7 @@ def test_a_recipe_trains_evaluates_and_exports(data, tmp_path, capfd, recipe):
             assert len(mine.scores) == len(theirs.scores) > 0
             np.testing.assert_allclose(theirs.scores, mine.scores, atol=2e-3)
     # Frozen: the stem, C2 and every BatchNorm are as they were before training.
-    from polarmask_tf.runs import load_run
+    from polarmask_tf.weights.runs import load_run
 
     model = load_run(run)
     frozen = {v.name for v in model.variables} - {v.name for v in model.trainable_variables}

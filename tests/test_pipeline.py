@@ -15,9 +15,9 @@ import tf_keras
 from PIL import Image
 
 from polarmask_tf import config as configs
-from polarmask_tf import geometry
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
+from polarmask_tf.ops import geometry
 
 # (height, width) of image i, which is filled with the gray 20 * (i + 1): 7 lie, 4 stand.
 SIZES = [(40, 60), (60, 40), (64, 64), (30, 90), (90, 30), (64, 96), (50, 50), (100, 70), (70, 100), (33, 47), (128, 20)]
@@ -36,10 +36,18 @@ def write(folder, sizes, shards=3):
                 Image.new("RGB", (width, height), (20 * (i + 1),) * 3).save(file, "PNG")
                 ring = np.array([[0.2, 0.2], [0.8, 0.3], [0.6, 0.9]]) * [width, height]
                 instance = records.Instance(i, 0, "blob", False, 1.0, (*ring.min(0), *ring.max(0)), [ring], b"")
-                records.write_record(out, records.encode_example(
-                    encoded=file.getvalue(), format="png", file_name=f"{i}.png", image_id=i, height=height, width=width,
-                    instances=[instance],
-                ))
+                records.write_record(
+                    out,
+                    records.encode_example(
+                        encoded=file.getvalue(),
+                        format="png",
+                        file_name=f"{i}.png",
+                        image_id=i,
+                        height=height,
+                        width=width,
+                        instances=[instance],
+                    ),
+                )
     return records.DatasetInfo(
         folder, "train", len(sizes), len(sizes), 0, [{"name": "blob", "category_id": 1}], 1, 3, paths, {}
     )
@@ -226,12 +234,15 @@ def test_a_model_trains_on_both_orientations_with_one_graph(info):
 
     config = config_of(**SHORT)
     tiny = dataclasses.replace(
-        config.model, rays=8, backbone=dataclasses.replace(config.model.backbone, stem="3x3", width=8),
-        fpn=configs.FPNConfig(channels=16, levels=(3, 4, 5)), head=dataclasses.replace(config.model.head, channels=16, convs=1),
+        config.model,
+        rays=8,
+        backbone=dataclasses.replace(config.model.backbone, stem="3x3", width=8),
+        fpn=configs.FPNConfig(channels=16, levels=(3, 4, 5)),
+        head=dataclasses.replace(config.model.head, channels=16, convs=1),
     )
     config = dataclasses.replace(config, model=tiny)
     model = PolarMask(config, 1)
-    model.build((None, *configs.canvas(config.data), 3))
+    model.build((None, *configs.input_size(config.data), 3))
     model.compile(optimizer=tf_keras.optimizers.SGD(1e-3))
     model.optimizer.build(model.trainable_variables)
     batches = pipeline.training_batches(info, config, seed=5)
@@ -254,12 +265,17 @@ def flip(place):
         content = bytearray(path.read_bytes())
         content[place] ^= 1
         path.write_bytes(content)
+
     return damage
 
 
 # What is done to the second of three shards, which holds the images 1, 4, 7 and 10: how many of them can still be read.
 DAMAGE = {
-    "cut": (cut, 3), "data": (flip(-30), 3), "first data": (flip(40), 0), "length": (flip(2), 0), "gone": (Path.unlink, 0),
+    "cut": (cut, 3),
+    "data": (flip(-30), 3),
+    "first data": (flip(40), 0),
+    "length": (flip(2), 0),
+    "gone": (Path.unlink, 0),
 }
 
 
@@ -376,9 +392,11 @@ def test_an_example_ships_less_than_half_a_megabyte_besides_its_pixels():
     Image.new("RGB", (640, 480)).save(file, "PNG")
     ring = np.random.default_rng(0).uniform(0, 480, (96, 2))
     instance = records.Instance(1, 0, "blob", False, 1.0, (0, 0, 480, 480), [ring], b"")
-    record = records.parse(records.encode_example(
-        encoded=file.getvalue(), format="png", file_name="x", image_id=1, height=480, width=640, instances=[instance] * 100
-    ))
+    record = records.parse(
+        records.encode_example(
+            encoded=file.getvalue(), format="png", file_name="x", image_id=1, height=480, width=640, instances=[instance] * 100
+        )
+    )
     image, instances = pipeline.prepare(record, config, info, tf.constant([0, 0]))
     assert image.shape == (800, 1344, 3)
     assert (instances["classes"].numpy() >= 0).sum() == 100 and instances["edges"].shape == (100, 96, 4)

@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from polarmask_tf import postprocess
+from polarmask_tf.ops import postprocess
 
 SIZE = (40, 56)
 LEVELS = {3: (5, 7), 4: (3, 4)}
@@ -21,9 +21,9 @@ def sigmoid(x):
 def random_outputs(rng, scale=2.0):
     return {
         level: {
-            "classes": rng.normal(-1, scale, (*shape, CLASSES)).astype(np.float32),
-            "centerness": rng.normal(1, scale, (*shape, 1)).astype(np.float32),
-            "rays": rng.normal(0, 0.5, (*shape, RAYS)).astype(np.float32),
+            "class_logits": rng.normal(-1, scale, (*shape, CLASSES)).astype(np.float32),
+            "centerness_logits": rng.normal(1, scale, (*shape, 1)).astype(np.float32),
+            "ray_logits": rng.normal(0, 0.5, (*shape, RAYS)).astype(np.float32),
         }
         for level, shape in LEVELS.items()
     }
@@ -33,7 +33,7 @@ def slow_detect(outputs, *, score_threshold=0.05, candidates=1000, nms_iou=0.5, 
     """List of (score, class, polygon in pixels), and how near any decision was to going the other way."""
     found, margin = [], 1.0
     for level in sorted(outputs):
-        classes, centerness, rays = (outputs[level][name] for name in ("classes", "centerness", "rays"))
+        classes, centerness, rays = (outputs[level][name] for name in ("class_logits", "centerness_logits", "ray_logits"))
         of_level = []
         for i, j in np.ndindex(classes.shape[:2]):
             scores = sigmoid(classes[i, j]) * sigmoid(centerness[i, j])
@@ -89,13 +89,20 @@ def check_contract(found, rows, threshold=0.05, num_classes=CLASSES):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([3, 10, 1000]), st.sampled_from([0.05, 0.3]),
-    st.sampled_from([0.2, 0.5]), st.sampled_from([4, 60]),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.sampled_from([3, 10, 1000]),
+    st.sampled_from([0.05, 0.3]),
+    st.sampled_from([0.2, 0.5]),
+    st.sampled_from([4, 60]),
 )
 def test_detect_equals_numpy(seed, multi_label, candidates, threshold, nms_iou, rows):
     outputs = random_outputs(np.random.default_rng(seed))
     options = {
-        "score_threshold": threshold, "candidates": candidates, "nms_iou": nms_iou, "max_detections": rows,
+        "score_threshold": threshold,
+        "pre_nms_top_k": candidates,
+        "nms_iou_threshold": nms_iou,
+        "max_detections": rows,
         "multi_label": multi_label,
     }
     expected, margin = slow_detect(outputs, **options)
@@ -114,9 +121,9 @@ def quiet(classes=CLASSES):
     """Outputs in which nothing scores."""
     return {
         level: {
-            "classes": np.full((*shape, classes), -9, np.float32),
-            "centerness": np.full((*shape, 1), 9, np.float32),
-            "rays": np.zeros((*shape, RAYS), np.float32),
+            "class_logits": np.full((*shape, classes), -9, np.float32),
+            "centerness_logits": np.full((*shape, 1), 9, np.float32),
+            "ray_logits": np.zeros((*shape, RAYS), np.float32),
         }
         for level, shape in LEVELS.items()
     }
@@ -131,7 +138,7 @@ def test_nothing_above_the_threshold():
 
 def test_several_labels_at_one_location():
     outputs = quiet()
-    outputs[3]["classes"][2, 3] = [2.0, -9, 3.0]
+    outputs[3]["class_logits"][2, 3] = [2.0, -9, 3.0]
     found = detect(outputs)
     assert found["num_detections"] == 2  # the same polygon: NMS is per class
     assert found["detection_classes"][:2].tolist() == [2, 0]
@@ -142,9 +149,9 @@ def test_several_labels_at_one_location():
 
 def test_overlapping_detections_of_one_class_are_suppressed_and_the_best_stays():
     outputs = quiet()
-    outputs[3]["classes"][2, 3, 1], outputs[3]["classes"][2, 4, 1] = 2.0, 3.0  # radius 8, 8 apart: box IoU 1 / 3
+    outputs[3]["class_logits"][2, 3, 1], outputs[3]["class_logits"][2, 4, 1] = 2.0, 3.0  # radius 8, 8 apart: box IoU 1 / 3
     assert detect(outputs)["num_detections"] == 2
-    found = detect(outputs, nms_iou=0.3)
+    found = detect(outputs, nms_iou_threshold=0.3)
     assert found["num_detections"] == 1
     assert found["detection_scores"][0] == pytest.approx(sigmoid(3) * sigmoid(9), rel=1e-5)
     # Center (36, 20), radius 8, as ymin, xmin, ymax, xmax of 40 x 56.
@@ -153,31 +160,33 @@ def test_overlapping_detections_of_one_class_are_suppressed_and_the_best_stays()
 
 def test_candidates_are_counted_per_level():
     outputs = quiet()
-    outputs[3]["classes"][...] = np.random.default_rng(0).uniform(2, 3, outputs[3]["classes"].shape)
-    outputs[4]["classes"][0, 0, 0] = 0.0
+    outputs[3]["class_logits"][...] = np.random.default_rng(0).uniform(2, 3, outputs[3]["class_logits"].shape)
+    outputs[4]["class_logits"][0, 0, 0] = 0.0
     for maps in outputs.values():
-        maps["rays"][...] = -3.0  # small: nothing overlaps
-    found = detect(outputs, candidates=2)
+        maps["ray_logits"][...] = -3.0  # small: nothing overlaps
+    found = detect(outputs, pre_nms_top_k=2)
     assert found["num_detections"] == 3  # two of level 3, and level 4's although many of level 3 score higher
     assert found["detection_scores"][2] == pytest.approx(0.5, rel=1e-3)
 
 
 def test_a_threshold_score_itself_is_dropped():
     outputs = quiet()
-    outputs[3]["classes"][0, 0, 0], outputs[3]["centerness"][0, 0] = 0.0, 200.0
+    outputs[3]["class_logits"][0, 0, 0], outputs[3]["centerness_logits"][0, 0] = 0.0, 200.0
     assert detect(outputs, score_threshold=0.5)["num_detections"] == 0
     assert detect(outputs, score_threshold=0.4999)["num_detections"] == 1
 
 
 def test_many_classes_do_not_meet_in_nms():
     """80 detections of 80 classes with one and the same box, on an image large enough to cost the offsets their digits."""
-    maps = {7: {
-        "classes": np.full((8, 11, 80), -9, np.float32),
-        "centerness": np.full((8, 11, 1), 9, np.float32),
-        "rays": np.zeros((8, 11, 36), np.float32),
-    }}
-    maps[7]["classes"][4, 5] = np.linspace(3, 4, 80)
-    maps[7]["classes"][4, 6] = np.linspace(1, 2, 80)  # box IoU 1 / 3 with it
+    maps = {
+        7: {
+            "class_logits": np.full((8, 11, 80), -9, np.float32),
+            "centerness_logits": np.full((8, 11, 1), 9, np.float32),
+            "ray_logits": np.zeros((8, 11, 36), np.float32),
+        }
+    }
+    maps[7]["class_logits"][4, 5] = np.linspace(3, 4, 80)
+    maps[7]["class_logits"][4, 6] = np.linspace(1, 2, 80)  # box IoU 1 / 3 with it
     found = postprocess.detect(tf.nest.map_structure(tf.constant, maps), (1024, 1333), {7: 128.0}, max_detections=200)
     found = {name: value.numpy() for name, value in found.items()}
     check_contract(found, 200, num_classes=80)
@@ -205,7 +214,10 @@ def test_detect_has_static_shapes_in_a_graph():
     structure = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, tf.float32), quiet())
     shapes = {name: tuple(v.shape) for name, v in graph.get_concrete_function(structure).structured_outputs.items()}
     assert shapes == {
-        "num_detections": (), "detection_scores": (7,), "detection_classes": (7,), "detection_boxes": (7, 4),
+        "num_detections": (),
+        "detection_scores": (7,),
+        "detection_classes": (7,),
+        "detection_boxes": (7, 4),
         "detection_polygons": (7, RAYS, 2),
     }
 
@@ -216,11 +228,11 @@ def test_detect_has_static_shapes_in_a_graph():
 def test_rays_are_cut_at_the_box():
     """One detection of 8 rays of 10 pixels; its box reaches 4 left, 100 up, 6 right and 5 down."""
     outputs = quiet()
-    outputs[3]["classes"][2, 3, 1] = 5.0
-    outputs[3]["rays"][2, 3] = np.log(10 / 8)
+    outputs[3]["class_logits"][2, 3, 1] = 5.0
+    outputs[3]["ray_logits"][2, 3] = np.log(10 / 8)
     for level, maps in outputs.items():
-        maps["boxes"] = np.zeros((*LEVELS[level], 4), np.float32)
-    outputs[3]["boxes"][2, 3] = np.log(np.float32([4, 100, 6, 5]) / 8)
+        maps["ltrb_logits"] = np.zeros((*LEVELS[level], 4), np.float32)
+    outputs[3]["ltrb_logits"][2, 3] = np.log(np.float32([4, 100, 6, 5]) / 8)
     found = detect(outputs, max_detections=1)
     # The diagonal ones, 7.07 in x and y, keep their direction: both shrink to where the nearer side is met.
     expected = np.add([28, 20], [[6, 0], [5, 5], [0, 5], [-4, 4], [-4, 0], [-4, -4], [0, -10], [6, -6]])
@@ -233,7 +245,7 @@ def released_detect(outputs, threshold, candidates, iou, rows, box_nms):
     pairs, margin = [], 1.0
     for level in sorted(outputs):
         maps = outputs[level]
-        scores, centerness = sigmoid(maps["classes"]), sigmoid(maps["centerness"])[..., 0]
+        scores, centerness = sigmoid(maps["class_logits"]), sigmoid(maps["centerness_logits"])[..., 0]
         best = (scores.max(-1) * centerness).ravel()
         order = np.argsort(-best, kind="stable")
         if len(order) > candidates:
@@ -242,10 +254,10 @@ def released_detect(outputs, threshold, candidates, iou, rows, box_nms):
             i, j = np.unravel_index(index, centerness.shape)
             center = np.array([(j + 0.5) * 2**level, (i + 0.5) * 2**level])
             angles = 2 * np.pi * np.arange(RAYS) / RAYS
-            lengths = UNITS[level] * np.exp(maps["rays"][i, j].astype(np.float64))
+            lengths = UNITS[level] * np.exp(maps["ray_logits"][i, j].astype(np.float64))
             last = np.array([SIZE[1] - 1, SIZE[0] - 1])
             polygon = (center + lengths[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)).clip(0, last)
-            left, top, right, bottom = UNITS[level] * np.exp(maps["boxes"][i, j].astype(np.float64))
+            left, top, right, bottom = UNITS[level] * np.exp(maps["ltrb_logits"][i, j].astype(np.float64))
             box = np.array([center - (left, top), np.add(center, (right, bottom))]).clip(0, last)
             box = box if box_nms else np.array([polygon.min(0), polygon.max(0)])
             for c in range(CLASSES):
@@ -267,22 +279,32 @@ def released_detect(outputs, threshold, candidates, iou, rows, box_nms):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([5, 1000]), st.sampled_from([0.05, 0.3]),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+    st.sampled_from([5, 1000]),
+    st.sampled_from([0.05, 0.3]),
     st.sampled_from([4, 80]),
 )
 def test_the_released_way_equals_numpy(seed, box_nms, candidates, threshold, rows):
     rng = np.random.default_rng(seed)
     outputs = random_outputs(rng, scale=1.5)
     for level, maps in outputs.items():
-        maps["boxes"] = rng.normal(0, 0.5, (*LEVELS[level], 4)).astype(np.float32)
+        maps["ltrb_logits"] = rng.normal(0, 0.5, (*LEVELS[level], 4)).astype(np.float32)
     expected, margin = released_detect(outputs, threshold, candidates, 0.5, rows, box_nms)
     assume(margin > 1e-4)
     if not box_nms:
         for maps in outputs.values():
-            del maps["boxes"]
+            del maps["ltrb_logits"]
     found = detect(
-        outputs, score_threshold=threshold, candidates=candidates, max_detections=rows, centerness_offset=0.5,
-        class_threshold=True, box_nms=box_nms, suppress_equal=True, whole_pixels=True,
+        outputs,
+        score_threshold=threshold,
+        pre_nms_top_k=candidates,
+        max_detections=rows,
+        centerness_offset=0.5,
+        class_threshold=True,
+        box_nms=box_nms,
+        suppress_equal=True,
+        whole_pixels=True,
     )
     n = len(expected)
     assert found["num_detections"] == n
@@ -297,16 +319,16 @@ def test_suppression_at_the_threshold_itself():
     """Two boxes with an IoU of exactly 1 / 2: 6 x 8 and 12 x 8, within each other."""
     outputs = quiet()
     for level, maps in outputs.items():
-        maps["boxes"] = np.full((*LEVELS[level], 4), -9, np.float32)
+        maps["ltrb_logits"] = np.full((*LEVELS[level], 4), -9, np.float32)
     for column, score, sides in ((2, 3.0, [0, 4, 6, 4]), (3, 2.0, [8, 4, 4, 4])):
-        outputs[3]["classes"][2, column, 0] = score
-        outputs[3]["boxes"][2, column] = np.log(np.maximum(np.float32(sides), 1e-3) / 8)
-    outputs[3]["boxes"][2, 2, 0] = -10.0
+        outputs[3]["class_logits"][2, column, 0] = score
+        outputs[3]["ltrb_logits"][2, column] = np.log(np.maximum(np.float32(sides), 1e-3) / 8)
+    outputs[3]["ltrb_logits"][2, 2, 0] = -10.0
     shared = {"class_threshold": True, "box_nms": True}
     boxes = detect(outputs, **shared)["detection_boxes"][:2, [1, 0, 3, 2]] * (SIZE[::-1] * 2)
     np.testing.assert_allclose(boxes, [[20, 16, 26, 24], [20, 16, 32, 24]], atol=1e-2)
-    assert detect(outputs, **shared, nms_iou=0.51)["num_detections"] == 2
-    assert detect(outputs, **shared, nms_iou=0.49)["num_detections"] == 1
+    assert detect(outputs, **shared, nms_iou_threshold=0.51)["num_detections"] == 2
+    assert detect(outputs, **shared, nms_iou_threshold=0.49)["num_detections"] == 1
 
 
 POST_VARIANTS = [(nms, equal) for nms in ("box", "mask") for equal in ("ge", "gt")]
@@ -318,13 +340,23 @@ def test_detect_equals_the_released_post_processing(shared, nms, equal):
     turn = (9 - np.arange(36)) % 36
     outputs = {}
     for index in range(5):
-        maps = {name: golden[f"in/{name}{index}"][0].transpose(1, 2, 0) for name in ("cls", "ctr", "rays", "bbox")}
-        outputs[3 + index] = {"classes": maps["cls"], "centerness": maps["ctr"], "rays": np.log(maps["rays"])[..., turn]}
+        maps = {name: golden[f"in/{name}{index}"][0].transpose(1, 2, 0) for name in ("cls", "ctr", "ray_logits", "bbox")}
+        outputs[3 + index] = {
+            "class_logits": maps["cls"],
+            "centerness_logits": maps["ctr"],
+            "ray_logits": np.log(maps["ray_logits"])[..., turn],
+        }
         if nms == "box":
-            outputs[3 + index]["boxes"] = np.log(maps["bbox"])
+            outputs[3 + index]["ltrb_logits"] = np.log(maps["bbox"])
     found = postprocess.detect(
-        tf.nest.map_structure(tf.constant, outputs), (256, 320), dict.fromkeys(outputs, 1.0), centerness_offset=0.5,
-        class_threshold=True, box_nms=nms == "box", suppress_equal=equal == "ge", whole_pixels=True,
+        tf.nest.map_structure(tf.constant, outputs),
+        (256, 320),
+        dict.fromkeys(outputs, 1.0),
+        centerness_offset=0.5,
+        class_threshold=True,
+        box_nms=nms == "box",
+        suppress_equal=equal == "ge",
+        whole_pixels=True,
     )
     found = {name: value.numpy() for name, value in found.items()}
     height, width = golden["ori_shape"]

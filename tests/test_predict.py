@@ -11,9 +11,10 @@ from pycocotools.coco import COCO
 from test_lite import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
 
 from polarmask_tf import config as configs
-from polarmask_tf import lite, predict
+from polarmask_tf import lite
 from polarmask_tf.errors import InputError
-from polarmask_tf.predictor import Detections, Predictor, load_predictor, read_image
+from polarmask_tf.inference import predict
+from polarmask_tf.inference.predictor import Detections, Predictor, load_predictor, read_image
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +34,7 @@ def run(tmp_path, monkeypatch):
         calls.append(overrides)
         return types.SimpleNamespace(classes=CLASSES, config=config, detect=hexagon_around_brightest)
 
-    monkeypatch.setitem(sys.modules, "polarmask_tf.runs", types.SimpleNamespace(load_run=load_run))
+    monkeypatch.setitem(sys.modules, "polarmask_tf.weights.runs", types.SimpleNamespace(load_run=load_run))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     return tmp_path / "run", calls
@@ -384,7 +385,7 @@ def drawn_sheet(monkeypatch):
 def test_the_sheet_without_truth_shows_predictions_alone(exports, folder, tmp_path, monkeypatch):
     calls = drawn_sheet(monkeypatch)
     done = predict.predict(load_predictor(exports["tflite"]), folder, tmp_path / "out", score_threshold=0.5, progress=False)
-    (cells, heads), = calls
+    ((cells, heads),) = calls
     assert heads == () and [len(cell) for cell in cells] == [2, 2, 2]
     assert [cell[-1] for cell in cells] == ["12.png: 1 found", "known.png: 1 found", "moon.png: 1 found"]
     assert Image.open(done["sheet"]).width > 384
@@ -397,7 +398,7 @@ def test_compare_shows_the_same_images_for_every_model(exports, folder, tmp_path
     shifted = dataclasses.replace(sure, run=lambda images: [{**f, "polygons": f["polygons"] + 5} for f in sure.run(images)])
     models, out = {"Smooth-L1": shifted, "Polar IoU": one}, tmp_path / "deep" / "f.png"
     assert predict.compare(models, folder, out, score_threshold=0.1) == out
-    (cells, heads), = calls
+    ((cells, heads),) = calls
     assert heads == ("Smooth-L1", "Polar IoU")
     assert [cell[-1] for cell in cells] == ["12.png: 1, 2 found", "known.png: 1, 2 found", "moon.png: 1, 2 found"]
     for left, right, _ in cells:

@@ -11,9 +11,9 @@ import tf_keras
 
 from polarmask_tf.config import BackboneConfig, ModelConfig
 from polarmask_tf.errors import InputError
-from polarmask_tf.modeling import pretrained
-from polarmask_tf.modeling.pretrained import CAFFE, TORCHVISION
-from polarmask_tf.modeling.resnet import ResNet
+from polarmask_tf.modeling.backbones.resnet import ResNet
+from polarmask_tf.weights import pretrained
+from polarmask_tf.weights.pretrained import CAFFE, TORCHVISION
 
 LEVELS = (2, 3, 4, 5)
 R50 = {"block": "bottleneck", "blocks": (3, 4, 6, 3), "width": 64, "stem": "7x7"}
@@ -179,9 +179,16 @@ def test_deeper_networks_of_keras():
     assert_equal_features(backbone(rgb - config.mean), features_of_applications(network, rgb))
 
 
-@pytest.mark.parametrize("options", [
-    {"stem": "3x3"}, {"width": 32}, {"blocks": (3, 4, 6, 4)}, {"block": "basic"}, {"groups": 32},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stem": "3x3"},
+        {"width": 32},
+        {"blocks": (3, 4, 6, 4)},
+        {"block": "basic"},
+        {"groups": 32},
+    ],
+)
 def test_keras_has_three_networks(resnet50_h5, options):
     if options.get("width"):  # small ones, where that does not matter: what is refused need not be large
         options = {**options, "blocks": (1, 1, 1, 1)}

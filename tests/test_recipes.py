@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from polarmask_tf import cli, config, distribute
+from polarmask_tf import cli, config
+from polarmask_tf.training import distribution
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SBATCH = SCRIPTS / "slurm.sbatch"
@@ -45,7 +46,8 @@ def shell_command(text):
 # Each recipe: its arguments for polarmask, and how many GPUs train.
 RECIPES = {
     "slurm.sbatch": lambda: (
-        shell_command(SBATCH.read_text()), int(sbatch_options()["nodes"]) * int(sbatch_options()["gpus-per-node"])
+        shell_command(SBATCH.read_text()),
+        int(sbatch_options()["nodes"]) * int(sbatch_options()["gpus-per-node"]),
     ),
     "job.yaml": lambda: (shell_command(container("job.yaml")["args"][0]), gpus("job.yaml")),
     "tfjob.yaml": lambda: (container("tfjob.yaml")["command"][1:], gpus("tfjob.yaml")),
@@ -104,7 +106,7 @@ def test_the_job_builds_the_tf_config_of_each_pod(tmp_path, index):
     environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": str(index)}
     end = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert end.returncode == 0, end.stderr
-    cluster = distribute.parse_tf_config(end.stdout)
+    cluster = distribution.parse_tf_config(end.stdout)
 
     service, job = documents("job.yaml")
     (port,) = service["spec"]["ports"]
@@ -141,8 +143,11 @@ def test_data_and_runs_are_on_the_shared_volume(name):
     assert claim["kind"] == "PersistentVolumeClaim" and claim["spec"]["accessModes"] == ["ReadWriteMany"]
     volumes = {volume["name"]: volume for volume in pod(name)[0]["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container(name)["volumeMounts"]}
-    shared = [path for path, volume in mounts.items()
-              if volume.get("persistentVolumeClaim") == {"claimName": claim["metadata"]["name"]}]
+    shared = [
+        path
+        for path, volume in mounts.items()
+        if volume.get("persistentVolumeClaim") == {"claimName": claim["metadata"]["name"]}
+    ]
     args = cli.parser().parse_args(RECIPES[name]()[0])
     assert len(shared) == 1 and all(str(path).startswith(f"{shared[0]}/") for path in (args.data, args.out))
     assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"}

@@ -12,11 +12,11 @@ from PIL import Image
 from test_lite import CLASSES, metadata, spot
 from test_serving_client import MAX_PIXELS, METADATA, answer, make_model, scripted
 
-from polarmask_tf import remote
 from polarmask_tf.errors import InputError
-from polarmask_tf.evaluate import evaluate
-from polarmask_tf.predict import predict
-from polarmask_tf.predictor import load_predictor
+from polarmask_tf.inference import client
+from polarmask_tf.inference.evaluate import evaluate
+from polarmask_tf.inference.predict import predict
+from polarmask_tf.inference.predictor import load_predictor
 
 IMAGE = spot(20, 30, 5, 5, 2)
 
@@ -34,7 +34,7 @@ def served(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
     waits = []
-    monkeypatch.setattr(remote, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append))
     return waits
 
 
@@ -101,7 +101,7 @@ def test_predict_and_evaluate_with_a_served_model(served, tmp_path):
 
 def test_http_needs_no_tensorflow(served):
     code = (
-        "import sys; from polarmask_tf.predictor import load_predictor; import numpy as np"
+        "import sys; from polarmask_tf.inference.predictor import load_predictor; import numpy as np"
         "\nfound, = load_predictor(sys.argv[1])([np.zeros((20, 30, 3), np.uint8)])"
         "\nassert len(found.scores) == 2 and 'tensorflow' not in sys.modules"
     )
@@ -131,17 +131,26 @@ def test_an_unknown_model_is_one_line(served, way, hurry):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1/models/x", "grpc://127.0.0.1:9/x"])
 def test_nobody_there(url, hurry, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 5)
+    monkeypatch.setattr(client, "TIMEOUT", 5)
     with pytest.raises(InputError, match=r"refused|connect") as error:
         load_predictor(url)
     assert str(error.value).startswith(f"{url}: ") and "\n" not in str(error.value)
-    assert hurry == list(remote.WAITS)
+    assert hurry == list(client.WAITS)
 
 
-@pytest.mark.parametrize("url", [
-    "http://host:8501", "http://host:8501/v1/models/", "http://host/v1/models/a/b", "http://host/v1/models/a:predict",
-    "grpc://host:8500", "grpc://host:8500/", "grpc://host:8500/a/b", "https:///v1/models/a",
-])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host:8501",
+        "http://host:8501/v1/models/",
+        "http://host/v1/models/a/b",
+        "http://host/v1/models/a:predict",
+        "grpc://host:8500",
+        "grpc://host:8500/",
+        "grpc://host:8500/a/b",
+        "https:///v1/models/a",
+    ],
+)
 def test_other_urls_are_refused(url):
     with pytest.raises(InputError, match="must look like http://HOST:8501/v1/models/NAME or grpc://HOST:8500/NAME"):
         load_predictor(url)
@@ -162,32 +171,47 @@ def without_classes(**changes):
     return 200, {"outputs": [json.dumps({**metadata(), **changes})]}, 0
 
 
-@pytest.mark.parametrize("reply, message", [
-    ((200, b"<html>hello</html>", 0), "the answer is not TF Serving's JSON"),
-    ((200, b"[" * 100_000, 0), "the answer is not TF Serving's JSON"),
-    ((200, {"predictions": []}, 0), "the answer is not TF Serving's JSON"),
-    ((404, b"<html>nothing here</html>", 0), "HTTP 404 Not Found"),
-    ((200, {"outputs": {"a": 1, "b": 2}}, 0), "does not come from a model that"),
-    ((200, {"outputs": []}, 0), "does not come from a model that"),
-    ((200, {"outputs": [3]}, 0), "names no classes"),
-    ((200, {"outputs": ["{"]}, 0), "names no classes"),
-    (without_classes(classes=[]), "names no classes"),
-    (without_classes(classes=[{"name": "a"}]), "names no classes"),
-    (without_classes(input={}), "names no classes"),
-])
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        ((200, b"<html>hello</html>", 0), "the answer is not TF Serving's JSON"),
+        ((200, b"[" * 100_000, 0), "the answer is not TF Serving's JSON"),
+        ((200, {"predictions": []}, 0), "the answer is not TF Serving's JSON"),
+        ((404, b"<html>nothing here</html>", 0), "HTTP 404 Not Found"),
+        ((200, {"outputs": {"a": 1, "b": 2}}, 0), "does not come from a model that"),
+        ((200, {"outputs": []}, 0), "does not come from a model that"),
+        ((200, {"outputs": [3]}, 0), "names no classes"),
+        ((200, {"outputs": ["{"]}, 0), "names no classes"),
+        (without_classes(classes=[]), "names no classes"),
+        (without_classes(classes=[{"name": "a"}]), "names no classes"),
+        (without_classes(input={}), "names no classes"),
+    ],
+)
 def test_a_server_of_something_else_is_one_line(reply, message):
     with scripted(reply) as (address, _), pytest.raises(InputError) as error:
         load_predictor(f"http://{address}/v1/models/x")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes", [
-    {"num_detections": [4]}, {"num_detections": [-1]}, {"num_detections": 0}, {"num_detections": ["one"]},
-    {"num_detections": [2**40]}, {"detection_scores": [[None]]}, {"detection_scores": [[float("nan")]]},
-    {"detection_classes": [[2]]}, {"detection_classes": [[-1]]}, {"detection_boxes": [[[0.0] * 3]]},
-    {"detection_polygons": [[[0.0, 0.0]]]}, {"detection_polygons": [[[[0.0, 0.0]]], [[[0.0, 0.0]]]]},
-    {"detection_boxes": [[[0.0] * 4] * 2]}, {"detection_scores": "x"},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_detections": [4]},
+        {"num_detections": [-1]},
+        {"num_detections": 0},
+        {"num_detections": ["one"]},
+        {"num_detections": [2**40]},
+        {"detection_scores": [[None]]},
+        {"detection_scores": [[float("nan")]]},
+        {"detection_classes": [[2]]},
+        {"detection_classes": [[-1]]},
+        {"detection_boxes": [[[0.0] * 3]]},
+        {"detection_polygons": [[[0.0, 0.0]]]},
+        {"detection_polygons": [[[[0.0, 0.0]]], [[[0.0, 0.0]]]]},
+        {"detection_boxes": [[[0.0] * 4] * 2]},
+        {"detection_scores": "x"},
+    ],
+)
 def test_an_answer_against_the_contract_is_one_line(changes):
     with scripted(METADATA, (200, answer(), 0), (200, answer(**changes), 0)) as (address, _):
         predictor = load_predictor(f"http://{address}/v1/models/x")
@@ -199,14 +223,14 @@ def test_an_answer_against_the_contract_is_one_line(changes):
 
 @pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"", 0), (504, b"", 0), (200, answer(), 1)])
 def test_a_busy_server_is_asked_again(busy, hurry, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.3)
+    monkeypatch.setattr(client, "TIMEOUT", 0.3)
     with scripted(METADATA, busy, busy, (200, answer(), 0)) as (address, asked):
         assert len(load_predictor(f"http://{address}/v1/models/x")([IMAGE])[0].scores) == 0
-    assert len(asked) == 4 and hurry == list(remote.WAITS[:2])
+    assert len(asked) == 4 and hurry == list(client.WAITS[:2])
 
 
 def test_in_the_end_a_busy_server_is_one_line(monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.2)
+    monkeypatch.setattr(client, "TIMEOUT", 0.2)
     for failure, message in (((503, {"error": "full"}, 0), "full"), ((200, b"", 0.6), "no answer in 0.2 s")):
         with scripted(METADATA, failure) as (address, asked):
             predictor = load_predictor(f"http://{address}/v1/models/x")
@@ -242,5 +266,5 @@ def test_errors_by_grpc(code, tries):
 def test_reasons_of_several_operations_are_one():
     one = "INVALID_ARGUMENT: no PNG\n\t [[{{node a}}]]\n\t [[b]]\n"
     several = f"2 root error(s) found.\n  (0) {one}  (1) {one}"
-    assert remote._one_line(several) == "no PNG"
-    assert remote._one_line("assertion failed: [image 0: too large]\n\t [[{{node Assert}}]]") == "image 0: too large"
+    assert client._one_line(several) == "no PNG"
+    assert client._one_line("assertion failed: [image 0: too large]\n\t [[{{node Assert}}]]") == "image 0: too large"

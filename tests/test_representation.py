@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from polarmask_tf import upper_bound
 from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
-from polarmask_tf.data.shapes import make_shapes
-from polarmask_tf.evaluate import coco_metrics, polygons_to_rle
+from polarmask_tf.inference.evaluate import coco_metrics, polygons_to_rle
+from polarmask_tf.tools import upper_bound
+from polarmask_tf.tools.shapes import make_shapes
 
 
 def rebuild(directory):
@@ -20,10 +20,15 @@ def rebuild(directory):
         annotations, (polygons,) = polygons_of(image, report)
         for annotation, rle in zip(annotations, polygons_to_rle(polygons, image["height"], image["width"]), strict=True):
             overlaps.append(float(coco_mask.iou([rle], [annotation["rle"]], [0])[0, 0]))
-            results.append({
-                "image_id": image["id"], "category_id": annotation["category_id"], "score": 1.0, "segmentation": rle,
-                "bbox": list(coco_mask.toBbox(rle)),
-            })
+            results.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": annotation["category_id"],
+                    "score": 1.0,
+                    "segmentation": rle,
+                    "bbox": list(coco_mask.toBbox(rle)),
+                }
+            )
     return records.read_ground_truth(directory), results, np.array(overlaps)
 
 

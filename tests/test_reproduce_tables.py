@@ -26,9 +26,7 @@ def script():
 @pytest.mark.parametrize("small", [True, False])
 def test_rows_differ_in_their_options_alone(script, tmp_path, small):
     args = argparse.Namespace(small=small, set=["train.steps=7"], out=tmp_path)
-    found = {
-        row[0]: script._config(args, row[0], row[3]) for rows in script.TABLES.values() for row in rows
-    }
+    found = {row[0]: script._config(args, row[0], row[3]) for rows in script.TABLES.values() for row in rows}
     assert all(config.train.steps == 7 for config in found.values())
     widths = {config.model.backbone.width for config in found.values()}
     assert widths == ({24} if small else {64})
@@ -64,7 +62,8 @@ def test_two_rows_from_nothing_to_a_table(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = list(csv.DictReader((tmp_path / "tables.csv").open()))
     assert [(row["table"], row["row"], row["seed"]) for row in rows] == [
-        ("1d", "with box branch", "0"), ("1d", "without box branch", "0")
+        ("1d", "with box branch", "0"),
+        ("1d", "without box branch", "0"),
     ]
     for row, name in zip(rows, ("with", "without"), strict=True):
         measured = json.loads((tmp_path / f"runs/table1d_{name}_box_seed0/metrics.json").read_text())["values"]

@@ -11,8 +11,8 @@ import tensorflow as tf
 import tf_keras
 
 from polarmask_tf.config import BackboneConfig
+from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.layers import Conv, grouped_conv2d, norm
-from polarmask_tf.modeling.resnet import ResNet
 
 LEVELS = (2, 3, 4, 5)
 

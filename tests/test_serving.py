@@ -14,20 +14,20 @@ from functools import partial
 
 import numpy as np
 import pytest
+from benchmarks import serving
 from PIL import Image
 from test_export import expected_scale, fake_model
 from test_lite import CLASSES, RADIUS, spot
 
-from polarmask_tf import benchmark_serving
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
-from polarmask_tf.predictor import load_predictor, run_predictor
+from polarmask_tf.inference.predictor import load_predictor, run_predictor
 
 pytest.importorskip("tensorflow_serving.apis", reason="needs the extra `serving`")
 import tensorflow as tf
 from tensorflow_serving.apis import prediction_log_pb2
 
-from polarmask_tf.export import decode, saved_model, serving
+from polarmask_tf.export import decode, graph, serving
 
 MAX_PIXELS = 1_000_000
 CONTRACT = ["num_detections", "detection_scores", "detection_classes", "detection_boxes", "detection_polygons"]
@@ -62,7 +62,7 @@ class Model:
         if not isinstance(given, np.ndarray):
             given = np.array(given, object)
         function = self.loaded.signatures[signature]
-        name, = function.structured_input_signature[1]
+        (name,) = function.structured_input_signature[1]
         dtype = tf.string if given.dtype == object else given.dtype
         return {key: value.numpy() for key, value in function(**{name: tf.constant(given, dtype)}).items()}
 
@@ -95,20 +95,30 @@ def stretch(folder):
 
 def test_the_signatures_and_their_tensors(letterbox):
     signatures = {
-        name: ({k: (v.dtype, v.shape.as_list()) for k, v in function.structured_input_signature[1].items()},
-               {k: v.dtype for k, v in function.structured_outputs.items()})
+        name: (
+            {k: (v.dtype, v.shape.as_list()) for k, v in function.structured_input_signature[1].items()},
+            {k: v.dtype for k, v in function.structured_outputs.items()},
+        )
         for name, function in letterbox.loaded.signatures.items()
     }
     assert sorted(signatures) == sorted(SIGNATURES)
     text, pixels = (tf.string, [None]), (tf.uint8, [None, None, None, 3])
     assert [signatures[name][0] for name in SIGNATURES] == [
-        {"image_bytes": text}, {"images": pixels}, {"examples": text}, {"request": text},
-        {"inputs": text}, {"inputs": pixels}, {"inputs": text},
+        {"image_bytes": text},
+        {"images": pixels},
+        {"examples": text},
+        {"request": text},
+        {"inputs": text},
+        {"inputs": pixels},
+        {"inputs": text},
     ]
     for name in SIGNATURES[:3]:
         assert signatures[name][1] == {
-            "num_detections": tf.int32, "detection_scores": tf.float32, "detection_classes": tf.int32,
-            "detection_boxes": tf.float32, "detection_polygons": tf.float32,
+            "num_detections": tf.int32,
+            "detection_scores": tf.float32,
+            "detection_classes": tf.int32,
+            "detection_boxes": tf.float32,
+            "detection_polygons": tf.float32,
         }
 
 
@@ -121,7 +131,8 @@ def test_polygons_lie_on_the_image_that_was_sent(request, fit, size):
     side = int(np.ceil(2 * max(wide, high)))
     image = spot(height, width, x, y, side)
     answers = [
-        model("serving_default", [encoded(image)]), model("images", image[None]),
+        model("serving_default", [encoded(image)]),
+        model("images", image[None]),
         model("tf_example", [example(image_encoded=encoded(image))]),
     ]
     for found in answers:
@@ -258,7 +269,9 @@ BOMBS = {
     "PNG, beyond 64 bits": (png_of(2**32 - 1, 2**32 - 1), "4294967295 x 4294967295 pixels"),
     "JPEG": (jpeg_of(20_000, 20_000), "20000 x 20000 pixels"),
     "JPEG with a small thumbnail": (
-        with_thumbnail(jpeg_of(20_000, 20_000), encoded(PICTURE.resize((16, 16)), "JPEG")), "20000 x 20000 pixels"),
+        with_thumbnail(jpeg_of(20_000, 20_000), encoded(PICTURE.resize((16, 16)), "JPEG")),
+        "20000 x 20000 pixels",
+    ),
     "JPEG of many scans": (of_many_scans(1000), "a JPEG of 10"),
     "GIF, canvas": (patched(GIF, 6, HUGE), "20000 x 20000 pixels"),
     "GIF, frame": (patched(GIF, FRAME + 5, HUGE), "20000 x 20000 pixels"),
@@ -266,7 +279,9 @@ BOMBS = {
     "lossless WebP": (patched(GOOD["lossless WebP"], 21, struct.pack("<I", 16_383 | 16_383 << 14)), "16384 x 16384 pixels"),
     "WebP": (patched(GOOD["WebP"], 26, struct.pack("<HH", 16_383, 16_383)), "16383 x 16383 pixels"),
     "extended WebP": (
-        b"RIFF\x60\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\x3f\x42\x0f" * 2 + b"VP8 " + bytes(66), "1000000 x 1000000 pixels"),
+        b"RIFF\x60\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\x3f\x42\x0f" * 2 + b"VP8 " + bytes(66),
+        "1000000 x 1000000 pixels",
+    ),
 }
 DAMAGED = "cannot be decoded: damaged"
 BAD = {
@@ -292,11 +307,13 @@ BAD = {
     "half a WebP": (GOOD["WebP"][:300], DAMAGED),
     "the start of a WebP": (b"RIFF\x10\0\0\0WEBP", "without pixels"),
     "an animated WebP": (
-        encoded(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90), PICTURE.rotate(180)]), "an animated WebP"),
+        encoded(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90), PICTURE.rotate(180)]),
+        "an animated WebP",
+    ),
 }
 
 
-def reason(model, signature, given):
+def io_error_text(model, signature, given):
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         model(signature, given)
     return re.search(r"assertion failed: \[(.*)\]\n", raised.value.message)[1]
@@ -369,9 +386,14 @@ def test_two_thousand_requests_of_damaged_files(letterbox):
     rng = np.random.default_rng(0)
     small = PICTURE.resize((40, 24))
     sources = [
-        encoded(small, "JPEG"), encoded(small, "JPEG", progressive=True), encoded(small), encoded(small, mode="P"),
-        encoded(small, "GIF", "P", save_all=True, append_images=[small.rotate(180)]), encoded(small, "BMP"),
-        encoded(small, "WEBP"), encoded(with_alpha(small), "WEBP", "RGBA", lossless=True),
+        encoded(small, "JPEG"),
+        encoded(small, "JPEG", progressive=True),
+        encoded(small),
+        encoded(small, mode="P"),
+        encoded(small, "GIF", "P", save_all=True, append_images=[small.rotate(180)]),
+        encoded(small, "BMP"),
+        encoded(small, "WEBP"),
+        encoded(with_alpha(small), "WEBP", "RGBA", lossless=True),
         encoded(small, "WEBP", save_all=True, append_images=[small.rotate(180)]),
     ]
     expected = letterbox("serving_default", [GOOD["JPEG"]])
@@ -417,9 +439,9 @@ def test_images_of_ever_new_sizes_leave_nothing_behind(letterbox):
     ask(100)
     grown = []
     for _ in range(3):
-        before = benchmark_serving.resident()
+        before = serving.resident()
         ask(100)
-        grown.append(benchmark_serving.resident() - before)
+        grown.append(serving.resident() - before)
     assert min(grown) < 5, grown  # each of them leaving its 0.1 MB behind would be 10 every time
 
 
@@ -431,7 +453,7 @@ def test_a_session_runs_it_as_tf_serving_does(letterbox):
 
         def ask(name, *given):
             signature = meta.signature_def[name]
-            source, = signature.inputs.values()
+            (source,) = signature.inputs.values()
             outputs = {key: info.name for key, info in signature.outputs.items()}
             return session.run(outputs, {source.name: np.array(given, object)})
 
@@ -445,9 +467,7 @@ def test_a_session_runs_it_as_tf_serving_does(letterbox):
 
 def test_warm_up_requests_parse_and_run(letterbox):
     file = letterbox.path / "assets.extra" / "tf_serving_warmup_requests"
-    logs = [
-        prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(file))
-    ]
+    logs = [prediction_log_pb2.PredictionLog.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(file))]
     requests = [log.predict_log.request for log in logs]
     assert all(log.WhichOneof("log_type") == "predict_log" for log in logs)
     assert sorted(request.model_spec.signature_name for request in requests) == sorted(SIGNATURES)
@@ -463,7 +483,7 @@ def test_what_lies_in_a_version(letterbox):
     assert letterbox.path.name == "1" and letterbox.path.parent.name == "letterbox"
     assert sorted(path.name for path in letterbox.path.parent.iterdir()) == ["1"]
     extra = letterbox.path / "assets.extra"
-    assert {"saved_model.pb", "variables", "assets.extra"} <= {path.name for path in letterbox.path.iterdir()}
+    assert {"graph.pb", "variables", "assets.extra"} <= {path.name for path in letterbox.path.iterdir()}
     assert (extra / "labels.txt").read_text() == "sun\nmoon\n"
     description = json.loads((extra / "metadata.json").read_text())
     assert description["classes"] == CLASSES
@@ -476,7 +496,7 @@ def test_what_lies_in_a_version(letterbox):
 
 def quick_save(module, path, signatures):
     serving.Path(path).mkdir()
-    (serving.Path(path) / "saved_model.pb").write_bytes(b"")
+    (serving.Path(path) / "graph.pb").write_bytes(b"")
 
 
 def test_a_version_is_never_overwritten_and_appears_only_whole(tmp_path, monkeypatch):
@@ -528,8 +548,15 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
     from polarmask_tf.modeling.polarmask import PolarMask
 
     overrides = [
-        "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1",
-        "data.fit=short_side", "data.size=[64,96]", "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
+        "model.rays=12",
+        "model.backbone.width=8",
+        "model.fpn.channels=16",
+        "model.head.channels=16",
+        "model.head.convs=1",
+        "data.fit=short_side",
+        "data.size=[64,96]",
+        "postprocess.max_detections=20",
+        "postprocess.score_threshold=0.001",
     ]
     config = configs.load("shapes", overrides)
     model = PolarMask(config, 2)
@@ -550,7 +577,7 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
         assert np.abs(polygons - expected.polygons).max(axis=(1, 2)).mean() < 0.05
     again = load_predictor(path)  # `polarmask predict out/net/1` takes the signature `images`
     np.testing.assert_allclose(again(images)[0].scores, keras(images)[0].scores, atol=1e-5)
-    size = saved_model.metadata(model, model.classes)["input"]
+    size = graph.metadata(model, model.classes)["input"]
     assert again.input_size == (size["height"], size["width"]) == (64, 96)
 
 
@@ -560,16 +587,16 @@ def test_the_benchmark_measures_what_it_says(monkeypatch):
             return tf.cast(images, tf.float32)
 
     model = Network(**vars(fake_model("letterbox", (64, 96))))
-    rows = benchmark_serving._signatures(model, CLASSES, batches=[2], repeats=2)
+    rows = serving._signatures(model, CLASSES, batches=[2], repeats=2)
     assert all(row["value"] > 0 or row["unit"] == "%" for row in rows)
     values = {(row["what"], row["batch"], row["unit"]): row["value"] for row in rows}
     assert values["serving_default", 2, "images/s"] == pytest.approx(2e3 / values["serving_default", 2, "ms"])
     assert values["decoding and resizing", 2, "CPU ms"] < 2 * values["serving_default", 2, "CPU ms"]
-    monkeypatch.setattr(benchmark_serving, "resident", partial(next, itertools.count(100, 2)))  # 2 MB a request
-    rows = benchmark_serving._memory(model, CLASSES, requests=30)
+    monkeypatch.setattr(serving, "resident", partial(next, itertools.count(100, 2)))  # 2 MB a request
+    rows = serving._memory(model, CLASSES, requests=30)
     assert [(row["value"], row["unit"]) for row in rows] == [(2 * (15 - 3), "MB"), (2 * (30 - 15), "MB")]
     named = [{"model": "m", "device": "d, 2 cores", "threads": 1, **row} for row in rows]
-    lines = benchmark_serving.format_csv(named).splitlines()
+    lines = serving.format_csv(named).splitlines()
     assert lines[0] == "model,device,threads,what,batch,value,unit" and lines[1].startswith('m,"d, 2 cores",1,"memory that')
     with pytest.raises(InputError, match="no config file 'none'"):
-        benchmark_serving.run("none", threads=[1])
+        serving.run("none", threads=[1])

@@ -92,7 +92,10 @@ def encoded(image, kind="PNG", mode="RGB", **options):
 def answer(**changes):
     """What TF Serving's REST API says of one image without detections."""
     empty = {
-        "num_detections": [0], "detection_scores": [[0.0]], "detection_classes": [[0]], "detection_boxes": [[[0.0] * 4]],
+        "num_detections": [0],
+        "detection_scores": [[0.0]],
+        "detection_classes": [[0]],
+        "detection_boxes": [[[0.0] * 4]],
         "detection_polygons": [[[[0.0, 0.0]] * 6]],
     }
     return {"outputs": {**empty, **changes}}
@@ -320,7 +323,10 @@ def test_compose_serves_what_the_client_asks(client):
             assert (target, mode) == (flags["batching_parameters_file"], "ro")
             lines = [line for line in (SERVING / source).read_text().splitlines() if line and line[0] != "#"]
             assert {re.fullmatch(r"(\w+) \{ value: \d+ \}", line)[1] for line in lines} == {
-                "max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads",
+                "max_batch_size",
+                "batch_timeout_micros",
+                "max_enqueued_batches",
+                "num_batch_threads",
             }
 
 

@@ -89,7 +89,8 @@ def test_what_is_no_model_is_said(folder, tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/saved_model.pb").write_bytes((folder / "polarmask/1/saved_model.pb").read_bytes()[:5000])
     for model, message in (
-        (tmp_path / "nowhere", "nowhere: Could not find SavedModel"), (tmp_path / "damaged", "damaged: "),
+        (tmp_path / "nowhere", "nowhere: Could not find SavedModel"),
+        (tmp_path / "damaged", "damaged: "),
         (plain, "image_bytes: not in the signature serving_default"),
     ):
         status, lines, errors = load(folder, model, "1.jpg")

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from polarmask_tf.data import shapes
 from polarmask_tf.data.contours import shoelace
-from polarmask_tf.data.shapes import CATEGORIES, DEFAULT_KINDS, make_shapes
 from polarmask_tf.errors import InputError
+from polarmask_tf.tools import shapes
+from polarmask_tf.tools.shapes import CATEGORIES, DEFAULT_KINDS, make_shapes
 
 HARD_KINDS = ("bar", "ellipse", "ell", "cee")
 

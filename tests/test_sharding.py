@@ -175,8 +175,11 @@ def test_workers_read_files_of_their_own(many):
 def test_batches_by_file_have_one_size_a_step_and_the_replicas_of_a_worker_one_orientation(many):
     options = {**OPTIONS["short_side, sizes"], "batch": 4, "sharding": "file"}
     streams = [
-        list(pipeline.training_batches(
-            many, config_of(**options), seed=5, worker=worker, workers=2, replicas=4).take(16).as_numpy_iterator())
+        list(
+            pipeline.training_batches(many, config_of(**options), seed=5, worker=worker, workers=2, replicas=4)
+            .take(16)
+            .as_numpy_iterator()
+        )
         for worker in range(2)
     ]
     shapes = [[images.shape[1:3] for images, _ in stream] for stream in streams]

@@ -7,14 +7,23 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from polarmask_tf import config, summary
+from polarmask_tf import config
 from polarmask_tf.errors import InputError
-from polarmask_tf.modeling.resnet import ResNet
+from polarmask_tf.modeling.backbones.resnet import ResNet
+from polarmask_tf.tools import summary
 
 TINY = [
-    "model.rays=4", "model.backbone.width=8", "model.backbone.stem=3x3", "model.fpn.channels=16", "model.fpn.levels=[4,5]",
-    "targets.ranges=[]", "model.head.channels=16", "model.head.convs=1", "model.head.norm=none", "model.head.box=true",
-    "postprocess.candidates=20",
+    "model.rays=4",
+    "model.backbone.width=8",
+    "model.backbone.stem=3x3",
+    "model.fpn.channels=16",
+    "model.fpn.levels=[4,5]",
+    "targets.ranges=[]",
+    "model.head.channels=16",
+    "model.head.convs=1",
+    "model.head.norm=none",
+    "model.head.box=true",
+    "postprocess.pre_nms_top_k=20",
 ]
 
 
@@ -98,9 +107,16 @@ def test_the_papers_network_has_the_published_numbers():
 
 def test_grouped_convolutions_count_as_published():
     """torchvision's resnext50_32x4d: 25,028,904 parameters with a classifier of 2,049,000, 4.23 G multiply-adds."""
-    backbone = ResNet(config.BackboneConfig(
-        block="bottleneck", blocks=(3, 4, 6, 3), width=64, groups=32, group_width=4, stride_in="3x3",
-    ))
+    backbone = ResNet(
+        config.BackboneConfig(
+            block="bottleneck",
+            blocks=(3, 4, 6, 3),
+            width=64,
+            groups=32,
+            group_width=4,
+            stride_in="3x3",
+        )
+    )
     graph = graph_of(backbone, 1, 224, 224, 3)
     assert sum(v.shape.num_elements() for v in backbone.trainable_variables) == 25_028_904 - 2_049_000
     assert counted(graph) == pytest.approx(4.23e9, rel=2e-3)
@@ -131,8 +147,13 @@ def test_what_does_not_learn_is_no_trainable_parameter():
 
 @pytest.mark.parametrize(
     ("fit", "size", "expected"),
-    [("letterbox", (96, 160), (96, 160)), ("stretch", (96, 160), (96, 160)), ("short_side", (800, 1333), (800, 1088)),
-     ("short_side", (400, 1333), (416, 544)), ("short_side", (600, 700), (544, 704))],
+    [
+        ("letterbox", (96, 160), (96, 160)),
+        ("stretch", (96, 160), (96, 160)),
+        ("short_side", (800, 1333), (800, 1088)),
+        ("short_side", (400, 1333), (416, 544)),
+        ("short_side", (600, 700), (544, 704)),
+    ],
 )
 def test_the_input_of_a_picture_of_480_x_640(fit, size, expected):
     data = dataclasses.replace(config.DataConfig(), fit=fit, size=size)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_geometry import edges_of, hits, inside, star, unit_vectors
 
-from polarmask_tf import geometry, targets
 from polarmask_tf.data import contours
-from polarmask_tf.targets import BACKGROUND, IGNORED
+from polarmask_tf.ops import geometry, targets
+from polarmask_tf.ops.targets import BACKGROUND, IGNORED
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = (64, 128, 256, 512)
@@ -24,7 +24,9 @@ def slow_locations(levels, size):
     """[(x, y, level)] row by row, level by level."""
     return [
         ((j + 0.5) * 2**level, (i + 0.5) * 2**level, level)
-        for level in levels for i in range(int(np.ceil(size[0] / 2**level))) for j in range(int(np.ceil(size[1] / 2**level)))
+        for level in levels
+        for i in range(int(np.ceil(size[0] / 2**level)))
+        for j in range(int(np.ceil(size[1] / 2**level)))
     ]
 
 
@@ -48,8 +50,13 @@ def owners_of(boxes, centers, valid=None, *, levels=LEVELS, size=(256, 384), rad
     boxes, centers = np.float32(boxes), np.float32(centers)
     valid = np.ones(len(boxes), bool) if valid is None else np.array(valid)
     found = targets.assign(
-        tf.constant(boxes[None]), tf.constant(centers[None]), tf.constant(valid[None]),
-        levels=levels, size=size, radius=radius, ranges=ranges,
+        tf.constant(boxes[None]),
+        tf.constant(centers[None]),
+        tf.constant(valid[None]),
+        levels=levels,
+        size=size,
+        radius=radius,
+        ranges=ranges,
     )
     assert found.dtype == tf.int32
     return found.numpy()[0].tolist()
@@ -142,10 +149,13 @@ def test_assign_by_hand():
     assert set(owners_of(boxes, centers, [False] * 3, **options)) == {-1}
 
 
-@pytest.mark.parametrize(("box", "center", "bound", "location"), [
-    ([4, 4, 32, 32], [12, 12], 20, 5),  # P3's location (12, 12): the far side is 20 away
-    ([0, 0, 16, 16], [8, 8], 8, 16),  # P4's location (8, 8): all sides are 8 away
-])
+@pytest.mark.parametrize(
+    ("box", "center", "bound", "location"),
+    [
+        ([4, 4, 32, 32], [12, 12], 20, 5),  # P3's location (12, 12): the far side is 20 away
+        ([0, 0, 16, 16], [8, 8], 8, 16),  # P4's location (8, 8): all sides are 8 away
+    ],
+)
 def test_range_limits_are_inclusive(box, center, bound, location):
     def positives(bound):
         owners = owners_of([box], [center], levels=(3, 4), size=(32, 32), radius=0.4, ranges=(bound,))
@@ -167,9 +177,9 @@ def test_encode_equals_a_loop(seed):
     scenes = []
     for _ in range(3):
         rings = [star(rng, rng.uniform(15, 60, 2), rng.uniform(8, 40), 12) for _ in range(rng.integers(0, 5))]
-        scenes.append([
-            (box_of(ring, size), ring.mean(0).clip(0, [96, 64]), rng.integers(0, 5), edges_of(ring, pad=24)) for ring in rings
-        ])
+        scenes.append(
+            [(box_of(ring, size), ring.mean(0).clip(0, [96, 64]), rng.integers(0, 5), edges_of(ring, pad=24)) for ring in rings]
+        )
     ignore = rng.random((3, len(everywhere))) < 0.3
     found = targets.encode(
         instances_of(scenes, size, len(everywhere), ignore=ignore), rays=n, levels=levels, size=size, ranges=bounds
@@ -233,9 +243,7 @@ def test_positives_within_a_crowd_stay_positive():
 def check_golden(boxes, centers, classes, golden_labels, golden_positives, points):
     """Labels and positives must be equal. Their area is (w + 1)(h + 1) of boxes that end on the last pixel: as theirs end
     there too, only the order of areas matters, and adding a pixel to both sides keeps it in these scenes."""
-    np.testing.assert_array_equal(
-        np.concatenate([geometry.locations(256, 384, 2**level) for level in LEVELS]), points
-    )
+    np.testing.assert_array_equal(np.concatenate([geometry.locations(256, 384, 2**level) for level in LEVELS]), points)
     owners = np.array(owners_of(boxes, centers))
     np.testing.assert_array_equal(np.flatnonzero(owners >= 0), golden_positives)
     np.testing.assert_array_equal(np.where(owners >= 0, np.array(classes)[owners], 0), golden_labels)
@@ -377,9 +385,11 @@ def test_released_centers_are_cut_sums_over_contour_pixels():
         before_x, before_y = np.roll(x, 1), np.roll(y, 1)
         cross = (x * before_y - y * before_x) / 2
         area = sum(cross.tolist())
-        middle = contour.mean(axis=0) if area == 0 else np.array([
-            sum((cross * (values + np.roll(values, 1)) / 3).tolist()) / area for values in (x, y)
-        ])
+        middle = (
+            contour.mean(axis=0)
+            if area == 0
+            else np.array([sum((cross * (values + np.roll(values, 1)) / 3).tolist()) / area for values in (x, y)])
+        )
         near = np.abs(middle - SHAPES[f"{name}/center"] - 0.5) <= 0.5 + 1e-9
         assert near.all(), name
 

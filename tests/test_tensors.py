@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from polarmask_tf.errors import InputError
-from polarmask_tf.tensors import read_tensors, summarize
+from polarmask_tf.weights.state_dict import read_tensors, summarize
 
 ARRAYS = {"conv1.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2), "bn1.num_batches_tracked": np.array(7)}
 
@@ -127,7 +127,9 @@ def test_an_npz_with_a_flipped_byte(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "npz"])
-@pytest.mark.parametrize("data", [b"<html>not found</html>", b"\x89HDF\r\n\x1a\n" * 9, b"version https://git-lfs.github.com/spec"])
+@pytest.mark.parametrize(
+    "data", [b"<html>not found</html>", b"\x89HDF\r\n\x1a\n" * 9, b"version https://git-lfs.github.com/spec"]
+)
 def test_foreign_files(tmp_path, suffix, data):
     torch_or_skip()
     path = tmp_path / f"a.{suffix}"

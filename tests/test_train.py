@@ -15,17 +15,22 @@ import pytest
 import tensorflow as tf
 import training
 
-from polarmask_tf import callbacks, cli, config, runs
-from polarmask_tf import train as train_module
+from polarmask_tf import cli, config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
-from polarmask_tf.evaluate import evaluate
-from polarmask_tf.predict import predict
-from polarmask_tf.predictor import Detections, load_predictor
+from polarmask_tf.inference.evaluate import evaluate
+from polarmask_tf.inference.predict import predict
+from polarmask_tf.inference.predictor import Detections, load_predictor
+from polarmask_tf.training import callbacks
+from polarmask_tf.training import train as train_module
+from polarmask_tf.weights import runs
 
 TINY = (*training.TINY, "model.backbone.width=4")
 QUICK = (  # where nothing hangs on the network: half the time until the first step
-    "model.backbone.freeze_at=5", "model.fpn.levels=[5]", "targets.ranges=[]", "train.optimizer=sgd",
+    "model.backbone.freeze_at=5",
+    "model.fpn.levels=[5]",
+    "targets.ranges=[]",
+    "train.optimizer=sgd",
 )
 EMA, EVERY, STEPS = 0.8, 12, 24
 
@@ -89,8 +94,14 @@ def data(tmp_path_factory):
 
 def full_settings(data):
     return (
-        f"data.val={data / 'val'}", "data.sizes=[[64,64],[32,64]]", "train.accumulate=2", f"train.ema={EMA}",
-        f"train.steps={STEPS}", "train.checkpoint_every=8", f"train.evaluate_every={EVERY}", "model.backbone.norm=group",
+        f"data.val={data / 'val'}",
+        "data.sizes=[[64,64],[32,64]]",
+        "train.accumulate=2",
+        f"train.ema={EMA}",
+        f"train.steps={STEPS}",
+        "train.checkpoint_every=8",
+        f"train.evaluate_every={EVERY}",
+        "model.backbone.norm=group",
     )
 
 
@@ -130,7 +141,7 @@ def test_the_weights_of_a_run_are_their_averages(straight):
     model = train_module.build(runs.read_run(run)[0], 4)
     assert runs.restore(model, run, training=True).endswith(f"step-{STEPS}")
     assert_close([v.numpy() for v in model.trainable_variables], steps[STEPS][1], 0)  # from which it would go on
-    assert_close([v.numpy() for v in runs.average(model)], expected)
+    assert_close([v.numpy() for v in runs.ema_weights(model)], expected)
     assert int(model.optimizer.iterations) == STEPS
 
 
@@ -177,8 +188,11 @@ def test_going_on_equals_training_without_a_break(straight, resumed):
     one, other = training.weights(straight[0], STEPS), training.weights(resumed[0], STEPS)
     assert set(one) == set(other) and any(name.startswith("average/") for name in one)
     assert_close([other[name] for name in one], [one[name] for name in one], 1e-3)
-    assert_close([other[name] for name in one if name.startswith("model/")],
-                 [value for name, value in one.items() if name.startswith("model/")], 1e-4)
+    assert_close(
+        [other[name] for name in one if name.startswith("model/")],
+        [value for name, value in one.items() if name.startswith("model/")],
+        1e-4,
+    )
     rows, others = log_rows(straight[0]), log_rows(resumed[0])
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, same in zip(rows, others, strict=True):
@@ -204,7 +218,16 @@ def test_a_finished_run_gives_its_averages_to_python_too(straight, data):
 def test_the_metrics_are_a_table(straight):
     rows = log_rows(straight[0])
     assert list(rows[0]) == [
-        "step", "loss", "class", "ray", "centerness", "learning_rate", "images_per_second", "AP", "AP50", "AP75",
+        "step",
+        "loss",
+        "class",
+        "ray",
+        "centerness",
+        "learning_rate",
+        "images_per_second",
+        "AP",
+        "AP50",
+        "AP75",
     ]
     trained = {int(row["step"]): row for row in rows if row["loss"]}
     assert sorted(trained) == [20, STEPS] and sorted({int(row["step"]) for row in rows}) == [EVERY, 20, STEPS]
@@ -312,9 +335,19 @@ def test_patience_by_hand():
 
 def test_a_training_without_progress_stops_early(data, tmp_path, capsys, seen):
     """At a learning rate of 0; on images decoded beforehand, which are kept for the next run."""
-    run, settings = tmp_path / "run", (
-        f"data.val={data / 'val'}", f"data.cache={tmp_path / 'cache'}", "train.learning_rate=0", "train.steps=9",
-        "train.checkpoint_every=4", "train.evaluate_every=1", "train.patience=2", "model.backbone.norm=group", *QUICK,
+    run, settings = (
+        tmp_path / "run",
+        (
+            f"data.val={data / 'val'}",
+            f"data.cache={tmp_path / 'cache'}",
+            "train.learning_rate=0",
+            "train.steps=9",
+            "train.checkpoint_every=4",
+            "train.evaluate_every=1",
+            "train.patience=2",
+            "model.backbone.norm=group",
+            *QUICK,
+        ),
     )
     assert train(data / "train", run, *settings) == 0
     assert "no better AP in 2 evaluations: stopping at step 3" in capsys.readouterr().out
@@ -359,7 +392,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, se
     assert int(model.detect(images)["num_detections"].shape[0]) == 4
 
     assert list((run / "plugins" / "profile").glob("*/*"))  # though the training did not come to its step 8
-    runs.prepare(settings, records.load_dataset_info(data / "train"), run, restart=True)
+    runs.create_or_check(settings, records.load_dataset_info(data / "train"), run, restart=True)
     assert not saved.exists() and not (run / "plugins").exists()
 
 
@@ -373,9 +406,14 @@ def test_a_loss_that_is_not_finite_from_the_start(data, tmp_path, capsys, monkey
     assert (tmp_path / "run" / "not_finite_step_1.npz").is_file()
 
 
-@pytest.mark.parametrize(("loss", "weight", "message"), [
-    (np.inf, 1.0, "the loss is not finite"), (1.0, np.nan, "a weight is not finite"), (1.0, 1.0, None),
-])
+@pytest.mark.parametrize(
+    ("loss", "weight", "message"),
+    [
+        (np.inf, 1.0, "the loss is not finite"),
+        (1.0, np.nan, "a weight is not finite"),
+        (1.0, 1.0, None),
+    ],
+)
 def test_what_is_not_finite_is_not_saved(tmp_path, loss, weight, message):
     log = callbacks.Log(tmp_path, 0, 10, chief=False)
     log.model, log.before = SimpleNamespace(trainable_variables=[tf.Variable(1.0), tf.Variable([weight])]), {"loss": loss}

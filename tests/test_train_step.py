@@ -15,15 +15,23 @@ import tf_keras
 import training
 
 from polarmask_tf import config as configs
-from polarmask_tf import runs, targets
-from polarmask_tf.benchmark_train import made_up_batch
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.train import build
+from polarmask_tf.ops import targets
+from polarmask_tf.tools.benchmark_train import synthetic_batch
+from polarmask_tf.training.train import build
+from polarmask_tf.weights import runs
 
 CLASSES = 4
 BASE = (
-    *training.TINY, "model.backbone.width=4", "model.backbone.norm=group", "train.optimizer=sgd", "train.learning_rate=0.01",
-    "train.clip_norm=0", "train.weight_decay=0", "train.momentum=0", "train.warmup_steps=0",
+    *training.TINY,
+    "model.backbone.width=4",
+    "model.backbone.norm=group",
+    "train.optimizer=sgd",
+    "train.learning_rate=0.01",
+    "train.clip_norm=0",
+    "train.weight_decay=0",
+    "train.momentum=0",
+    "train.warmup_steps=0",
 )
 BRANCHES = {"plain": (), "four rays": ("model.rays=4",), "released": ("conventions=released", "model.head.box=true")}
 
@@ -45,7 +53,7 @@ def changed(model, **train):
 def batch(size=(64, 64), instances=5):
     """Four images: one with all of its instances, one with a crowd region, one with a single instance, one with none."""
     config = configs.load("shapes", [*BASE, f"data.size={list(size)}"])
-    images, values = made_up_batch(config, instances, edges=16)
+    images, values = synthetic_batch(config, instances, edges=16)
     values["classes"] %= CLASSES
     values["classes"][2, 1:] = values["classes"][3] = -1
     values["ignore"][1, ::7] = True
@@ -128,7 +136,7 @@ def test_targets_of_some_images_are_those_of_a_batch_of_them():
     for first, count in ((0, 1), (1, 2), (2, 2), (3, 1)):
         some = {name: value[first : first + count] for name, value in instances.items()}
         expected = model._encode(images[first : first + count], some)
-        for a, b in zip(targets.of_images(whole, first, count), expected, strict=True):
+        for a, b in zip(targets.select_images(whole, first, count), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -143,9 +151,14 @@ def test_padded_rows_change_nothing():
         counts = model._counts(images, real)
         values, gradients = [], []
         for rows in (None, len(real.positives), len(real.positives) + 1, model._most_positives(4, instances)):
-            more = targets.padded(real, rows)
-            assert len(more.positives) == len(more.rays) == len(more.centerness) == len(more.boxes) == (
-                rows or len(real.positives))
+            more = targets.pad_positives(real, rows)
+            assert (
+                len(more.positives)
+                == len(more.rays)
+                == len(more.centerness)
+                == len(more.boxes)
+                == (rows or len(real.positives))
+            )
             got, values_of = model._part_gradients(images, more, counts)
             values.append([float(v) for v in values_of])
             gradients.append([g.numpy() for g in got])
@@ -161,9 +174,15 @@ def test_no_instance_has_more_positives_than_the_padding_holds(radius):
     for center in (32.0, 36.0, 32.001, 33.3, 35.999):
         owners = [
             targets.assign(
-                np.float32([[[0, 0, 64, 64]]]), np.float32([[[center, center]]]), np.array([[True]]), levels=(3, 4),
-                size=(64, 64), radius=radius, ranges=ranges,
-            ) for ranges in ([1e7], [0.0])
+                np.float32([[[0, 0, 64, 64]]]),
+                np.float32([[[center, center]]]),
+                np.array([[True]]),
+                levels=(3, 4),
+                size=(64, 64),
+                radius=radius,
+                ranges=ranges,
+            )
+            for ranges in ([1e7], [0.0])
         ]
         counts.append(sum(np.count_nonzero(owner >= 0) for owner in owners))
     config = kept().config
@@ -223,9 +242,10 @@ def test_half_precision_computes_almost_the_same(precision):
     assert model.compute_dtype == precision and tf_keras.mixed_precision.global_policy().name == "float32"
     for _ in range(2):
         model.train_step(batch())
-    assert all(v.dtype == tf.float32 and np.isfinite(v).all() for v in [
-        *model.backbone.variables, *model.fpn.variables, *model.head.variables
-    ])
+    assert all(
+        v.dtype == tf.float32 and np.isfinite(v).all()
+        for v in [*model.backbone.variables, *model.fpn.variables, *model.head.variables]
+    )
     outputs = tf.nest.flatten(model(batch()[0]))
     assert all(o.dtype == tf.float32 and np.isfinite(o).all() for o in outputs)
 

@@ -12,10 +12,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from test_geometry import HOLE, SQUARE, iou, raster, raster_moments, star
 
-from polarmask_tf import geometry
 from polarmask_tf.config import Config
-from polarmask_tf.data import pipeline, records, shapes, transforms
+from polarmask_tf.data import pipeline, records, transforms
 from polarmask_tf.data.convert import convert
+from polarmask_tf.ops import geometry
+from polarmask_tf.tools import shapes
 
 CANVAS = (64, 96)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -65,8 +66,16 @@ def test_a_stretched_image_fills_the_canvas(seed, height, width):
 # By hand: 48 for the shorter side unless the longer one then exceeds 90.
 @pytest.mark.parametrize(
     "source, window",
-    [((96, 120), (48, 60)), ((120, 96), (60, 48)), ((64, 64), (48, 48)), ((24, 45), (48, 90)), ((24, 60), (36, 90)),
-     ((60, 24), (90, 36)), ((100, 400), (22, 90)), ((48, 90), (48, 90))],
+    [
+        ((96, 120), (48, 60)),
+        ((120, 96), (60, 48)),
+        ((64, 64), (48, 48)),
+        ((24, 45), (48, 90)),
+        ((24, 60), (36, 90)),
+        ((60, 24), (90, 36)),
+        ((100, 400), (22, 90)),
+        ((48, 90), (48, 90)),
+    ],
 )
 def test_the_shorter_side_rule(source, window):
     placement = place(0, *source, scale=(1.0, 1.0), size=(48, 90), fit="short_side")
@@ -116,8 +125,12 @@ def test_placements_vary_and_are_a_function_of_the_seed():
 
 @few
 @given(
-    SEEDS, st.integers(40, 160), st.integers(40, 160), st.sampled_from([(0.3, 0.8), (0.8, 1.2), (1.0, 2.5)]),
-    st.sampled_from([CANVAS, (96, 160)]), FITS,
+    SEEDS,
+    st.integers(40, 160),
+    st.integers(40, 160),
+    st.sampled_from([(0.3, 0.8), (0.8, 1.2), (1.0, 2.5)]),
+    st.sampled_from([CANVAS, (96, 160)]),
+    FITS,
 )
 def test_pixels_move_as_points_do(seed, height, width, scale, size, fit):
     """Pictures of the coordinates x + 0.5 and y + 0.5 show, at each pixel of the window, where its center came from."""
@@ -187,7 +200,11 @@ def listed(*annotations, window=(64, 96), rows=6, max_edges=24, parts="largest",
         record, record["xy"], tf.constant(window), max_edges=max_edges, max_instances=rows, parts=parts, center=center
     )
     assert {name: tuple(value.shape) for name, value in found.items()} == {
-        "boxes": (rows, 4), "centers": (rows, 2), "classes": (rows,), "edges": (rows, max_edges, 4), "window": (2,)
+        "boxes": (rows, 4),
+        "centers": (rows, 2),
+        "classes": (rows,),
+        "edges": (rows, max_edges, 4),
+        "window": (2,),
     }
     found = {name: value.numpy() for name, value in found.items()}
     assert all(np.isfinite(value).all() for value in found.values())
@@ -273,8 +290,12 @@ def test_box_centers_on_request():
 def test_crowds_the_invisible_and_the_tiny_are_no_instances(parts):
     tiny = [[5, 5], [6, 5], [6, 5.9], [5, 5.9]]
     found = listed(
-        (0, True, [SQUARE]), (1, False, [moved(SQUARE, 200)]), (2, False, []), (3, False, [tiny]),
-        (4, False, [moved(SQUARE, 5)]), parts=parts,
+        (0, True, [SQUARE]),
+        (1, False, [moved(SQUARE, 200)]),
+        (2, False, []),
+        (3, False, [tiny]),
+        (4, False, [moved(SQUARE, 5)]),
+        parts=parts,
     )
     assert found["classes"].tolist() == [4, -1, -1, -1, -1, -1]
     for annotations in ([], [(0, True, [SQUARE])], [(0, False, [])]):
@@ -369,7 +390,7 @@ def test_every_epoch_shows_every_picture_once_in_its_own_order(dataset, block):
 
 def test_a_batch_holds_what_the_annotations_say(dataset):
     info, document, pixels = dataset
-    (images, instances), = take(info, config_of(flip="none", batch=10), 1)
+    ((images, instances),) = take(info, config_of(flip="none", batch=10), 1)
     assert images.dtype == np.uint8 and images.shape == (10, 64, 64, 3)
     rows = instances["classes"].shape[1]
     assert instances["classes"].shape == (10, rows) and instances["edges"].shape == (10, rows, info.max_edges, 4)

@@ -10,10 +10,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf.data.convert import convert
-from polarmask_tf.data.shapes import make_shapes
 from polarmask_tf.errors import InputError
-from polarmask_tf.evaluate import polygons_to_rle
-from polarmask_tf.upper_bound import format_table, read, rows, run, upper_bound, write
+from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.tools.shapes import make_shapes
+from polarmask_tf.tools.upper_bound import format_table, read, rows, run, upper_bound, write
 
 SIZE = 200
 
@@ -41,9 +41,16 @@ def coco_file(path, segmentations, categories=None, **more):
             entry = one if isinstance(one, dict) and "segmentation" in one else {"segmentation": one}
             annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": 1, "iscrowd": 0, **entry})
     images = [{"id": i + 1, "file_name": f"{i}.png", "height": SIZE, "width": SIZE} for i in range(len(segmentations))]
-    path.write_text(json.dumps({
-        "images": images, "annotations": annotations, "categories": categories or [{"id": 1, "name": "thing"}], **more,
-    }))
+    path.write_text(
+        json.dumps(
+            {
+                "images": images,
+                "annotations": annotations,
+                "categories": categories or [{"id": 1, "name": "thing"}],
+                **more,
+            }
+        )
+    )
     return path
 
 
@@ -98,13 +105,18 @@ def test_annotations_may_come_as_a_converted_directory_and_in_any_number(tmp_pat
 
 
 def test_every_instance_left_out_is_counted_and_named(tmp_path):
-    path = coco_file(tmp_path / "a.json", [[
-        [square(10, 10, 50)],
-        {"segmentation": donut(60, 20), "iscrowd": 1},
-        {"segmentation": []},
-        {"segmentation": [[1, 2, 3]]},
-        [square(100, 100, 0.8)],
-    ]])
+    path = coco_file(
+        tmp_path / "a.json",
+        [
+            [
+                [square(10, 10, 50)],
+                {"segmentation": donut(60, 20), "iscrowd": 1},
+                {"segmentation": []},
+                {"segmentation": [[1, 2, 3]]},
+                [square(100, 100, 0.8)],
+            ]
+        ],
+    )
     result = upper_bound(path, (8,), progress=False)
     assert len(result.ious) == 1
     assert sum(count for count, _ in result.report.skipped.values()) == 4
@@ -114,18 +126,26 @@ def test_every_instance_left_out_is_counted_and_named(tmp_path):
 
 def test_sizes_and_classes_are_told_apart(tmp_path):
     categories = [{"id": 5, "name": "disc"}, {"id": 2, "name": "ring"}, {"id": 9, "name": "unseen"}]
-    path = coco_file(tmp_path / "a.json", [[
-        {"segmentation": [circle(50, 50, 20)], "category_id": 5},
-        {"segmentation": [circle(150, 50, 8)], "category_id": 5, "area": 1023.9},
-        {"segmentation": donut(120, 90), "category_id": 2},
-        {"segmentation": donut(60, 10), "category_id": 2, "area": 1024.0},
-        {"segmentation": [circle(100, 100, 60)], "category_id": 5},
-    ]], categories)
+    path = coco_file(
+        tmp_path / "a.json",
+        [
+            [
+                {"segmentation": [circle(50, 50, 20)], "category_id": 5},
+                {"segmentation": [circle(150, 50, 8)], "category_id": 5, "area": 1023.9},
+                {"segmentation": donut(120, 90), "category_id": 2},
+                {"segmentation": donut(60, 10), "category_id": 2, "area": 1024.0},
+                {"segmentation": [circle(100, 100, 60)], "category_id": 5},
+            ]
+        ],
+        categories,
+    )
     result = upper_bound(path, (36,), progress=False)
     assert result.areas[2] == 120**2 - 90**2
     groups = {(row["group"], row["name"], row["center"]): row for row in rows(result)}
     assert {name: groups["size", name, "mass"]["instances"] for name in ("small", "medium", "large")} == {
-        "small": 1, "medium": 3, "large": 1,
+        "small": 1,
+        "medium": 3,
+        "large": 1,
     }
     assert {name for kind, name, _ in groups if kind == "class"} == {"disc", "ring"}
     expected = np.mean([1 - 90**2 / 120**2, 1 - 10**2 / 60**2])
@@ -148,7 +168,10 @@ def test_the_table_is_printed_and_written_with_a_plot(tmp_path, capsys):
     with open(tmp_path / "out/upper_bound.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [(row["center"], row["rays"]) for row in table if row["group"] == "all"] == [
-        ("mass", "6"), ("mass", "12"), ("box", "6"), ("box", "12"),
+        ("mass", "6"),
+        ("mass", "12"),
+        ("box", "6"),
+        ("box", "12"),
     ]
     assert float(table[1]["mean_iou"]) == pytest.approx(result.ious[:, 0, 1].mean(), abs=1e-4)
     with Image.open(tmp_path / "out/upper_bound.png") as picture:
@@ -226,8 +249,10 @@ def test_exact_rays_beat_whole_degrees_and_the_mass_center_beats_the_box_center_
     result = upper_bound(path, (36, 72), progress=False)
     mass, box = result.ious[:, 0].astype(np.float64), result.ious[:, 1].astype(np.float64)
     binned, enlarged = integer_degree_ious(path, 36), integer_degree_ious(path, 36, (1280, 768))
-    print(f"\n36 rays, {len(mass)} instances: exact, mass center {mass[:, 0].mean():.4f}; exact, box center "
-          f"{box[:, 0].mean():.4f}; whole degrees {binned.mean():.4f}, and made at 1280x768 {enlarged.mean():.4f}")
+    print(
+        f"\n36 rays, {len(mass)} instances: exact, mass center {mass[:, 0].mean():.4f}; exact, box center "
+        f"{box[:, 0].mean():.4f}; whole degrees {binned.mean():.4f}, and made at 1280x768 {enlarged.mean():.4f}"
+    )
     assert len(binned) == len(enlarged) == len(mass) == 820
     assert mass[:, 0].mean() == pytest.approx(0.906, abs=0.005)
     # Small objects have fewer contour pixels than degrees; at the size that the released code trains with it is less bad.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from polarmask_tf import visualize
+from polarmask_tf.inference import visualize
 
 GRAY = np.full((400, 500, 3), 100, np.uint8)
 SQUARE = np.float32([(100, 150), (200, 150), (200, 250), (100, 250)])

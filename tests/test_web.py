@@ -103,10 +103,19 @@ def make_model(path, *overrides, raw=False, precision="fp32"):
     from polarmask_tf.export import tflite
     from polarmask_tf.modeling.polarmask import PolarMask
 
-    options = config.load("shapes", [
-        "model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", f"data.size=[{HEIGHT},{WIDTH}]",
-        "postprocess.score_threshold=0.05", "postprocess.candidates=100", "postprocess.multi_label=false", *overrides,
-    ])
+    options = config.load(
+        "shapes",
+        [
+            "model.backbone.width=8",
+            "model.fpn.channels=16",
+            "model.head.channels=16",
+            f"data.size=[{HEIGHT},{WIDTH}]",
+            "postprocess.score_threshold=0.05",
+            "postprocess.pre_nms_top_k=100",
+            "postprocess.multi_label=false",
+            *overrides,
+        ],
+    )
     tf_keras.utils.set_random_seed(0)
     model = PolarMask(options, len(CLASSES))
     model.build((None, HEIGHT, WIDTH, 3))
@@ -263,10 +272,17 @@ def test_other_precisions_run(page, tmp_path, precision):
     assert shown["model"] == model.name
 
 
-@pytest.mark.parametrize("height, width, to", [
-    (300, 201, (HEIGHT, WIDTH)), (40, 50, (HEIGHT, WIDTH)), (700, 9, (96, 96)), (1, 1, (32, 32)), (123, 457, (64, 64)),
-    (45, 64, (32, 32)),  # 22.5 and 32 pixels: Python rounds to 22
-])
+@pytest.mark.parametrize(
+    "height, width, to",
+    [
+        (300, 201, (HEIGHT, WIDTH)),
+        (40, 50, (HEIGHT, WIDTH)),
+        (700, 9, (96, 96)),
+        (1, 1, (32, 32)),
+        (123, 457, (64, 64)),
+        (45, 64, (32, 32)),  # 22.5 and 32 pixels: Python rounds to 22
+    ],
+)
 @pytest.mark.parametrize("stretch", [False, True])
 def test_resizing_is_that_of_pillow(page, height, width, to, stretch):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 4)).astype(np.uint8)
@@ -291,8 +307,14 @@ def test_resizing_is_that_of_pillow(page, height, width, to, stretch):
 @pytest.mark.parametrize("limits", [{"candidates": 1000, "max_detections": 100}, {"candidates": 9, "max_detections": 5}])
 def test_raw_outputs_are_assembled_as_in_python(page, multi_label, limits):
     rng = np.random.default_rng(1)
-    raw = {"ray_units": {"3": 1.5, "4": 4.0}, "ray_limit": 3.0, "score_threshold": 0.2, "nms_iou": 0.4,
-           "multi_label": multi_label, **limits}
+    raw = {
+        "ray_units": {"3": 1.5, "4": 4.0},
+        "ray_limit": 3.0,
+        "score_threshold": 0.2,
+        "nms_iou": 0.4,
+        "multi_label": multi_label,
+        **limits,
+    }
     heads = {}
     for level, (h, w) in {3: (12, 16), 4: (6, 8)}.items():
         for name, depth in (("classes", 3), ("centerness", 1), ("rays", 8)):
@@ -322,10 +344,14 @@ def kinds_of_files(folder):
     opaque = Image.fromarray(image)
     opaque.putalpha(255)
     for name, kind, options in (
-        ("rgb.png", Image.fromarray(image), {}), ("gray.png", gray, {}), ("bits.png", gray.convert("1"), {}),
-        ("palette.png", Image.fromarray(image).quantize(64), {}), ("alpha.png", opaque, {}),
+        ("rgb.png", Image.fromarray(image), {}),
+        ("gray.png", gray, {}),
+        ("bits.png", gray.convert("1"), {}),
+        ("palette.png", Image.fromarray(image).quantize(64), {}),
+        ("alpha.png", opaque, {}),
         ("sixteen.png", Image.fromarray(image[..., 0].astype(np.uint16) * 257), {}),
-        ("whole.webp", Image.fromarray(image), {"lossless": True}), ("image.bmp", Image.fromarray(image), {}),
+        ("whole.webp", Image.fromarray(image), {"lossless": True}),
+        ("image.bmp", Image.fromarray(image), {}),
         ("gamma.png", Image.fromarray(image), {"pnginfo": linear}),
         ("image.jpg", Image.fromarray(image), {"quality": 95, "subsampling": 0}),
         ("rotated.jpg", Image.fromarray(image), {"quality": 95, "subsampling": 0, "exif": exif}),
@@ -394,11 +420,17 @@ def bad_files(folder, tmp_path):
         said[tmp_path / name] = message
     incomplete = {**described, "classes": [{"nam": "sun"}]}
     other_size = {**described, "input": {**described["input"], "height": 64}}
-    for number, (text, message) in enumerate((
-        ("not json", "JSON"), ("{}", "damaged"), ("null", "damaged"), (incomplete, "incomplete"),
-        ({**described, "input": {"height": 96}}, "incomplete"), (other_size, "its input is uint8 1,96,128,3"),
-        ({**described, "input": {**described["input"], "resize": "crop"}}, "input.resize is crop"),
-    )):
+    for number, (text, message) in enumerate(
+        (
+            ("not json", "JSON"),
+            ("{}", "damaged"),
+            ("null", "damaged"),
+            (incomplete, "incomplete"),
+            ({**described, "input": {"height": 96}}, "incomplete"),
+            (other_size, "its input is uint8 1,96,128,3"),
+            ({**described, "input": {**described["input"], "resize": "crop"}}, "input.resize is crop"),
+        )
+    ):
         said[with_metadata(tmp_path / f"metadata{number}.tflite", bare, text)] = message
     return said
 

@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from polarmask_tf import cli, weights
+from polarmask_tf import cli
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
-from polarmask_tf.predictor import load_predictor
-from polarmask_tf.runs import load_run
+from polarmask_tf.inference.predictor import load_predictor
+from polarmask_tf.weights import released
+from polarmask_tf.weights.runs import load_run
 
 TURN = (9 - np.arange(36)) % 36  # our ray k is the released ray TURN[k]
 
 
 def override(config, **changes):
-    return dataclasses.replace(config, **{
-        section: dataclasses.replace(getattr(config, section), **values) if isinstance(values, dict) else values
-        for section, values in changes.items()
-    })
+    return dataclasses.replace(
+        config,
+        **{
+            section: dataclasses.replace(getattr(config, section), **values) if isinstance(values, dict) else values
+            for section, values in changes.items()
+        },
+    )
 
 
 # ---- the golden network
@@ -62,13 +66,15 @@ def test_forward_equals_the_golden_network(imported, golden):
     for index, (level, maps) in enumerate(sorted(outputs.items())):
         assert level == index + 3
         truth = {
-            "classes": exact[f"cls{index}"], "centerness": exact[f"ctr{index}"], "boxes": np.log(arrays[f"bbox{index}"]),
+            "class_logits": exact[f"cls{index}"],
+            "centerness_logits": exact[f"ctr{index}"],
+            "ltrb_logits": np.log(arrays[f"bbox{index}"]),
         }
         for name, values in truth.items():
             expected = values[0].transpose(1, 2, 0)
             assert (np.abs(maps[name][0] - expected) <= 1e-3 * np.maximum(1, np.abs(expected))).all(), (level, name)
         expected = arrays[f"rays{index}"][0].transpose(1, 2, 0)[..., TURN]
-        assert (np.abs(np.exp(maps["rays"][0]) - expected) <= 1e-3 * np.maximum(1, np.abs(expected))).all(), level
+        assert (np.abs(np.exp(maps["ray_logits"][0]) - expected) <= 1e-3 * np.maximum(1, np.abs(expected))).all(), level
 
 
 def test_features_equal_the_golden_ones(imported, golden):
@@ -108,7 +114,7 @@ def test_old_keys_are_the_same_model(seeded, imported, tmp_path):
     assert set(old) != set(seeded)
     np.savez(tmp_path / "old.npz", **old)
     config = configs.load("released_r50_1x", ["data.size=[256,320]"])
-    model = weights.import_weights(tmp_path / "old.npz", config, tmp_path / "run")
+    model = released.import_weights(tmp_path / "old.npz", config, tmp_path / "run")
     for mine, theirs in zip(model.head.variables, load_run(imported).head.variables, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -119,7 +125,8 @@ def test_old_keys_are_the_same_model(seeded, imported, tmp_path):
 SMALL = override(
     configs.load("released_r50_1x"),
     model=dataclasses.replace(
-        configs.load("released_r50_1x").model, rays=8,
+        configs.load("released_r50_1x").model,
+        rays=8,
         backbone=dataclasses.replace(configs.load("released_r50_1x").model.backbone, blocks=(1, 1, 2, 1)),
     ),
     data={"size": (64, 96)},
@@ -177,7 +184,7 @@ def small():
 
 def run_import(state, folder, config=SMALL, name="small.npz", **options):
     np.savez(folder / name, **state)
-    return weights.import_weights(folder / name, config, folder / "run", **options)
+    return released.import_weights(folder / name, config, folder / "run", **options)
 
 
 def refusal(state, folder, config=SMALL, **options):
@@ -204,7 +211,7 @@ def test_released_rays_point_the_same_way(rays):
     """Released ray i at 360 i / n from straight down (0, 1), towards +x."""
     theirs = 2 * np.pi * np.arange(rays) / rays
     ours = 2 * np.pi * np.arange(rays) / rays
-    turned = theirs[weights.released_rays(rays)]
+    turned = theirs[released.released_rays(rays)]
     np.testing.assert_allclose(np.sin(turned), np.cos(ours), atol=1e-12)
     np.testing.assert_allclose(np.cos(turned), np.sin(ours), atol=1e-12)
 
@@ -220,7 +227,7 @@ def test_the_run_is_accepted_by_what_comes_next(small, tmp_path, capsys):
 
 def test_coco_classes_are_those_of_coco(shared):
     categories = json.loads((shared / "data/coco_dev/annotations/instances_dev.json").read_text())["categories"]
-    assert {c["id"]: c["name"] for c in categories} == weights.COCO and list(weights.COCO) == sorted(weights.COCO)
+    assert {c["id"]: c["name"] for c in categories} == released.COCO and list(released.COCO) == sorted(released.COCO)
 
 
 def test_without_a_box_branch_its_tensors_are_named_as_unused(small, tmp_path, capsys):
@@ -238,8 +245,13 @@ def test_refusals(small, tmp_path):
     assert "DCN" in refusal(changed(small, **more), tmp_path)
     assert "not a PolarMask checkpoint" in refusal({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}, tmp_path)
     assert "[1, 1, 2, 1] blocks in its stages, the config [3, 4, 6, 3]" in refusal(
-        small, tmp_path, dataclasses.replace(SMALL, model=dataclasses.replace(
-            SMALL.model, backbone=dataclasses.replace(SMALL.model.backbone, blocks=(3, 4, 6, 3)))))
+        small,
+        tmp_path,
+        dataclasses.replace(
+            SMALL,
+            model=dataclasses.replace(SMALL.model, backbone=dataclasses.replace(SMALL.model.backbone, blocks=(3, 4, 6, 3))),
+        ),
+    )
     grouped = dataclasses.replace(SMALL.model.backbone, groups=64, stride_in="3x3")
     config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, backbone=grouped))
     assert "of a ResNet, the config a ResNeXt" in refusal(small, tmp_path, config)

@@ -12,16 +12,35 @@ import tensorflow as tf
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
-    "model.rays=12", "model.backbone.width=8", "model.fpn.channels=16", "model.fpn.levels=[3,4]", "model.head.channels=16",
-    "model.head.convs=1", "model.head.ray_bias=1", "data.size=[64,64]", "data.batch=4", "targets.ranges=[24]",
-    "postprocess.max_detections=20", "postprocess.score_threshold=0.001",
+    "model.rays=12",
+    "model.backbone.width=8",
+    "model.fpn.channels=16",
+    "model.fpn.levels=[3,4]",
+    "model.head.channels=16",
+    "model.head.convs=1",
+    "model.head.ray_bias=1",
+    "data.size=[64,64]",
+    "data.batch=4",
+    "targets.ranges=[24]",
+    "postprocess.max_detections=20",
+    "postprocess.score_threshold=0.001",
 ]
 
 
 def command(data: Path, run: Path, *settings: str, arguments: tuple = ()) -> list[str]:
     words = [word for item in (*TINY, *settings) for word in ("--set", item)]
     return [
-        sys.executable, "-m", "polarmask_tf", "train", "--config", "shapes", "--data", str(data), "--out", str(run), *words,
+        sys.executable,
+        "-m",
+        "polarmask_tf",
+        "train",
+        "--config",
+        "shapes",
+        "--data",
+        str(data),
+        "--out",
+        str(run),
+        *words,
         *map(str, arguments),
     ]
 

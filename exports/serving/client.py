@@ -118,11 +118,14 @@ def detections(outputs, names, width, height, least):
     for row in range(int(np.asarray(outputs["num_detections"])[0])):
         if scores[row] >= least:
             top, left, bottom, right = (boxes[row] * [height, width, height, width]).tolist()
-            found.append({
-                "class": names[classes[row]] if classes[row] < len(names) else f"class {classes[row]}",
-                "score": round(float(scores[row]), 4), "box": [left, top, right, bottom],
-                "polygon": (polygons[row] * [width, height]).tolist(),
-            })
+            found.append(
+                {
+                    "class": names[classes[row]] if classes[row] < len(names) else f"class {classes[row]}",
+                    "score": round(float(scores[row]), 4),
+                    "box": [left, top, right, bottom],
+                    "polygon": (polygons[row] * [width, height]).tolist(),
+                }
+            )
     return found
 
 

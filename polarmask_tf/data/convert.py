@@ -25,8 +25,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from polarmask_tf.data import coco, records
-from polarmask_tf.data.coco import Report, Unusable
+from polarmask_tf.data import records
+from polarmask_tf.data.sources import coco
+from polarmask_tf.data.sources.coco import Report, Unusable
 from polarmask_tf.errors import InputError
 
 _IMAGES_PER_SHARD = 256

@@ -9,19 +9,25 @@ import sys
 import tensorflow as tf
 from tqdm import tqdm
 
-from polarmask_tf import geometry
-from polarmask_tf.config import Config, canvas
+from polarmask_tf.config import Config, input_size
 from polarmask_tf.data import records, transforms
 from polarmask_tf.errors import InputError
+from polarmask_tf.ops import geometry
 
 # Nothing here branches on tensors, and AutoGraph would take seconds of every start to find that out.
-_as_it_stands = tf.autograph.experimental.do_not_convert
+_no_autograph = tf.autograph.experimental.do_not_convert
 _TOO_FEW = "too few records for an epoch"  # by these words in an error `explain` knows what it is
 
 
 def training_batches(
-    info: records.DatasetInfo, config: Config, *, seed: int = 0, start_step: int = 0,
-    worker: int = 0, workers: int = 1, replicas: int = 1,
+    info: records.DatasetInfo,
+    config: Config,
+    *,
+    seed: int = 0,
+    start_step: int = 0,
+    worker: int = 0,
+    workers: int = 1,
+    replicas: int = 1,
 ) -> tf.data.Dataset:
     """Endless batches (images uint8 [b, H, W, 3], instances), shuffled and augmented, for the replicas of one worker.
 
@@ -43,7 +49,7 @@ def training_batches(
         raise InputError(f"data.batch is {data.batch}: not divisible by {replicas} replicas; choose a multiple of that")
     sizes = tf.constant(data.sizes) if data.sizes else None
 
-    @_as_it_stands
+    @_no_autograph
     def example(index, serialized):
         size = None
         if sizes is not None:
@@ -68,7 +74,7 @@ def prepare(record: dict, config: Config, info: records.DatasetInfo, seed, size=
     data, levels = config.data, config.model.fpn.levels
     if size is not None:
         data = dataclasses.replace(data, size=tuple(tf.unstack(size)))
-    whole = data.crop or canvas(data)
+    whole = data.crop or input_size(data)
     points = _locations(whole, levels)
     if data.fit == "short_side":
         standing = record["height"] > record["width"]
@@ -83,9 +89,13 @@ def prepare(record: dict, config: Config, info: records.DatasetInfo, seed, size=
     )
     xy = transforms.place_points(record["xy"], placement)
     instances = transforms.instances(
-        record, xy, placement["window"], max_edges=info.max_edges,
+        record,
+        xy,
+        placement["window"],
+        max_edges=info.max_edges,
         max_instances=max(1, min(data.max_instances, info.max_instances)),
-        parts=config.targets.parts, center=config.targets.center,
+        parts=config.targets.parts,
+        center=config.targets.center,
     )
     instances["ignore"] = transforms.crowd_locations(record, xy, points, info.max_edges)
     return transforms.place_image(image, placement, whole), instances
@@ -127,7 +137,7 @@ def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Datase
     start = start_step * batch
     seed = tf.constant(seed, tf.int64)
 
-    @_as_it_stands
+    @_no_autograph
     def epoch(number):
         # Not Dataset.shuffle: its order hangs on the global seed and on how often it was iterated before.
         shards = tf.data.Dataset.from_tensor_slices(_shuffled(paths, seed * 1_000_003 + number, tf.constant(-1, tf.int64)))
@@ -137,7 +147,7 @@ def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Datase
         found = found.concatenate(_no_more(info)).take(count)
         return found.batch(data.shuffle).enumerate().map(lambda block, serialized: (number, block, serialized))
 
-    @_as_it_stands
+    @_no_autograph
     def ordered(number, block, serialized):
         """The block with the places in it that this worker's examples come from, and their indices."""
         key = seed * 1_000_003 + number
@@ -152,7 +162,7 @@ def _examples(info, config, seed, start_step, worker, workers) -> tf.data.Datase
             mine = (index >= start) & (index % data.batch // share == worker)
         return serialized, index[mine], order[mine]
 
-    @_as_it_stands
+    @_no_autograph
     def one_by_one(serialized, indices, places):
         each = tf.data.Dataset.from_tensor_slices((indices, places))
         return each.map(lambda index, place: (index, serialized[place]))
@@ -203,7 +213,7 @@ def _count(paths, damaged):
             count += records.count_records(path)
         except OSError as error:
             if damaged == "fail":
-                raise InputError(f"{path}: cannot be read ({error.strerror}); {records.MEND}") from None
+                raise InputError(f"{path}: cannot be read ({error.strerror}); {records.REPAIR_HINT}") from None
     return count
 
 
@@ -228,6 +238,7 @@ def _reader(damaged):
 
 def _no_more(info) -> tf.data.Dataset:
     """Fails when an element is asked for."""
+
     def fail(text):
         with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
             return tf.identity(text)
@@ -236,8 +247,14 @@ def _no_more(info) -> tf.data.Dataset:
 
 
 def explain(
-    error: tf.errors.OpError, info: records.DatasetInfo, config: Config, *, seed: int, step: int,
-    worker: int = 0, workers: int = 1,
+    error: tf.errors.OpError,
+    info: records.DatasetInfo,
+    config: Config,
+    *,
+    seed: int,
+    step: int,
+    worker: int = 0,
+    workers: int = 1,
 ) -> InputError | None:
     """What in the data made the batches fail with `error` at `step`, as one line; None if it was something else.
 
@@ -249,14 +266,22 @@ def explain(
         return InputError(f"{info.directory}: {found} ({info.num_images}); run `polarmask convert` again")
     if isinstance(error, tf.errors.InvalidArgumentError):
         return _find_undecodable(info, config, seed, step, worker, workers)
-    if isinstance(error, (tf.errors.DataLossError, tf.errors.NotFoundError, tf.errors.PermissionDeniedError,
-                          tf.errors.UnknownError, tf.errors.FailedPreconditionError)):
+    if isinstance(
+        error,
+        (
+            tf.errors.DataLossError,
+            tf.errors.NotFoundError,
+            tf.errors.PermissionDeniedError,
+            tf.errors.UnknownError,
+            tf.errors.FailedPreconditionError,
+        ),
+    ):
         for path in info.shard_paths:
             try:
                 for _ in records.read_shard(path):
                     pass
             except records.DamagedShard as damage:
-                return InputError(f"{damage}; {records.MEND}")
+                return InputError(f"{damage}; {records.REPAIR_HINT}")
     return None
 
 

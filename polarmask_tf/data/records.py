@@ -21,7 +21,7 @@ import numpy as np
 from polarmask_tf.errors import InputError
 
 FORMAT = "polarmask_tf/1"
-MEND = "run `polarmask convert` again, or go on without the rest of the shard: data.damaged=skip"
+REPAIR_HINT = "run `polarmask convert` again, or go on without the rest of the shard: data.damaged=skip"
 
 
 class DamagedShard(InputError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from polarmask_tf import geometry
+from polarmask_tf.ops import geometry
 
 
 def factors(source: tf.Tensor, size, fit: str) -> tf.Tensor:

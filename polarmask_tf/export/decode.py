@@ -29,6 +29,7 @@ def place_batch(contents: tf.Tensor, place, max_pixels: int, examples: bool = Fa
       Canvases that differ in size are padded with zeros to the largest. If an image is refused the batch fails, with
       InvalidArgumentError: "image 2 of the batch (the first is 0): ..." and the reason.
     """
+
     def one(row, content):
         if examples:
             key = "image/encoded"
@@ -60,14 +61,17 @@ def decode(content: tf.Tensor) -> tf.Tensor:
 
     As decoded: no EXIF rotation, alpha dropped, of 16 bits a channel the high 8. Raises InvalidArgumentError.
     """
-    pixels = tf.switch_case(_kind(_header(content)), [
-        # As Pillow decodes it, and with it `polarmask predict`; TensorFlow's default is coarser.
-        lambda: tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.io.decode_png(content, channels=3),
-        lambda: tf.io.decode_gif(content)[0],
-        lambda: tf.io.decode_bmp(content)[..., :3],
-        lambda: tf.io.decode_webp(content)[0, ..., :3],
-    ])
+    pixels = tf.switch_case(
+        _kind(_header(content)),
+        [
+            # As Pillow decodes it, and with it `polarmask predict`; TensorFlow's default is coarser.
+            lambda: tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE"),
+            lambda: tf.io.decode_png(content, channels=3),
+            lambda: tf.io.decode_gif(content)[0],
+            lambda: tf.io.decode_bmp(content)[..., :3],
+            lambda: tf.io.decode_webp(content)[0, ..., :3],
+        ],
+    )
     return tf.ensure_shape(pixels, [None, None, 3])
 
 
@@ -102,10 +106,13 @@ def examine(content: tf.Tensor, max_pixels: int) -> tuple[tf.Tensor, tf.Tensor]:
     def webp():
         lossless, extended = _starts(header, 12, b"VP8L"), _starts(header, 12, b"VP8X")
         packed = _number(header, 21, 4)
-        sizes = tf.case([
-            (extended, lambda: (_number(header, 24, 3) + 1, _number(header, 27, 3) + 1)),
-            (lossless, lambda: (packed % 2**14 + 1, packed // 2**14 % 2**14 + 1)),
-        ], default=lambda: (_number(header, 26, 2) % 2**14, _number(header, 28, 2) % 2**14))
+        sizes = tf.case(
+            [
+                (extended, lambda: (_number(header, 24, 3) + 1, _number(header, 27, 3) + 1)),
+                (lossless, lambda: (packed % 2**14 + 1, packed // 2**14 % 2**14 + 1)),
+            ],
+            default=lambda: (_number(header, 26, 2) % 2**14, _number(header, 28, 2) % 2**14),
+        )
         # TensorFlow 2.20 writes past its memory when it decodes an animated WebP.
         animated = extended & (header[20] // 2 % 2 == 1)
         return content, *sizes, tf.where(animated, "an animated WebP, which TensorFlow cannot decode", "")
@@ -117,10 +124,14 @@ def examine(content: tf.Tensor, max_pixels: int) -> tuple[tf.Tensor, tf.Tensor]:
 
     content, width, height, problem = tf.switch_case(_kind(header), [jpeg, png, gif, bmp, webp, other])
     pixels = tf.cast(width, tf.float64) * tf.cast(height, tf.float64)  # of a made-up header: more than int64 holds
-    too_many = tf.strings.join([
-        tf.strings.as_string(width), " x ", tf.strings.as_string(height),
-        f" pixels (width x height), the limit set at export is {max_pixels}",
-    ])
+    too_many = tf.strings.join(
+        [
+            tf.strings.as_string(width),
+            " x ",
+            tf.strings.as_string(height),
+            f" pixels (width x height), the limit set at export is {max_pixels}",
+        ]
+    )
     for wrong, why in ((pixels > max_pixels, too_many), (tf.equal(pixels, 0), "an image without pixels")):
         problem = tf.where(tf.equal(problem, "") & wrong, why, problem)
     return content, problem
@@ -179,9 +190,11 @@ def _first_frame(content):
     def table(flags):  # bytes of a color table
         return tf.where(flags >= 128, 3 * 2 ** (flags % 8 + 1), 0)
 
-    frame, = tf.while_loop(
-        lambda at: data[at] == 0x21, lambda at: [tf.minimum(end(at + 2) + 1, last)],
-        [tf.minimum(13 + table(data[10]), last)], maximum_iterations=MAX_GIF_EXTENSIONS,
+    (frame,) = tf.while_loop(
+        lambda at: data[at] == 0x21,
+        lambda at: [tf.minimum(end(at + 2) + 1, last)],
+        [tf.minimum(13 + table(data[10]), last)],
+        maximum_iterations=MAX_GIF_EXTENSIONS,
     )
     found = data[frame] == 0x2C
     frame = tf.minimum(frame, last - 12)

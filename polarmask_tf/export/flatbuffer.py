@@ -24,8 +24,12 @@ def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str
         kinds.append(f"{name} {custom}" if custom else name)
     graph = model.subgraphs[0]
     return [
-        (kinds[op.opcodeIndex], [i for i in op.inputs if i >= 0], list(op.outputs),
-         [graph.tensors[i].name.decode() for i in op.outputs])
+        (
+            kinds[op.opcodeIndex],
+            [i for i in op.inputs if i >= 0],
+            list(op.outputs),
+            [graph.tensors[i].name.decode() for i in op.outputs],
+        )
         for op in graph.operators
     ]
 
@@ -47,7 +51,7 @@ def parts(operations: list) -> list[str]:
     return found
 
 
-def halves(content: bytes) -> tuple[bytes, bytes | None]:
+def split_at_postprocess(content: bytes) -> tuple[bytes, bytes | None]:
     """The same file, ended where post-processing begins, and the post-processing alone; (the bytes given, None) without one.
 
     What the first gives the second takes, tensors of the same indices. Neither has a signature.

@@ -76,7 +76,8 @@ def rasterise(polygons: tf.Tensor, boxes: tf.Tensor, size: int) -> tf.Tensor:
     cell = tf.floor(x)
     row = (tf.cast(where[:, 0], tf.int32) * size + line // SUB_ROWS) * (size + 2) + tf.cast(cell, tf.int32)
     changes = tf.math.unsorted_segment_sum(
-        tf.concat([sign * (1 - (x - cell)), sign * (x - cell)], 0), tf.concat([row, row + 1], 0),
+        tf.concat([sign * (1 - (x - cell)), sign * (x - cell)], 0),
+        tf.concat([row, row + 1], 0),
         tf.shape(boxes)[0] * size * (size + 2),
     )
     cover = tf.cumsum(tf.reshape(changes, [-1, size, size + 2]), axis=2)[:, :, :size]

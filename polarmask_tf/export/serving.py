@@ -15,7 +15,7 @@ import tensorflow as tf
 from polarmask_tf.config import CONVENTIONS, DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import decode, model_garden
-from polarmask_tf.export.saved_model import detect, metadata, resize
+from polarmask_tf.export.graph import detect, metadata, resize
 from polarmask_tf.modeling.polarmask import PolarMask
 
 CONTRACTS = ("model_garden",)
@@ -23,8 +23,14 @@ WARM_UP_SIZE = (96, 128)  # height and width of the picture in the warm-up reque
 
 
 def export_serving(
-    model: PolarMask, classes: list[dict], out: Path, *, name: str, contract: str | None = None,
-    max_pixels: int = 50_000_000, mask_size: int = 28,
+    model: PolarMask,
+    classes: list[dict],
+    out: Path,
+    *,
+    name: str,
+    contract: str | None = None,
+    max_pixels: int = 50_000_000,
+    mask_size: int = 28,
 ) -> Path:
     """Writes a new version of a model for TF Serving, out/NAME/1 or the next free number, and returns it.
 
@@ -74,6 +80,7 @@ def export_serving(
 
 def place_encoded(contents: tf.Tensor, data: DataConfig, max_pixels: int, examples: bool = False):
     """Encoded images, string [B], to what the network takes; see decode.place_batch."""
+
     def place(image):
         placed, filled = _place(image[tf.newaxis], data)
         return placed[0], filled
@@ -115,7 +122,8 @@ class Served(tf.Module):
                 return network(placed, filled)
             shapes = {name: tf.TensorSpec(value.shape[1:], value.dtype) for name, value in network.structured_outputs.items()}
             return tf.cond(
-                tf.reduce_all(canvases == tf.shape(placed)[1:3]), lambda: network(placed, filled),
+                tf.reduce_all(canvases == tf.shape(placed)[1:3]),
+                lambda: network(placed, filled),
                 lambda: tf.map_fn(alone, (placed, filled, canvases), fn_output_signature=shapes, parallel_iterations=1),
             )
 
@@ -181,7 +189,7 @@ def warm_up(signatures: dict, name: str) -> list:
     example = tf.train.Example(features=tf.train.Features(feature={"image/encoded": feature})).SerializeToString()
     records = []
     for key, function in signatures.items():
-        given, = function.input_signature
+        (given,) = function.input_signature
         content = image[np.newaxis] if given.dtype == tf.uint8 else [example if key.endswith("tf_example") else encoded]
         request = predict_pb2.PredictRequest()
         request.model_spec.name, request.model_spec.signature_name = name, key

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from polarmask_tf import geometry
-from polarmask_tf.config import DataConfig, canvas
+from polarmask_tf.config import DataConfig, input_size
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import quantize
-from polarmask_tf.export.saved_model import metadata
+from polarmask_tf.export.graph import metadata
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.ops import geometry
 
 # float32; float16 weights, computed in float32; 8-bit weights alone; 8 bits but for what needs float, see quantize.py.
 PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
@@ -59,7 +59,7 @@ def convert(
             super().__init__()
             self.variables_ = list(model.variables)
 
-        @tf.function(input_signature=[tf.TensorSpec([1, *canvas(model.config.data), 3], tf.uint8, "images")])
+        @tf.function(input_signature=[tf.TensorSpec([1, *input_size(model.config.data), 3], tf.uint8, "images")])
         def detect(self, images):
             return outputs(images)
 
@@ -109,8 +109,12 @@ def export_tflite(model: PolarMask, classes: list[dict], out: Path, precision: s
 def _assembling(model: PolarMask) -> dict:
     """What lite.assemble needs to know."""
     options = model.config.postprocess
-    names = ("score_threshold", "candidates", "nms_iou", "max_detections", "multi_label")
     return {
-        "ray_units": {str(level): unit for level, unit in model.ray_units.items()}, "ray_limit": geometry.MAX_RAY_LOGIT,
-        **{name: getattr(options, name) for name in names},
+        "ray_units": {str(level): unit for level, unit in model.ray_units.items()},
+        "ray_limit": geometry.MAX_RAY_LOGIT,
+        "score_threshold": options.score_threshold,
+        "candidates": options.pre_nms_top_k,
+        "nms_iou": options.nms_iou_threshold,
+        "max_detections": options.max_detections,
+        "multi_label": options.multi_label,
     }

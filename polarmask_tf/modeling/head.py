@@ -3,83 +3,91 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import tensorflow as tf
 import tf_keras
 
-from polarmask_tf.config import HeadConfig
-from polarmask_tf.modeling.layers import CONVS, Conv, norm
+from polarmask_tf.config import HeadConfig, from_dict, to_dict
+from polarmask_tf.modeling.layers import CONVS, PACKAGE, Conv, norm
 
 
-def _init():
-    return tf_keras.initializers.RandomNormal(stddev=0.01)
-
-
+@tf_keras.saving.register_keras_serializable(PACKAGE)
 class PolarHead(tf_keras.layers.Layer):
-    """{level: [B, h, w, c]} to {level: {"classes": [B, h, w, C], "centerness": [B, h, w, 1], "rays": [B, h, w, n]}}.
+    """{level: [B, h, w, c]} to {level: {"class_logits": [B, h, w, C], "centerness_logits": [B, h, w, 1], "ray_logits":
+    [B, h, w, n]}}, all float32.
 
-    All outputs are float32 logits; geometry.rays_from_logits makes lengths of the rays'. Two towers, for classes (and, as
-    in the released models, centerness) and for rays, shared over levels (but for BatchNorms, of which each level has its
-    own); one learned scalar a level for the rays. With config.box a third tower gives "boxes": [B, h, w, 4], the logits of
-    l, t, r, b, with scalars of their own.
+    geometry.rays_from_logits makes lengths of the rays'. Two towers, for classes (and, as in the released models,
+    centerness) and for rays, shared over levels (but for BatchNorms, of which each level has its own); one learned scalar
+    a level for the rays. With config.box a third tower gives "ltrb_logits": [B, h, w, 4], the logits of l, t, r, b, with
+    scalars of their own.
     Source: figure 2 and section 3.1; "Box Branch" in section 4.1.
     """
 
     def __init__(self, config: HeadConfig, levels, num_classes: int, rays: int, **kwargs):
         super().__init__(**kwargs)
-        lengths = ("ray", "box") if config.box else ("ray",)
-        conv = CONVS[config.conv]
-
-        def norms(name):
-            if config.norm != "batch":
-                return norm(config.norm, config.channels, name=name)
-            return {str(level): norm("batch", config.channels, name=f"{name}_level{level}") for level in levels}
-
-        self.towers = {
-            tower: [
-                (conv(config.channels, 3, bias=config.norm == "none", init=_init(), name=f"{tower}_conv{i + 1}"),
-                 norms(f"{tower}_norm{i + 1}"))
-                for i in range(config.convs)
-            ]
-            for tower in ("class", *lengths)
-        }
+        self.config, self.levels, self.num_classes, self.num_rays = config, tuple(levels), num_classes, rays
+        conv, options = CONVS[config.conv], {"dtype": self.dtype_policy}
+        self.towers = ("class", "ray", "box") if config.box else ("class", "ray")
+        for tower in self.towers:
+            convs, norms = [], []
+            for i in range(1, config.convs + 1):
+                convs.append(
+                    conv(config.channels, 3, bias=config.norm == "none", init=_init(), name=f"{tower}_conv{i}", **options)
+                )
+                each = [f"_level{level}" for level in self.levels] if config.norm == "batch" else [""]
+                norms += [
+                    norm(config.norm, config.channels, name=f"{tower}_norm{i}{level}", dtype=self.dtype_policy)
+                    for level in each
+                ]
+            # Flat lists of layers, which are all that Keras' own files look into.
+            setattr(self, f"{tower}_convs", convs)
+            setattr(self, f"{tower}_norms", norms)
+        options |= {"kernel": config.kernel, "bias": True}
         # Every class starts at 0.01, so that the background does not drown the first steps (Lin et al., section 3.3).
         rare = tf_keras.initializers.Constant(-math.log(99))
-        self.classes = Conv(num_classes, config.kernel, bias=True, init=_init(), bias_init=rare, name="classes")
-        self.centerness = Conv(1, config.kernel, bias=True, init=_init(), name="centerness")
         bias = tf_keras.initializers.Constant(config.ray_bias)
-        self.rays = Conv(rays, config.kernel, bias=True, init=_init(), bias_init=bias, name="rays")
-        self.scales = self._scales("scale", levels)
+        self.classes = Conv(num_classes, init=_init(), bias_init=rare, name="classes", **options)
+        self.centerness = Conv(1, init=_init(), name="centerness", **options)
+        self.rays = Conv(rays, init=_init(), bias_init=bias, name="rays", **options)
+        self.scales = self._scales("scale")
         if config.box:
-            self.boxes = Conv(4, config.kernel, bias=True, init=_init(), bias_init=bias, name="boxes")
-            self.box_scales = self._scales("box_scale", levels)
+            self.boxes = Conv(4, init=_init(), bias_init=bias, name="boxes", **options)
+            self.box_scales = self._scales("box_scale")
 
-    def _scales(self, name, levels):
-        return {
-            str(level): self.add_weight(
-                name=f"{name}{level}", shape=(), dtype=tf.float32, initializer="ones", experimental_autocast=False
-            )
-            for level in levels
-        }
+    def _scales(self, name):
+        options = {"shape": (), "dtype": tf.float32, "initializer": "ones", "experimental_autocast": False}
+        return {str(level): self.add_weight(name=f"{name}{level}", **options) for level in self.levels}
 
     def call(self, pyramid, training=False):
-        return {level: self._one(x, str(level), training) for level, x in pyramid.items()}
+        return {str(level): self._level(x, str(level), training) for level, x in pyramid.items()}
 
-    def _one(self, x, level, training):
-        features = {}
-        for tower, layers in self.towers.items():
-            y = x
-            for conv, normalize in layers:
-                if isinstance(normalize, Mapping):  # Keras makes a mapping of its own of the dict
-                    normalize = normalize[level]
-                y = tf.nn.relu(normalize(conv(y), training=training))
-            features[tower] = y
+    def _level(self, x, level, training):
+        features = {tower: self._tower(x, tower, level, training) for tower in self.towers}
         outputs = {
-            "classes": tf.cast(self.classes(features["class"]), tf.float32),
-            "centerness": tf.cast(self.centerness(features["class"]), tf.float32),
-            "rays": self.scales[level] * tf.cast(self.rays(features["ray"]), tf.float32),
+            "class_logits": tf.cast(self.classes(features["class"]), tf.float32),
+            "centerness_logits": tf.cast(self.centerness(features["class"]), tf.float32),
+            "ray_logits": self.scales[level] * tf.cast(self.rays(features["ray"]), tf.float32),
         }
         if "box" in features:
-            outputs["boxes"] = self.box_scales[level] * tf.cast(self.boxes(features["box"]), tf.float32)
+            outputs["ltrb_logits"] = self.box_scales[level] * tf.cast(self.boxes(features["box"]), tf.float32)
         return outputs
+
+    def _tower(self, x, tower, level, training):
+        norms = getattr(self, f"{tower}_norms")
+        if self.config.norm == "batch":
+            norms = norms[[str(n) for n in self.levels].index(level) :: len(self.levels)]
+        for conv, normalize in zip(getattr(self, f"{tower}_convs"), norms, strict=True):
+            x = tf.nn.relu(normalize(conv(x), training=training))
+        return x
+
+    def get_config(self):
+        own = {"levels": list(self.levels), "num_classes": self.num_classes, "rays": self.num_rays}
+        return {**super().get_config(), "config": to_dict(self.config), **own}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(from_dict(HeadConfig, config.pop("config")), **config)
+
+
+def _init():
+    return tf_keras.initializers.RandomNormal(stddev=0.01)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import tensorflow as tf
 import tf_keras
 
+PACKAGE = "polarmask_tf"  # under which Keras' own files know our layers and models
+_THIN = 16
 
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
 class Conv(tf_keras.layers.Layer):
     """k x k convolution padded symmetrically by k // 2, whatever the stride, as the released models are.
 
@@ -15,22 +19,63 @@ class Conv(tf_keras.layers.Layer):
     """
 
     def __init__(
-        self, filters: int, kernel: int, stride: int = 1, bias: bool = False, init="he_normal", bias_init="zeros",
-        groups: int = 1, **kwargs,
+        self,
+        filters: int,
+        kernel: int,
+        stride: int = 1,
+        bias: bool = False,
+        init="he_normal",
+        bias_init="zeros",
+        groups: int = 1,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         pad = stride > 1 and kernel > 1
+        self.stride, self.thin = stride, False
         self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if pad else None
         make = tf_keras.layers.Conv2D if groups == 1 else GroupedConv2D
         self.conv = make(
-            filters, kernel, stride, "valid" if pad else "same", use_bias=bias,
-            kernel_initializer=init, bias_initializer=bias_init, groups=groups, name="conv",
+            filters,
+            kernel,
+            stride,
+            "valid" if pad else "same",
+            use_bias=bias,
+            kernel_initializer=init,
+            bias_initializer=bias_init,
+            groups=groups,
+            dtype=self.dtype_policy,
+            name="conv",
         )
 
+    def build(self, input_shape):
+        # oneDNN's gradient of a strided 1x1 convolution of fewer than 16 channels writes outside its memory on processors
+        # with AVX-512 (TensorFlow 2.20, batch 1, several threads): there, the pixels are chosen first. Shipped networks are
+        # wider, and their exported graphs keep the one operation.
+        self.thin = self.stride > 1 and self.pad is None and input_shape[-1] < _THIN
+        if self.thin:
+            self.conv.strides = (1, 1)
+        super().build(input_shape)
+
     def call(self, x):
+        if self.thin:
+            x = x[:, :: self.stride, :: self.stride]
         return self.conv(x if self.pad is None else self.pad(x))
 
+    def get_config(self):
+        conv = self.conv
+        return {
+            **super().get_config(),
+            "filters": conv.filters,
+            "kernel": conv.kernel_size[0],
+            "stride": self.stride,
+            "bias": conv.use_bias,
+            "init": tf_keras.initializers.serialize(conv.kernel_initializer),
+            "bias_init": tf_keras.initializers.serialize(conv.bias_initializer),
+            "groups": conv.groups,
+        }
 
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
 class SeparableConv(tf_keras.layers.Layer):
     """A k x k convolution of each channel by itself, then a 1x1 convolution over the channels; padded as Conv is."""
 
@@ -38,18 +83,37 @@ class SeparableConv(tf_keras.layers.Layer):
         super().__init__(**kwargs)
         self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if stride > 1 else None
         self.depthwise = tf_keras.layers.DepthwiseConv2D(
-            kernel, stride, "valid" if stride > 1 else "same", use_bias=False, depthwise_initializer="he_normal",
+            kernel,
+            stride,
+            "valid" if stride > 1 else "same",
+            use_bias=False,
+            depthwise_initializer="he_normal",
+            dtype=self.dtype_policy,
             name="depthwise",
         )
-        self.pointwise = tf_keras.layers.Conv2D(filters, 1, use_bias=bias, kernel_initializer=init, name="pointwise")
+        self.pointwise = tf_keras.layers.Conv2D(
+            filters, 1, use_bias=bias, kernel_initializer=init, dtype=self.dtype_policy, name="pointwise"
+        )
 
     def call(self, x):
         return self.pointwise(self.depthwise(x if self.pad is None else self.pad(x)))
+
+    def get_config(self):
+        deep, point = self.depthwise, self.pointwise
+        return {
+            **super().get_config(),
+            "filters": point.filters,
+            "kernel": deep.kernel_size[0],
+            "stride": deep.strides[0],
+            "bias": point.use_bias,
+            "init": tf_keras.initializers.serialize(point.kernel_initializer),
+        }
 
 
 CONVS = {"dense": Conv, "separable": SeparableConv}
 
 
+@tf_keras.saving.register_keras_serializable(PACKAGE)
 class GroupedConv2D(tf_keras.layers.Conv2D):
     """Conv2D(groups=...) that trains on a CPU too, in a time that is bearable.
 
@@ -93,17 +157,21 @@ def _gradients_by_group(x, kernel, dy, strides, padding):
     parts = (tf.split(value, groups, axis=3) for value in (x, kernel, dy))
     strides = [1, *strides, 1]
     for x_part, kernel_part, dy_part in zip(*parts, strict=True):
-        dxs.append(tf.raw_ops.Conv2DBackpropInput(
-            input_sizes=tf.shape(x_part), filter=kernel_part, out_backprop=dy_part, strides=strides, padding=padding
-        ))
-        dkernels.append(tf.raw_ops.Conv2DBackpropFilter(
-            input=x_part, filter_sizes=tf.shape(kernel_part), out_backprop=dy_part, strides=strides, padding=padding
-        ))
+        dxs.append(
+            tf.raw_ops.Conv2DBackpropInput(
+                input_sizes=tf.shape(x_part), filter=kernel_part, out_backprop=dy_part, strides=strides, padding=padding
+            )
+        )
+        dkernels.append(
+            tf.raw_ops.Conv2DBackpropFilter(
+                input=x_part, filter_sizes=tf.shape(kernel_part), out_backprop=dy_part, strides=strides, padding=padding
+            )
+        )
     return tf.concat(dxs, 3), tf.concat(dkernels, 3)
 
 
-def norm(kind: str, channels: int, name: str | None = None) -> tf_keras.layers.Layer:
-    """A norm with epsilon 1e-5, or nothing ("none").
+def norm(kind: str, channels: int, **kwargs) -> tf_keras.layers.Layer:
+    """A norm with epsilon 1e-5, or nothing ("none"); `kwargs` (name, dtype) go to the layer.
 
     "batch" has the statistics of a replica's own images, "sync" of all replicas' images; "frozen" is BatchNorm that stays
     as it was loaded, also in training; "group" is GroupNorm, whose groups hold at least 8 channels, as the 32 groups of
@@ -112,9 +180,9 @@ def norm(kind: str, channels: int, name: str | None = None) -> tf_keras.layers.L
     if kind in ("batch", "sync", "frozen"):
         # A BatchNormalization that is not trainable uses its moving statistics, whatever it is told of training.
         return tf_keras.layers.BatchNormalization(
-            epsilon=1e-5, momentum=0.97, synchronized=kind == "sync", trainable=kind != "frozen", name=name
+            epsilon=1e-5, momentum=0.97, synchronized=kind == "sync", trainable=kind != "frozen", **kwargs
         )
     if kind == "group":
         groups = max(g for g in range(1, max(1, min(32, channels // 8)) + 1) if channels % g == 0)
-        return tf_keras.layers.GroupNormalization(groups, epsilon=1e-5, name=name)
-    return tf_keras.layers.Activation("linear", name=name)
+        return tf_keras.layers.GroupNormalization(groups, epsilon=1e-5, **kwargs)
+    return tf_keras.layers.Activation("linear", **kwargs)

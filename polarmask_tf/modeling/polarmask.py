@@ -2,54 +2,116 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import typing
 
 import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from polarmask_tf import geometry, losses, postprocess, targets
+from polarmask_tf import config as configs
 from polarmask_tf.config import CONVENTIONS, Config
-from polarmask_tf.modeling import garden
+from polarmask_tf.errors import InputError
+from polarmask_tf.modeling import step
+from polarmask_tf.modeling.backbones import garden
+from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
-from polarmask_tf.modeling.resnet import ResNet
+from polarmask_tf.modeling.layers import PACKAGE
+from polarmask_tf.ops import geometry, losses, postprocess, targets
 
 # Nothing in the network and its losses branches on tensors, and AutoGraph would take seconds to find that out.
-_as_it_stands = tf.autograph.experimental.do_not_convert
-PARTS = ("class", "ray", "centerness")
-BOX_PARTS = (*PARTS, "box")
+_no_autograph = tf.autograph.experimental.do_not_convert
+LOSSES = ("class", "ray", "centerness")
+BOX_LOSSES = (*LOSSES, "box")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Untracked:
+    """Keeps Keras from making a mapping of its own, which checkpoints look into, of what is set as an attribute."""
+
+    value: typing.Any
+
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
 class PolarMask(tf_keras.Model):
-    """PolarMask for one config and a number of classes.
+    """PolarMask for one config and its classes; built, and like any Keras model from then on.
 
     Images are uint8 or float RGB [B, H, W, 3] in 0..255, H and W multiples of 32; normalisation is part of the network.
-    Compile it with an optimizer alone: the losses are computed from instances, see `compute_loss`.
+    Outputs are the head's: {level: {"class_logits", "centerness_logits", "ray_logits"}}, see PolarHead; `detect` gives
+    detections. `fit` takes (images, instances), see ops/targets.py for instances; compile it with an optimizer alone.
+
+    Args:
+      config: see polarmask_tf.load_config.
+      classes: how many, or their names, or {"name", "category_id"} of each.
+      backbone: a tf_keras.Model or layer, or any callable, from images (normalised, float) to {level: [B, h, w, c]}, level
+        l of stride 2**l, as text or number, in place of the one that config.model.backbone describes.
+      dtype: a mixed precision policy or its name; the global policy if None, which stays as it is.
+
+    Raises InputError for what cannot be built.
     """
 
-    def __init__(self, config: Config, num_classes: int, **kwargs):
+    def __init__(self, config: Config, classes: int | typing.Sequence, backbone=None, **kwargs):
         super().__init__(**kwargs)
-        model = config.model
+        model, policy = config.model, self.dtype_policy
         self.config = config
-        self.num_classes = num_classes
-        self.backbone = (ResNet if model.backbone.type == "resnet" else garden.build)(model.backbone, name="backbone")
-        self.fpn = FPN(model.fpn, name="fpn")
-        self.head = PolarHead(model.head, model.fpn.levels, num_classes, model.rays, name="head")
+        self._classes = _Untracked(_named_classes(classes))
+        self.num_classes = len(self.classes)
+        self._own_backbone = backbone is not None
+        if backbone is None:
+            make = ResNet if model.backbone.type == "resnet" else garden.build
+            self.backbone, levels = make(model.backbone, dtype=policy, name="backbone"), (2, 3, 4, 5)
+        else:
+            self.backbone, levels = backbone, _levels(backbone, self.input_size)
+        self.stride = 2 ** max(levels)  # height and width of an image are multiples of it
+        self.decoder = FPN(model.fpn, levels, dtype=policy, name="decoder")
+        self.head = PolarHead(model.head, model.fpn.levels, self.num_classes, model.rays, dtype=policy, name="head")
         strided = model.head.ray_unit == "stride"
-        self.ray_units = {level: float(2**level if strided else 1) for level in model.fpn.levels}
+        self._ray_units = _Untracked({str(level): float(2**level if strided else 1) for level in model.fpn.levels})
         # By the size of whole images, also where training sees crops of them.
-        self.ranges = config.targets.ranges or targets.scaled_bounds(model.fpn.levels, config.data.size)
+        self.ranges = config.targets.ranges or tuple(targets.scaled_bounds(model.fpn.levels, config.data.size))
         self.conventions = CONVENTIONS[config.conventions]
-        self.parts = BOX_PARTS if model.head.box else PARTS
-        self.trackers = {name: tf_keras.metrics.Mean(name=name) for name in ("loss", *self.parts)}
+        self.loss_names = BOX_LOSSES if model.head.box else LOSSES
+        self.loss_metrics = [tf_keras.metrics.Mean(name=name) for name in ("loss", *self.loss_names)]
+        self.xla = False  # compile(jit_compile=True)
         # They are means over all replicas already; Keras would add up those of the workers.
         self.distribute_reduction_method = "first"
+        fixed = getattr(self.backbone, "input_shape", None) if self._own_backbone else None
+        size = fixed[1:3] if isinstance(fixed, tuple) else (None, None)
+        _no_autograph(super().__call__)(tf_keras.Input((*size, 3), dtype=tf.uint8))
+
+    @classmethod
+    def from_config_name(cls, name, classes: int | typing.Sequence, overrides: typing.Sequence[str] = (), **kwargs):
+        """PolarMask(polarmask_tf.load_config(name, overrides), classes, **kwargs): "edge", "paper_1x", a YAML file."""
+        return cls(configs.load(name, overrides), classes, **kwargs)
+
+    @property
+    def classes(self) -> list[dict]:
+        """{"name", "category_id"} of each class index."""
+        return [dict(entry) for entry in self._classes.value]
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the network's input for whole images."""
+        return configs.input_size(self.config.data)
+
+    @property
+    def ray_units(self) -> dict[str, float]:
+        """Pixels that a ray of logit 0 has, by level."""
+        return self._ray_units.value
 
     def call(self, images, training=False):
-        """Head outputs {level: {"classes", "centerness", "rays"}}, float32 logits; see PolarHead."""
+        """Head outputs by level, float32 logits; see PolarHead."""
+        shape = tuple(images.shape)
+        fits = len(shape) == 4 and shape[3] == 3 and all(side is None or side % self.stride == 0 for side in shape[1:3])
+        if not fits:
+            raise InputError(
+                f"images are {list(shape)}: [batch, height, width, 3] is needed, height and width multiples of {self.stride}; "
+                "polarmask_tf.load_predictor takes images of any size"
+            )
         x = tf.cast(self._normalize(tf.cast(images, tf.float32)), self.compute_dtype)
-        return self.head(self.fpn(self.backbone(x, training=training)), training=training)
+        features = self.backbone(x, training=training) if isinstance(self.backbone, tf_keras.layers.Layer) else self.backbone(x)
+        return self.head(self.decoder(features), training=training)
 
     def _normalize(self, images):
         config = self.config.model
@@ -66,129 +128,114 @@ class PolarMask(tf_keras.Model):
         variance = tf.reduce_mean(tf.square(images - mean), axis=[1, 2, 3], keepdims=True)
         return (images - mean) / tf.sqrt(variance + 1.0)
 
-    @_as_it_stands
-    def train_step(self, data):
-        """One step of `fit`, like Keras' own, but in train.accumulate parts and, with train.jit_compile, by XLA.
+    def compile(self, optimizer="rmsprop", *, run_eagerly=None, steps_per_execution=None, jit_compile=None, **others):
+        """As Keras', without losses and metrics, which belong to the model: loss, class, ray, centerness (and box).
 
-        What the losses are divided by follows from the instances alone and is known before the network runs. So the
-        gradients of the parts add up to the gradient of the whole batch (but for BatchNorm's statistics, which are a
-        part's), and no replica waits for another one between the network and its gradient.
+        `jit_compile` compiles the network and its gradient by XLA; what is around it has shapes that change.
         """
-        images, instances = data
-        train = self.config.train
-        encoded = self._encode(images, instances)
-        counts = _sum_over_replicas(self._counts(images, encoded))
-        part_size = images.shape[0] // train.accumulate if train.accumulate > 1 else None
-        variables = self.trainable_variables
-        # XLA compiles for every shape: the positives, whose number differs from step to step, are padded to the most there are.
-        rows = self._most_positives(part_size or images.shape[0], instances) if train.jit_compile else None
-        function = tf.function(self._part_gradients, jit_compile=True) if train.jit_compile else self._part_gradients
+        others.pop("from_serialized", None)  # by which Keras loads a SavedModel
+        given = [name for name, value in others.items() if value is not None]
+        if given:
+            raise InputError(f"compile({given[0]}=...): PolarMask computes its own losses; set their weights in config.loss")
+        self.xla = bool(jit_compile)
+        super().compile(optimizer=optimizer, run_eagerly=run_eagerly, steps_per_execution=steps_per_execution)
 
-        def part(index):
-            if part_size is None:
-                return function(images, targets.padded(encoded, rows), counts)
-            within = slice(index * part_size, (index + 1) * part_size)
-            mine = targets.of_images(encoded, index * part_size, part_size)
-            x = tf.ensure_shape(images[within], [part_size, *images.shape[1:]])
-            return function(x, targets.padded(mine, rows), counts)
+    def get_compile_config(self):
+        compiled = super().get_compile_config()
+        return compiled and {**compiled, "jit_compile": self.xla}
 
-        if part_size is None:
-            gradients, values = part(0)
-        else:
-            start = [tf.zeros(v.shape, v.dtype) for v in variables], [tf.constant(0.0) for _ in self.parts]
-            _, (gradients, values) = tf.while_loop(
-                lambda index, _: index < train.accumulate,
-                lambda index, sums: (index + 1, tf.nest.map_structure(tf.add, sums, part(index))),
-                (0, start), parallel_iterations=1,  # more would hold several parts in memory
-            )
-        if hasattr(self.optimizer, "get_unscaled_gradients"):
-            gradients = self.optimizer.get_unscaled_gradients(gradients)
-        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-        self._track(values)
+    def compile_from_config(self, config):
+        self.compile(**tf_keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """As Keras'; data are (images, instances). Raises InputError for weights of samples or classes, and other data."""
+        for name in ("class_weight", "sample_weight"):
+            if kwargs.get(name) is not None:
+                raise InputError(f"fit({name}=...): there is no such weight in the focal loss; set config.loss.focal_alpha")
+        for data in (x, kwargs.get("validation_data")):
+            if isinstance(data, tf.data.Dataset):
+                targets.check_batch(data.element_spec, self.config.model.fpn.levels)
+        return super().fit(x, y, *args, **kwargs)
+
+    @_no_autograph
+    def train_step(self, data):
+        """One step of `fit`, like Keras' own, but in train.accumulate parts and, with jit_compile, by XLA; see step.py."""
+        images, instances = targets.check_batch(data, self.config.model.fpn.levels)
+        gradients, values = step.gradients(self, images, instances)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        self._update_metrics(values)
         return self.get_metrics_result()
 
-    def _part_gradients(self, images, encoded, counts):
-        """Gradients of the weighted loss of some of a step's images, and their share of the values of self.parts."""
-        with tf.GradientTape() as tape:
-            values = self._values(self(images, training=True), encoded, counts)
-            loss = self._total(values)
-            if hasattr(self.optimizer, "get_scaled_loss"):
-                loss = self.optimizer.get_scaled_loss(loss)
-        gradients = tape.gradient(loss, self.trainable_variables, unconnected_gradients="zero")
-        return gradients, values
+    def test_step(self, data):
+        """What `evaluate` does with a batch: the losses, without learning."""
+        return super().test_step(targets.check_batch(data, self.config.model.fpn.levels))
 
+    @_no_autograph
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
         """Sum of the weighted losses of this replica's images, divided by counts over all replicas.
 
-        `y` holds the instances, see targets.encode. The optimizer adds the gradients of the replicas, so the total is that
-        of one device with the whole batch: focal loss / positives, centerness loss / positives, ray loss and box loss
-        weighted by the centerness targets / their sum.
+        `x` are images, `y_pred` what the model gives for them, `y` the instances, see ops/targets.py; or, of a part of a
+        training step, step.Prepared, which then gets the single losses. The optimizer adds the gradients of the replicas,
+        so the total is that of one device with the whole batch: focal loss / positives, centerness loss / positives, ray
+        loss and box loss weighted by the centerness targets / their sum.
         """
-        encoded = self._encode(x, y)
-        values = self._values(y_pred, encoded, _sum_over_replicas(self._counts(x, encoded)))
-        self._track(values)
-        return self._total(values)
+        if sample_weight is not None:
+            raise InputError("sample_weight: there is no such weight in the losses; leave it out")
+        prepared = y if isinstance(y, step.Prepared) else step.prepare(self, x, y)
+        prepared.losses = self._losses(y_pred, prepared.targets, prepared.normalizers)
+        if prepared is not y:
+            self._update_metrics(prepared.losses)
+        total = self._weighted_sum(prepared.losses)
+        if self.losses:  # regularisation of a backbone of one's own
+            total += tf.nn.scale_regularization_loss(tf.add_n(self.losses)) * prepared.share
+        return total
 
-    def _encode(self, images, instances):
-        config = self.config
-        return targets.encode(
-            instances, rays=config.model.rays, levels=config.model.fpn.levels, size=_size(images),
-            radius=config.targets.radius, ranges=self.ranges, centerness=config.targets.centerness,
-            whole_pixels=self.conventions.whole_pixels,
-        )
+    def _weighted_sum(self, values):
+        return tf.add_n([getattr(self.config.loss, f"{p}_weight") * v for p, v in zip(self.loss_names, values, strict=True)])
 
-    def _most_positives(self, images: int, instances) -> int:
-        """The most positives that so many images can have: every instance has ceil(2 radius)^2 a level at most."""
-        return images * instances["classes"].shape[1] * len(self.ray_units) * math.ceil(2 * self.config.targets.radius) ** 2
-
-    def _total(self, values):
-        return tf.add_n([getattr(self.config.loss, f"{p}_weight") * v for p, v in zip(self.parts, values, strict=True)])
-
-    def _track(self, values):
+    def _update_metrics(self, values):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        for name, value in zip(("loss", *self.parts), (self._total(values), *values), strict=True):
+        for metric, value in zip(self.loss_metrics, (self._weighted_sum(values), *values), strict=True):
             # Mean metrics average over replicas, and each replica holds only its share of the sum.
-            self.trackers[name].update_state(value * replicas)
+            metric.update_state(value * replicas)
 
-    def _counts(self, images, encoded):
-        """What each of self.parts is to be divided by, of this replica."""
-        positives, weight = tf.cast(tf.shape(encoded.positives)[0], tf.float32), tf.reduce_sum(encoded.centerness)
-        seen = tf.cast(tf.shape(images)[0], tf.float32) if self.conventions.count_images else 0.0
-        return [positives + seen, weight, positives, *([weight] if "box" in self.parts else [])]
-
-    def _values(self, outputs, encoded, counts):
-        """The losses of self.parts: sums over this replica's (part's) images, divided by counts over all replicas.
+    def _losses(self, outputs, encoded, normalizers):
+        """Those of self.loss_names: sums over this replica's (part's) images, divided by counts over all replicas.
 
         Rows of `encoded` with a negative centerness are padding.
         """
         config = self.config.loss
-        class_loss = losses.focal(
-            _flat(outputs, "classes"), encoded.labels, gamma=config.focal_gamma, alpha=config.focal_alpha
+        class_loss = losses.focal_loss(
+            _flat(outputs, "class_logits"), encoded.labels, gamma=config.focal_gamma, alpha=config.focal_alpha
         )
         at = encoded.positives
-        units = [tf.fill([tf.reduce_prod(tf.shape(outputs[n]["rays"])[1:3])], self.ray_units[n]) for n in sorted(outputs)]
+        units = [
+            tf.fill([tf.reduce_prod(tf.shape(maps["ray_logits"])[1:3])], self.ray_units[level])
+            for level, maps in sorted(outputs.items())
+        ]
         units = tf.gather(tf.concat(units, 0), at[:, 1])[:, tf.newaxis]
 
         def lengths(name):
             return geometry.rays_from_logits(tf.gather_nd(_flat(outputs, name), at), units)
 
         weight = tf.maximum(encoded.centerness, 0.0)
-        ray_loss = tf.reduce_sum(losses.RAYS[config.ray](lengths("rays"), encoded.rays) * weight)
-        predicted = tf.gather_nd(_flat(outputs, "centerness"), at)[:, 0]
+        ray_loss = tf.reduce_sum(losses.RAY_LOSSES[config.ray](lengths("ray_logits"), encoded.rays) * weight)
+        predicted = tf.gather_nd(_flat(outputs, "centerness_logits"), at)[:, 0]
         real = tf.cast(encoded.centerness >= 0, tf.float32)
-        centerness_loss = tf.reduce_sum(losses.centerness(predicted, weight) * real)
+        centerness_loss = tf.reduce_sum(losses.centerness_loss(predicted, weight) * real)
         sums = [class_loss, ray_loss, centerness_loss]
-        if "box" in self.parts:
-            each = losses.box_iou(lengths("boxes"), encoded.boxes, pixel=float(self.conventions.whole_pixels))
+        if "box" in self.loss_names:
+            each = losses.iou_loss(lengths("ltrb_logits"), encoded.ltrb, pixel=float(self.conventions.whole_pixels))
             sums.append(tf.reduce_sum(each * weight))
         # Without positives on any replica the sums over positives are zero too; their counts only must not be.
         least = (1.0, 1e-3, 1.0, 1e-3)
-        return [part / tf.maximum(count, low) for part, count, low in zip(sums, counts, least, strict=False)]
+        return [part / tf.maximum(count, low) for part, count, low in zip(sums, normalizers, least, strict=False)]
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()
 
-    @_as_it_stands
+    @_no_autograph
     def detect(self, images, **overrides) -> dict:
         """Detections of a batch of equally sized images, with a batch dimension before what postprocess.detect returns.
 
@@ -197,34 +244,74 @@ class PolarMask(tf_keras.Model):
         outputs = self(images, training=False)
         conventions = {k: v for k, v in vars(self.conventions).items() if k != "count_images"}
         options = {**vars(self.config.postprocess), **conventions, **overrides}
-        size = _size(images)
+        size = step.size_of(images)
 
-        def one(maps):
+        def of_image(maps):
             return postprocess.detect(maps, size, self.ray_units, **options)
 
         if images.shape[0] == 1:  # no loop in the graph of the .tflite
             # Squeezed and expanded: t[0] and t[tf.newaxis] would be slices in that file, and take longer than all the rest.
-            detections = one(tf.nest.map_structure(lambda t: tf.squeeze(t, 0), outputs))
+            detections = of_image(tf.nest.map_structure(lambda t: tf.squeeze(t, 0), outputs))
             return {name: tf.expand_dims(value, 0) for name, value in detections.items()}
         floats = {"detection_scores", "detection_boxes", "detection_polygons"}
         names = ("num_detections", "detection_classes", *sorted(floats))
-        return tf.map_fn(one, outputs, fn_output_signature={n: tf.float32 if n in floats else tf.int32 for n in names})
+        return tf.map_fn(of_image, outputs, fn_output_signature={n: tf.float32 if n in floats else tf.int32 for n in names})
+
+    def get_config(self):
+        values = {
+            "name": self.name,
+            "dtype": self.dtype_policy.name,
+            "config": configs.to_dict(self.config),
+            "classes": self.classes,
+        }
+        if self._own_backbone:
+            if not isinstance(self.backbone, tf_keras.layers.Layer):
+                raise InputError(
+                    "the backbone is no Keras model or layer, so this model cannot be saved whole: save_weights() works, and "
+                    "polarmask_tf.export_model"
+                )
+            values["backbone"] = tf_keras.saving.serialize_keras_object(self.backbone)
+        return values
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        values = dict(config)
+        values["config"] = configs.from_dict(Config, values["config"], "saved model")
+        if values.get("backbone"):
+            values["backbone"] = tf_keras.saving.deserialize_keras_object(values["backbone"], custom_objects)
+        return cls(**values)
 
 
-def _size(images) -> tuple:
-    """Height and width, as numbers where they are known."""
-    dynamic = tf.shape(images)
-    return images.shape[1] or dynamic[1], images.shape[2] or dynamic[2]
+def _named_classes(classes) -> list[dict]:
+    if isinstance(classes, int):
+        classes = [f"class {number}" for number in range(1, classes + 1)]
+    named = [
+        {"name": str(entry["name"]), "category_id": int(entry["category_id"])}
+        if isinstance(entry, typing.Mapping)
+        else {"name": str(entry), "category_id": number}
+        for number, entry in enumerate(classes, 1)
+    ]
+    if not named:
+        raise InputError("classes: at least one is needed: a number, names, or the classes of a data set")
+    return named
+
+
+def _levels(backbone, size) -> list[int]:
+    """The levels that a backbone of the user's gives, found by asking it."""
+    shape = getattr(backbone, "input_shape", None)
+    fixed = isinstance(shape, tuple) and len(shape) == 4 and None not in shape[1:3]
+    features = backbone(tf.zeros([1, *(shape[1:3] if fixed else size), 3]))
+    try:
+        levels = sorted(int(level) for level in features)
+        ranks = {len(feature.shape) for feature in features.values()}
+    except (TypeError, ValueError, AttributeError):
+        levels, ranks = [], set()
+    if not levels or ranks != {4}:
+        raise InputError(f"backbone gives {type(features).__name__}: {{level: [B, h, w, c]}} is needed, level l of stride 2**l")
+    return levels
 
 
 def _flat(outputs: dict, name: str) -> tf.Tensor:
     """One output of all levels as [B, L, channels], in the order of targets.assign."""
     maps = [outputs[level][name] for level in sorted(outputs)]
     return tf.concat([tf.reshape(m, [tf.shape(m)[0], -1, m.shape[3]]) for m in maps], axis=1)
-
-
-def _sum_over_replicas(values):
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return values
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, list(values))

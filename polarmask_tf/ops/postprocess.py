@@ -1,0 +1,141 @@
+"""From the head's outputs to detections: the same graph in evaluation, in the SavedModel and in the .tflite."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from polarmask_tf.ops import geometry
+
+
+def detect(
+    outputs: dict,
+    size,
+    ray_units: dict,
+    *,
+    score_threshold: float = 0.05,
+    pre_nms_top_k: int = 1000,
+    nms_iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    multi_label: bool = True,
+    centerness_offset: float = 0.0,
+    class_threshold: bool = False,
+    box_nms: bool = False,
+    suppress_equal: bool = False,
+    whole_pixels: bool = False,
+) -> dict:
+    """Detections of ONE image ("Mask Assembling" in section 3.2).
+
+    Only the highest scoring candidates of each level are decoded; every operation has a TFLite builtin and, with static
+    input shapes, a static output shape.
+
+    Args:
+      outputs: {level: {"class_logits": [h, w, C], "centerness_logits": [h, w, 1], "ray_logits": [h, w, n]}}; level l has stride
+        2**l. With "ltrb_logits": [h, w, 4] rays are cut at the box ("Box Branch" in section 4.1).
+      size: height and width of the image, pixels, ints or tensors; polygons are cut at its border.
+      ray_units: {level: pixels}, see geometry.rays_from_logits.
+      score_threshold: of class score times centerness; detections at or below it are dropped.
+      pre_nms_top_k: a level, before NMS.
+      nms_iou_threshold: boxes (of polygons) of one class that overlap more are suppressed.
+      max_detections: N.
+      multi_label: candidates are (location, class) pairs; False: locations with their best class, which is cheaper.
+      centerness_offset, class_threshold, box_nms, suppress_equal, whole_pixels: see config.Conventions.
+
+    Returns:
+      num_detections int32 []; detection_scores float32 [N], descending; detection_classes int32 [N];
+      detection_boxes float32 [N, 4] as ymin, xmin, ymax, xmax; detection_polygons float32 [N, n, 2] as x, y; boxes and
+      polygons relative to `size`, in [0, 1]. Rows past num_detections are zeros.
+    """
+    height, width = size
+    limit = tf.cast(tf.stack([width, height]), tf.float32)
+    pixel = float(whole_pixels)
+    levels = []
+    for level, maps in sorted(outputs.items()):  # levels are text or numbers
+        if class_threshold:
+            scores, classes, where = _above(maps, pre_nms_top_k, score_threshold, centerness_offset)
+        else:
+            scores, classes, where = _best(maps, pre_nms_top_k, multi_label, centerness_offset)
+        logits = [
+            tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where)
+            for name in ("ray_logits", "ltrb_logits")
+            if name in maps
+        ]
+        centers = tf.gather(geometry.locations(height, width, 2 ** int(level)), where)
+        levels.append((scores, classes, centers, tf.fill([tf.shape(where)[0], 1], ray_units[level]), *logits))
+    # All levels at once: in a .tflite file the number of operations is what small ones cost.
+    scores, classes, centers, units, *logits = (tf.concat(parts, axis=0) for parts in zip(*levels, strict=True))
+    rays, boxes = _decode(centers, [geometry.rays_from_logits(part, units) for part in logits], box_nms)
+    boxes = tf.clip_by_value(boxes, 0.0, tf.tile(limit, [2]) - pixel)
+    # Class-aware NMS in one call: boxes of different classes are moved where they cannot overlap.
+    apart = boxes + tf.expand_dims(tf.cast(classes, tf.float32) * (tf.reduce_max(limit) + 1.0), 1)
+    # This form of NMS converts to a TFLite builtin with static shapes.
+    chosen, valid = tf.raw_ops.NonMaxSuppressionV4(
+        boxes=apart + tf.constant([0.0, 0.0, pixel, pixel]),
+        scores=scores,
+        max_output_size=max_detections,
+        iou_threshold=np.nextafter(np.float32(nms_iou_threshold), np.float32(0)) if suppress_equal else nms_iou_threshold,
+        score_threshold=0.0 if class_threshold else score_threshold,
+        pad_to_max_output_size=True,
+    )
+    keep = tf.cast(tf.range(max_detections) < valid, tf.float32)
+    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * tf.expand_dims(keep, 1)
+    # Only what is left needs a polygon; tf.expand_dims and not tf.newaxis, which a .tflite file holds as a slice.
+    polygons = geometry.assemble(tf.gather(centers, chosen), tf.gather(rays, chosen))
+    polygons = tf.clip_by_value(polygons, 0.0, limit - pixel) / limit
+    return {
+        "num_detections": valid,
+        "detection_scores": tf.gather(scores, chosen) * keep,
+        "detection_classes": tf.gather(classes, chosen) * tf.cast(keep, tf.int32),
+        "detection_boxes": tf.gather(boxes, [1, 0, 3, 2], axis=1),
+        "detection_polygons": polygons * tf.reshape(keep, [-1, 1, 1]),
+    }
+
+
+def _decode(centers: tf.Tensor, lengths: list, box_nms: bool):
+    """Rays [K, n] of the polygons at centers [K, 2], and the boxes [K, 4] that stand for them in NMS; pixels.
+
+    `lengths` are the rays', and where there is a box branch l, t, r, b.
+    """
+    rays, *distances = lengths
+    if not distances:
+        return rays, geometry.ray_boxes(centers, rays)
+    boxes = tf.concat([centers - distances[0][:, :2], centers + distances[0][:, 2:]], axis=-1)
+    if box_nms:
+        return rays, boxes
+    rays = tf.minimum(rays, geometry.distance_to_border(centers, boxes, geometry.ray_directions(rays.shape[-1])))
+    return rays, geometry.ray_boxes(centers, rays)
+
+
+def _best(maps: dict, top_k: int, multi_label: bool, offset: float):
+    """Scores [K], classes [K] and location indices [K] of a level's highest scoring candidates."""
+    logits, centerness = _flat(maps, offset)
+    if not multi_label:
+        # The largest logit has the largest score: one sigmoid a location. Which class it is, only the best need to know.
+        scores = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * centerness
+        scores, where = tf.math.top_k(scores, _at_most(top_k, scores))
+        return scores, tf.argmax(tf.gather(logits, where), axis=-1, output_type=tf.int32), where
+    scores = tf.reshape(tf.sigmoid(logits) * tf.expand_dims(centerness, 1), [-1])
+    scores, index = tf.math.top_k(scores, _at_most(top_k, scores))
+    num_classes = logits.shape[-1]
+    return scores, index % num_classes, index // num_classes
+
+
+def _above(maps: dict, top_k: int, threshold: float, offset: float):
+    """The same as the released code chooses them: all classes above the threshold at the best locations, however many."""
+    logits, centerness = _flat(maps, offset)
+    best = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * (centerness - offset)
+    _, locations = tf.math.top_k(best, _at_most(top_k, best))
+    scores = tf.sigmoid(tf.gather(logits, locations))
+    row, classes = tf.unstack(tf.cast(tf.where(scores > threshold), tf.int32), axis=1)
+    where = tf.gather(locations, row)
+    return tf.gather_nd(scores, tf.stack([row, classes], axis=1)) * tf.gather(centerness, where), classes, where
+
+
+def _flat(maps: dict, offset: float):
+    """Class logits [L, C] and centerness + offset [L] of a level."""
+    logits = tf.reshape(tf.cast(maps["class_logits"], tf.float32), [-1, maps["class_logits"].shape[-1]])
+    return logits, tf.sigmoid(tf.reshape(tf.cast(maps["centerness_logits"], tf.float32), [-1])) + offset
+
+
+def _at_most(k: int, x: tf.Tensor):
+    return min(k, x.shape[0]) if x.shape[0] is not None else tf.minimum(k, tf.shape(x)[0])

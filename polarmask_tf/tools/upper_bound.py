@@ -1,0 +1,349 @@
+"""What polygons of n rays can reach on a data set: rebuilt from exact targets, against the true masks (figure 7).
+
+Needs annotations alone, no images and no training. The targets are those that training makes (data.transforms.instances):
+rays to the farthest hit on the largest part of an instance, from that part's mass center or from the box center. The true
+mask is pycocotools' own of the original annotation, with all parts and holes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from polarmask_tf.data import records, transforms
+from polarmask_tf.data.sources import coco
+from polarmask_tf.errors import InputError
+from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.ops import geometry
+
+RAYS = (8, 12, 18, 24, 36, 72, 120)
+CENTERS = ("mass", "box")
+# Square pixels: from, and below. COCO's own ranges overlap at their ends.
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
+SHARES = (0.5, 0.75, 0.9)
+_MAX_EDGES = 96  # of `polarmask convert`, so that a file and what is converted from it give the same numbers
+_CHUNK = 128  # instances at once
+
+
+class UpperBound(typing.NamedTuple):
+    """IoU of every usable instance with its polygon of each number of rays, from each center."""
+
+    rays: tuple[int, ...]
+    centers: tuple[str, ...]
+    ious: np.ndarray  # float32 [instances, centers, rays]
+    areas: np.ndarray  # float64 [instances], square pixels as the annotations say, else their masks'
+    labels: np.ndarray  # int32 [instances], 0-based
+    classes: list[dict]  # {"name", "category_id"} of each label
+    images: int
+    report: coco.Report  # what was left out, and why
+    seconds: float
+
+
+def run(source, out=None, rays: typing.Sequence[int] = RAYS, limit: int | None = None) -> UpperBound:
+    """`polarmask upper-bound`: measures, prints, and with `out` writes upper_bound.csv and upper_bound.png there."""
+    result = upper_bound(source, rays, limit=limit)
+    print(format_table(result))
+    if out is not None:
+        write(result, out)
+        print(f"wrote {Path(out) / 'upper_bound.csv'} and {Path(out) / 'upper_bound.png'}")
+    return result
+
+
+def upper_bound(
+    source,
+    rays: typing.Sequence[int] = RAYS,
+    centers: typing.Sequence[str] = CENTERS,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+) -> UpperBound:
+    """Measures a COCO JSON file or a directory made by `polarmask convert` (its first `limit` images).
+
+    `rays` are the numbers of rays, each at least 4; `centers` are "mass" and "box", see TargetConfig.center. Crowds and
+    annotations without a usable mask are left out, counted in the result's report. One image is worked on at a time.
+    Raises InputError if the source is not usable, if nothing usable is in it, or for numbers that make no sense.
+    """
+    rays = tuple(sorted(set(rays)))
+    if not rays or rays[0] < 4:
+        raise InputError(f"upper-bound: rays are {list(rays)}; give numbers of at least 4")
+    if limit is not None and limit < 1:
+        raise InputError(f"upper-bound: limit is {limit}, must be at least 1")
+    began = time.monotonic()
+    count, classes, images, max_edges, report = read(source, limit)
+    rebuild = rebuilder(rays, centers, max_edges)
+    ious, areas, labels, done = [], [], [], 0
+    for image in tqdm(images, total=count, desc="upper-bound", unit="img", disable=not progress):
+        done += 1
+        annotations, polygons = rebuild(image, report)
+        rles = [polygons_to_rle(some, image["height"], image["width"]) for some in polygons]
+        for annotation, *its in zip(annotations, *rles, strict=True):
+            ious.append(coco_mask.iou(its, [annotation["rle"]], [0])[:, 0])
+            areas.append(annotation["area"])
+            labels.append(annotation["label"])
+    if not ious:
+        raise InputError("; ".join([f"{source}: holds no instance to measure", *report.lines()]))
+    return UpperBound(
+        rays,
+        tuple(centers),
+        np.array(ious, np.float32).reshape(-1, len(centers), len(rays)),
+        np.array(areas),
+        np.array(labels, np.int32),
+        classes,
+        done,
+        report,
+        time.monotonic() - began,
+    )
+
+
+def read(source, limit: int | None = None):
+    """(number of images, classes, iterator of images, most edges of an instance, report) of a file or directory.
+
+    Images are {"id", "height", "width", "annotations": [{"label", "category_id", "area", "rings": [float [V, 2], ...],
+    "rle"}, ...]} without crowds and unusable annotations; those are counted in the report while iterating.
+    """
+    source, report = Path(source), coco.Report()
+    if source.is_dir():
+        info = records.load_dataset_info(source)
+        for reason, number in info.skipped.items():
+            report.skip(f"{reason} (by convert)", str(source / "dataset.json"), number)
+        count = min(info.num_images, limit or info.num_images)
+        return count, info.classes, _converted(info, limit, report), info.max_edges, report
+    entries, classes = coco.read(source, report)
+    entries = entries[:limit]
+    return len(entries), classes, _annotated(entries, classes, report), _MAX_EDGES, report
+
+
+def _annotated(entries, classes, report):
+    for image in entries:
+        kept = []
+        for entry in image["annotations"]:
+            where = f"annotation {entry['id']} of image {image['id']}"
+            if entry["iscrowd"]:
+                report.skip("crowd region", where)
+                continue
+            try:
+                rle, rings, _, _ = coco.region(entry["segmentation"], image["height"], image["width"], _MAX_EDGES)
+            except coco.Unusable as reason:
+                report.skip(str(reason), where)
+                continue
+            label, area = entry["label"], entry["area"]
+            kept.append(
+                {
+                    "id": entry["id"],
+                    "label": label,
+                    "category_id": classes[label]["category_id"],
+                    "rings": rings,
+                    "rle": rle,
+                    "area": float(coco_mask.area(rle)) if area is None else area,
+                }
+            )
+        yield {"id": image["id"], "height": image["height"], "width": image["width"], "annotations": kept}
+
+
+def _converted(info, limit, report):
+    truth = records.read_ground_truth(info.directory)  # checks every shard
+    label_of = {c["category_id"]: label for label, c in enumerate(info.classes)}
+    of_image = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        of_image[annotation["image_id"]].append(annotation)
+    shards = tf.data.TFRecordDataset([str(path) for path in info.shard_paths])
+    for record in shards.map(records.parse).take(limit or info.num_images).as_numpy_iterator():
+        height, width, image_id = int(record["height"]), int(record["width"]), int(record["source_id"])
+        rings = np.split(record["xy"], np.cumsum(record["ring_lengths"])[:-1])
+        kept = []
+        for index, entry in enumerate(of_image[image_id]):  # in the record's order
+            if entry["iscrowd"]:
+                report.skip("crowd region", f"annotation {entry['id']} of image {image_id}")
+                continue
+            kept.append(
+                {
+                    "id": entry["id"],
+                    "label": label_of[entry["category_id"]],
+                    "category_id": entry["category_id"],
+                    "area": entry["area"],
+                    "rle": entry["segmentation"],
+                    "rings": [ring for ring, of in zip(rings, record["ring_instance"], strict=True) if of == index],
+                }
+            )
+        yield {"id": image_id, "height": height, "width": width, "annotations": kept}
+
+
+def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edges: int) -> typing.Callable:
+    """A function (image, report) -> (K annotations, polygons) for images as `read` gives them.
+
+    The polygons are float32 [K, n, 2] (x, y in pixels), one array for each center and number of rays, the rays running
+    faster. Annotations of at most a pixel are left out, as in training, and counted in the report.
+    """
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, 2], tf.float32),
+            tf.TensorSpec([None], tf.int32),
+            tf.TensorSpec([None], tf.int32),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([2], tf.int32),
+        ]
+    )
+    def polygons(xy, ring_lengths, ring_instance, count, size):
+        record = {
+            "labels": tf.range(count),
+            "is_crowd": tf.zeros([count], tf.bool),  # labels tell who is who afterwards
+            "ring_lengths": ring_lengths,
+            "ring_instance": ring_instance,
+        }
+        made = transforms.instances(record, xy, size, max_edges=max_edges, max_instances=_CHUNK, parts="largest", center="mass")
+        kept = tf.reduce_sum(tf.cast(made["classes"] >= 0, tf.int32))
+        made = {name: made[name][:kept] for name in ("classes", "centers", "boxes", "edges")}
+        used = tf.reduce_any(made["edges"] != 0, axis=[0, 2])
+        edges = made["edges"][:, : tf.reduce_max(tf.where(used, tf.range(max_edges) + 1, 1))]
+        window = tf.tile([[0.0, 0.0, float(size[1]), float(size[0])]], [kept, 1])
+        points = {"mass": made["centers"], "box": (made["boxes"][:, :2] + made["boxes"][:, 2:]) / 2}
+
+        def lengths(center, n):
+            if n == 4:  # as in training
+                return geometry.box_rays(points[center], made["boxes"])
+            return geometry.ray_lengths(points[center], edges, n, window)
+
+        return made["classes"], [geometry.assemble(points[center], lengths(center, n)) for center in centers for n in rays]
+
+    def rebuild(image, report):
+        annotations, parts = [], [[np.zeros((0, n, 2), np.float32)] for _ in centers for n in rays]
+        for start in range(0, len(image["annotations"]), _CHUNK):
+            chunk = image["annotations"][start : start + _CHUNK]
+            rings = [(index, ring) for index, annotation in enumerate(chunk) for ring in annotation["rings"]]
+            order, made = polygons(
+                np.concatenate([np.zeros((0, 2)), *(ring for _, ring in rings)]).astype(np.float32),
+                np.array([len(ring) for _, ring in rings], np.int32),
+                np.array([index for index, _ in rings], np.int32),
+                len(chunk),
+                np.array([image["height"], image["width"]], np.int32),
+            )
+            rows = np.argsort(order)  # they come sorted by area
+            order = order.numpy()[rows].tolist()
+            annotations += [chunk[index] for index in order]
+            for part, some in zip(parts, made, strict=True):
+                part.append(some.numpy()[rows])
+            for index in sorted(set(range(len(chunk))) - set(order)):
+                where = f"annotation {chunk[index]['id']} of image {image['id']}"
+                report.skip("largest part covers at most one pixel", where)
+        return annotations, [np.concatenate(part) for part in parts]
+
+    return rebuild
+
+
+def rows(result: UpperBound) -> list[dict]:
+    """One row for each group (all; each COCO size; each class that has instances), center and number of rays.
+
+    "recall" is the mean of the shares above the IoUs .50, .55, ..., .95: average recall, were every polygon found.
+    """
+    groups = [("all", "", np.ones(len(result.ious), bool))]
+    groups += [("size", name, (result.areas >= low) & (result.areas < high)) for name, (low, high) in SIZES.items()]
+    groups += [("class", entry["name"], result.labels == label) for label, entry in enumerate(result.classes)]
+    made = []
+    for kind, name, chosen in groups:
+        for c, center in enumerate(result.centers):
+            for r, rays in enumerate(result.rays):
+                ious = result.ious[chosen, c, r]
+                if len(ious):
+                    shares = {f"above_{share:g}": float((ious > share).mean()) for share in SHARES}
+                    recall = float(np.mean([(ious >= least).mean() for least in np.arange(50, 100, 5) / 100]))
+                    made.append(
+                        {
+                            "group": kind,
+                            "name": name,
+                            "center": center,
+                            "rays": rays,
+                            "instances": len(ious),
+                            "mean_iou": float(ious.mean(dtype=np.float64)),
+                            **shares,
+                            "recall": recall,
+                        }
+                    )
+    return made
+
+
+def format_table(result: UpperBound, at: int = 36, worst: int = 10) -> str:
+    """The printed report; classes, and what to expect, at the number of rays nearest to `at`."""
+    at = min(result.rays, key=lambda n: abs(n - at))
+    every = rows(result)
+    size = {(row["name"], row["center"], row["rays"]): row for row in every if row["group"] == "size"}
+    counts = {name: size[name, result.centers[0], at]["instances"] for name in SIZES if (name, result.centers[0], at) in size}
+    lines = [
+        f"{len(result.ious)} instances in {result.images} images, measured in {result.seconds:.0f} s"
+        f" ({', '.join(f'{count} {name}' for name, count in counts.items())})",
+        *(f"  {line}" for line in result.report.lines()),
+        "",
+        "center  rays  mean IoU  " + "  ".join(f">{share:<4g}" for share in SHARES) + "  recall  " + "  ".join(SIZES),
+    ]
+    for row in (row for row in every if row["group"] == "all"):
+        shares = "  ".join(f"{100 * row[f'above_{share:g}']:4.0f}%" for share in SHARES)
+        by_size = "  ".join(
+            f"{size[key]['mean_iou']:{len(key[0])}.3f}" if key in size else "-".rjust(len(key[0]))
+            for key in ((name, row["center"], row["rays"]) for name in SIZES)
+        )
+        lines.append(f"{row['center']:<6}  {row['rays']:4}  {row['mean_iou']:8.3f}  {shares}  {row['recall']:6.3f}  {by_size}")
+    first = result.centers[0]
+    overall = next(row for row in every if (row["group"], row["center"], row["rays"]) == ("all", first, at))
+    lines += [
+        "",
+        (
+            f"With {at} rays from the {first} center polygons reach a mean IoU of {overall['mean_iou']:.3f} and an average recall "
+            f"(IoU .50 to .95) of {overall['recall']:.3f}; {100 * (1 - overall['above_0.5']):.1f}% of the instances stay below .5."
+        ),
+    ]
+    classes = [row for row in every if (row["group"], row["center"], row["rays"]) == ("class", first, at)]
+    if len(classes) > 1:
+        classes.sort(key=lambda row: row["mean_iou"])
+        lines.append("Classes that lose most (mean IoU, instances):")
+        lines += [f"  {row['mean_iou']:.3f} {row['instances']:6}  {row['name']}" for row in classes[:worst]]
+        if len(classes) > worst:
+            lines.append(f"  best: {classes[-1]['mean_iou']:.3f}  {classes[-1]['name']}")
+    return "\n".join(lines)
+
+
+def write(result: UpperBound, out) -> None:
+    """upper_bound.csv (the rows) and upper_bound.png (mean IoU over the number of rays, as figure 7) into a directory."""
+    out = Path(out)
+    table = io.StringIO()
+    every = rows(result)
+    writer = csv.DictWriter(table, list(every[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in every)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in (("upper_bound.csv", table.getvalue().encode()), ("upper_bound.png", _plot(every))):
+            beside = out / f"{name}.tmp"
+            beside.write_bytes(content)
+            os.replace(beside, out / name)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+
+
+def _plot(every) -> bytes:
+    """Mean IoU over the number of rays: all instances from each center, and by size from the first. PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(6, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    first = every[0]["center"]
+    lines = [("all", "", center, style) for center, style in (("mass", "o-"), ("box", "s--"))]
+    for group, name, center, style in lines + [("size", name, first, ":") for name in SIZES]:
+        line = [row for row in every if (row["group"], row["name"], row["center"]) == (group, name, center)]
+        if line:
+            label = f"{center} center" + (f", {name} only" if name else "")
+            axes.plot([row["rays"] for row in line], [row["mean_iou"] for row in line], style, label=label)
+    axes.set(xlabel="number of rays", ylabel="mean IoU with the mask", xticks=sorted({row["rays"] for row in every}))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

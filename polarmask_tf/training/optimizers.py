@@ -1,0 +1,90 @@
+"""The two recipes: AdamW (or SGD) with decoupled decay for training from scratch, and the paper's SGD."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import tensorflow as tf
+import tf_keras
+
+from polarmask_tf.config import Config, TrainConfig
+from polarmask_tf.modeling.layers import PACKAGE
+
+
+def schedule(train: TrainConfig):
+    """The learning rate by step: linear warm-up from a third of the rate, then cosine to final_lr_fraction of it, or a tenth
+    after each of lr_boundaries."""
+    rate, warm = train.learning_rate, train.warmup_steps
+    if train.schedule == "step":
+        return StepDecay(rate, warm, train.lr_boundaries)
+    decay = {"decay_steps": max(train.steps - warm, 1), "alpha": train.final_lr_fraction}
+    warm_up = {"initial_learning_rate": rate / 3, "warmup_target": rate, "warmup_steps": warm}
+    return tf_keras.optimizers.schedules.CosineDecay(**decay, **(warm_up if warm else {"initial_learning_rate": rate}))
+
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
+class StepDecay(tf_keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from a third of the rate, and a tenth of the rate after each boundary (section 4.1)."""
+
+    def __init__(self, learning_rate: float, warmup_steps: int, boundaries: typing.Sequence[int]):
+        self.learning_rate, self.warmup_steps, self.boundaries = learning_rate, warmup_steps, tuple(boundaries)
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        warm = 1 / 3 + 2 / 3 * tf.minimum(step / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        return self.learning_rate * warm * 0.1 ** tf.add_n([0.0, *(tf.cast(step >= b, tf.float32) for b in self.boundaries)])
+
+    def get_config(self):
+        return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "boundaries": list(self.boundaries)}
+
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
+class PaperSGD(tf_keras.optimizers.SGD):
+    """SGD as the published models were trained: the decay is L2 in the gradient, after clipping; the biases of
+    convolutions do not decay and learn `bias_lr_multiplier` times as fast; momentum gathers gradients, not steps, so that
+    a drop of the learning rate acts at once. Scales and shifts of norms decay like kernels.
+
+    Source: section 4.1, "Training Details", and the released configs.
+    """
+
+    def __init__(self, learning_rate=0.01, *, l2: float = 1e-4, bias_lr_multiplier: float = 2.0, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.l2, self.bias_lr_multiplier = l2, bias_lr_multiplier
+
+    def update_step(self, gradient, variable):
+        bias = _is_bias(variable.name)
+        rate = tf.cast(self.learning_rate, variable.dtype) * (self.bias_lr_multiplier if bias else 1.0)
+        if not bias:
+            gradient += self.l2 * variable
+        if self.momentum:
+            velocity = self.momentums[self._index_dict[self._var_key(variable)]]
+            gradient += self.momentum * velocity
+            velocity.assign(gradient)
+        variable.assign_sub(rate * gradient)
+
+    def get_config(self):
+        return {**super().get_config(), "l2": self.l2, "bias_lr_multiplier": self.bias_lr_multiplier}
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition("/")[2].startswith("bias")  # norms call theirs beta
+
+
+def make(config: Config) -> tf_keras.optimizers.Optimizer:
+    """The optimizer of config.train, its learning rate scaled to the batch if base_batch_size says for which it is."""
+    train = config.train
+    if train.base_batch_size:
+        train = dataclasses.replace(train, learning_rate=train.learning_rate * config.data.batch / train.base_batch_size)
+    common = {"learning_rate": schedule(train), "global_clipnorm": train.clip_norm or None}
+    common |= {"use_ema": True, "ema_momentum": train.ema} if train.ema else {}
+    if train.decay == "l2":
+        options = {"l2": train.weight_decay, "bias_lr_multiplier": train.bias_lr_multiplier, "momentum": train.momentum}
+        return PaperSGD(**options, **common)
+    common["weight_decay"] = train.weight_decay
+    if train.optimizer == "adamw":
+        optimizer = tf_keras.optimizers.AdamW(**common)
+    else:
+        optimizer = tf_keras.optimizers.SGD(momentum=train.momentum, **common)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])  # convolution kernels alone decay
+    return optimizer

@@ -1,0 +1,228 @@
+"""Weights of the released PyTorch models (and of anything with the same keys) into a run directory.
+
+Source: the released checkpoints' keys and conventions, as the README's "Released weights" names them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from polarmask_tf import config as configs
+from polarmask_tf.data import records
+from polarmask_tf.errors import InputError
+from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.weights import pretrained, runs
+from polarmask_tf.weights.state_dict import read_tensors
+
+# The 80 classes of COCO in the order of their ids, which is that of the released models' class scores.
+COCO = {
+    1: "person",
+    2: "bicycle",
+    3: "car",
+    4: "motorcycle",
+    5: "airplane",
+    6: "bus",
+    7: "train",
+    8: "truck",
+    9: "boat",
+    10: "traffic light",
+    11: "fire hydrant",
+    13: "stop sign",
+    14: "parking meter",
+    15: "bench",
+    16: "bird",
+    17: "cat",
+    18: "dog",
+    19: "horse",
+    20: "sheep",
+    21: "cow",
+    22: "elephant",
+    23: "bear",
+    24: "zebra",
+    25: "giraffe",
+    27: "backpack",
+    28: "umbrella",
+    31: "handbag",
+    32: "tie",
+    33: "suitcase",
+    34: "frisbee",
+    35: "skis",
+    36: "snowboard",
+    37: "sports ball",
+    38: "kite",
+    39: "baseball bat",
+    40: "baseball glove",
+    41: "skateboard",
+    42: "surfboard",
+    43: "tennis racket",
+    44: "bottle",
+    46: "wine glass",
+    47: "cup",
+    48: "fork",
+    49: "knife",
+    50: "spoon",
+    51: "bowl",
+    52: "banana",
+    53: "apple",
+    54: "sandwich",
+    55: "orange",
+    56: "broccoli",
+    57: "carrot",
+    58: "hot dog",
+    59: "pizza",
+    60: "donut",
+    61: "cake",
+    62: "chair",
+    63: "couch",
+    64: "potted plant",
+    65: "bed",
+    67: "dining table",
+    70: "toilet",
+    72: "tv",
+    73: "laptop",
+    74: "mouse",
+    75: "remote",
+    76: "keyboard",
+    77: "cell phone",
+    78: "microwave",
+    79: "oven",
+    80: "toaster",
+    81: "sink",
+    82: "refrigerator",
+    84: "book",
+    85: "clock",
+    86: "vase",
+    87: "scissors",
+    88: "teddy bear",
+    89: "hair drier",
+    90: "toothbrush",
+}
+COCO_CLASSES = [{"name": name, "category_id": number} for number, name in COCO.items()]
+
+
+def import_weights(
+    checkpoint: str | os.PathLike, config: configs.Config, run: Path, *, data: str | os.PathLike = ""
+) -> PolarMask:
+    """Makes a run directory, which evaluate, predict, export and train --start accept, of a released checkpoint.
+
+    Args:
+      checkpoint: .pth, or .npz with the same keys, see tensors.read_tensors.
+      config: of the same network; the released_* ones fit the released files. Without a box branch the checkpoint's goes
+        unused, which is said.
+      run: directory to make; must not exist yet, or be empty.
+      data: converted data set whose classes the model was trained on, in that order; "" = the 80 of COCO.
+
+    Rays are reordered from the released angles (from straight down, towards +x) to the paper's, which needs a number of
+    rays that 4 divides; the first convolution of "caffe" models (stride_in: 1x1) is turned from BGR to RGB.
+    Raises InputError where any tensor is missing, left over or of another shape, naming it.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise InputError(f"{run}: exists already; choose another --out")
+    tensors = read_tensors(checkpoint)
+    tensors = {_renamed(key): value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+    classes = records.load_dataset_info(data).classes if data else COCO_CLASSES
+    _check_kind(checkpoint, tensors, config, len(classes))
+    model = PolarMask(config, classes)
+    left = _assign(checkpoint, tensors, model)
+    if left:
+        print(f"{checkpoint}: the box branch, {len(left)} tensors, goes unused: the config has none", file=sys.stderr)
+    runs.write_run(run, config, {"classes": classes, "name": Path(checkpoint).name, "num_images": 0})
+    runs.save(model, run, 0, weights_only=True)
+    return model
+
+
+def released_rays(rays: int) -> np.ndarray:
+    """Which released ray each of ours is, int [rays]: theirs start straight down and turn towards +x.
+
+    Raises InputError unless 4 divides `rays`: the two sets of directions are then not the same.
+    """
+    if rays % 4:
+        raise InputError(f"model.rays is {rays}: released rays have other directions than ours unless 4 divides their number")
+    return (rays // 4 - np.arange(rays)) % rays
+
+
+def _renamed(key: str) -> str:
+    return key.replace("bbox_head.fcos_", "bbox_head.polar_")  # as uploaded before 2019-11-12
+
+
+def _check_kind(checkpoint, tensors, config, num_classes):
+    """One line for the commonest mistakes, which would otherwise be hundreds of missing and unexpected tensors."""
+    if any("offset" in key for key in tensors):
+        raise InputError(f"{checkpoint}: has deformable convolutions (DCN), which TensorFlow lacks; use a model without them")
+    if "bbox_head.polar_mask.weight" not in tensors:
+        raise InputError(f"{checkpoint}: not a PolarMask checkpoint (bbox_head.polar_mask.weight is missing)")
+    depth = [
+        len({m[1] for key in tensors if (m := re.match(rf"backbone\.layer{stage}\.(\d+)\.", key))}) for stage in (1, 2, 3, 4)
+    ]
+    blocks = list(config.model.backbone.blocks)
+    if depth != blocks:
+        raise InputError(f"{checkpoint}: has {depth} blocks in its stages, the config {blocks}; choose the config of its depth")
+    groups = config.model.backbone.groups
+    grouped = tensors.get("backbone.layer1.0.conv2.weight", np.empty((1, 0))).shape[1] < 64
+    if grouped != (groups > 1):
+        kinds = "ResNeXt, the config a ResNet" if grouped else "ResNet, the config a ResNeXt"
+        raise InputError(f"{checkpoint}: is of a {kinds}; choose the config of its backbone")
+    found = {
+        "classes": (len(tensors.get("bbox_head.polar_cls.bias", ())), num_classes, "give the data of its classes with --data"),
+        "rays": (len(tensors.get("bbox_head.polar_mask.bias", ())), config.model.rays, "set model.rays"),
+    }
+    for what, (theirs, ours, advice) in found.items():
+        if theirs != ours:
+            raise InputError(f"{checkpoint}: has {theirs} {what}, not {ours}; {advice}")
+
+
+def _assign(checkpoint, tensors, model) -> list[str]:
+    """Every tensor to its variable; returns the names of a box branch that the model lacks."""
+    targets = {f"backbone.{key}": variable for key, variable in pretrained.variables(model.backbone).items()}
+    targets |= _fpn_keys(model.decoder) | _head_keys(model.head)
+    box = {key for key in tensors if re.match(r"bbox_head\.(reg_convs|polar_reg|scales_bbox)\b", key)}
+    left = sorted(box - set(targets))
+    # Kernels are [out, in, height, width] there.
+    values = {
+        key: value.transpose(2, 3, 1, 0) if value.ndim == 4 else value for key, value in tensors.items() if key not in left
+    }
+    pretrained.check(targets, values, str(checkpoint))
+    if model.config.model.backbone.stride_in == "1x1":
+        values["backbone.conv1.weight"] = values["backbone.conv1.weight"][:, :, ::-1]
+    turn = released_rays(model.config.model.rays)
+    for part in ("weight", "bias"):
+        values[f"bbox_head.polar_mask.{part}"] = values[f"bbox_head.polar_mask.{part}"][..., turn]
+    for key, variable in targets.items():
+        variable.assign(values[key])
+    return left
+
+
+def _fpn_keys(fpn) -> dict[str, tf.Variable]:
+    layers = {f"lateral_convs.{i}": layer for i, layer in enumerate(fpn.laterals.values())}
+    layers |= {f"fpn_convs.{i}": layer for i, layer in enumerate([*fpn.outputs.values(), *fpn.extras.values()])}
+    return {
+        f"neck.{name}.conv.{part}": variable
+        for name, layer in layers.items()
+        for part, variable in (("weight", layer.conv.kernel), ("bias", layer.conv.bias))
+    }
+
+
+def _head_keys(head) -> dict[str, tf.Variable]:
+    towers = {"class": "cls", "ray": "mask", "box": "reg"}
+    outputs = {"classes": "cls", "centerness": "centerness", "rays": "mask"}
+    scales = {"mask": head.scales}
+    if "box" in head.towers:
+        outputs["boxes"] = "reg"
+        scales["bbox"] = head.box_scales
+    keys = {}
+    for tower in head.towers:
+        for i, (conv, norm) in enumerate(zip(getattr(head, f"{tower}_convs"), getattr(head, f"{tower}_norms"), strict=True)):
+            name = f"{towers[tower]}_convs.{i}"
+            keys |= {f"{name}.conv.weight": conv.conv.kernel, f"{name}.gn.weight": norm.gamma, f"{name}.gn.bias": norm.beta}
+    for ours, theirs in outputs.items():
+        conv = getattr(head, ours).conv
+        keys |= {f"polar_{theirs}.weight": conv.kernel, f"polar_{theirs}.bias": conv.bias}
+    for name, by_level in scales.items():
+        keys |= {f"scales_{name}.{i}.scale": scale for i, scale in enumerate(by_level.values())}
+    return {f"bbox_head.{key}": variable for key, variable in keys.items()}

@@ -1,0 +1,99 @@
+"""Named tensors from the files that PyTorch models come in. Loads torch only for files that need it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from polarmask_tf.errors import InputError
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The state dict of a PyTorch checkpoint (.pth, old or new format), or an .npz of the same keys, as arrays in host memory.
+
+    A training checkpoint ({"meta", "state_dict", "optimizer"}) gives its state_dict; a "module." before every key is
+    dropped. Floating point tensors come back as float32, others as they are. Half-precision ones are accepted, with a
+    line on stderr. No pickled object but tensors is loaded. Raises InputError for a missing, truncated or foreign file,
+    entries that are no tensors, values that are not finite, and for a .pth where torch is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    entries = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
+    if entries and all(isinstance(name, str) and name.startswith("module.") for name in entries):
+        entries = {name.removeprefix("module."): value for name, value in entries.items()}
+    if not entries:
+        raise InputError(f"{path}: holds no tensors")
+
+    tensors, narrow = {}, 0
+    for name, value in entries.items():
+        array, bits = _array(value)
+        if array is None:
+            raise InputError(f"{path}: {name!r} is not a tensor of numbers; save a model's state_dict alone")
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} holds values that are not finite")
+        narrow += bits == 16
+        tensors[name] = array
+    if narrow:
+        print(f"warning: {path}: {narrow} of {len(tensors)} tensors have half precision; used as they are", file=sys.stderr)
+    return tensors
+
+
+def summarize(names, most: int = 3) -> str:
+    """The first few of some names and how many more there are, for a message of one line."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def _read_npz(path: Path) -> dict:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as e:  # zip, zlib, header and pickle errors are of a dozen classes
+        if "Object arrays" in str(e):
+            raise InputError(f"{path}: holds pickled objects, which are not loaded since they could run code") from None
+        raise InputError(f"{path}: truncated, or not an .npz file of arrays") from None
+
+
+def _read_torch(path: Path) -> dict:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{path}: reading PyTorch files needs torch (pip install 'polarmask_tf[import]'); an .npz of the same keys does not"
+        ) from None
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # as above; torch's own message advises to load without weights_only, so it is not passed on
+        if "GLOBAL" in str(e):
+            raise InputError(
+                f"{path}: holds Python objects beside tensors, which are not loaded since they could run code; "
+                "save its state_dict alone with torch.save"
+            ) from None
+        raise InputError(f"{path}: truncated, or not a PyTorch checkpoint") from None
+    if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
+        entries = entries["state_dict"]
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: a state_dict is expected, not a {type(entries).__name__}")
+    return entries
+
+
+def _array(value) -> tuple[np.ndarray | None, int]:
+    """(array, bits of a number), floats as float32; None for what is no tensor of real numbers."""
+    if hasattr(value, "detach"):  # a torch tensor; bfloat16 has no numpy type
+        bits = 8 * value.element_size()
+        try:
+            value = (value.float() if value.is_floating_point() else value).detach().numpy()
+        except (TypeError, RuntimeError):  # sparse, quantized, on the meta device
+            return None, 0
+    elif isinstance(value, np.ndarray):
+        bits = 8 * value.dtype.itemsize
+    else:
+        return None, 0
+    if value.dtype.kind == "f":
+        return value.astype(np.float32, copy=False), bits
+    return (value, 0) if value.dtype.kind in "iub" else (None, 0)
