@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # A shell that starts this in the background makes it ignore Ctrl-C, and with it the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # for scripts/benchmarks
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from polarmask_tf import config as configs
 from polarmask_tf.config import Config, load
+from polarmask_tf.config.yaml import _all_keys as all_keys
 from polarmask_tf.errors import InputError
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -282,7 +283,7 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-ALL_KEYS = sorted(configs._all_keys(Config))
+ALL_KEYS = sorted(all_keys(Config))
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from benchmarks import serving
+from benchmarks import serving as benchmark
 from PIL import Image
 from test_export import expected_scale, fake_model
 from test_lite import CLASSES, RADIUS, spot
@@ -313,7 +313,7 @@ BAD = {
 }
 
 
-def io_error_text(model, signature, given):
+def refusal(model, signature, given):
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         model(signature, given)
     return re.search(r"assertion failed: \[(.*)\]\n", raised.value.message)[1]
@@ -324,7 +324,7 @@ def test_a_bad_image_fails_its_batch_and_is_named(letterbox, case):
     bad, why = {**BAD, **BOMBS}[case]
     limit = " (width x height), the limit set at export is 1000000" if why.endswith("pixels") and case in BOMBS else ""
     for batch, number in (([GOOD["JPEG"], GOOD["PNG"], bad, GOOD["GIF"]], 2), ([bad], 0)):
-        message = reason(letterbox, "serving_default", batch)
+        message = refusal(letterbox, "serving_default", batch)
         assert message.startswith(f"image {number} of the batch (the first is 0): ")
         assert why + limit in message
     assert letterbox("serving_default", [GOOD["JPEG"], GOOD["PNG"], GOOD["GIF"]])["num_detections"].tolist() == [2, 2, 2]
@@ -333,23 +333,23 @@ def test_a_bad_image_fails_its_batch_and_is_named(letterbox, case):
 @pytest.mark.parametrize("case", BOMBS)
 def test_a_decompression_bomb_costs_neither_time_nor_memory(letterbox, case):
     bad, _ = BOMBS[case]
-    reason(letterbox, "serving_default", [bad])
+    refusal(letterbox, "serving_default", [bad])
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     for _ in range(3):
-        reason(letterbox, "serving_default", [bad])
+        refusal(letterbox, "serving_default", [bad])
     assert time.monotonic() - began < 1.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KB; unpacked they are 750 MB and more
 
 
 def test_the_first_of_several_bad_images_is_named(letterbox):
-    assert reason(letterbox, "serving_default", [GOOD["PNG"], b"?", b""]).startswith("image 1 of the batch")
+    assert refusal(letterbox, "serving_default", [GOOD["PNG"], b"?", b""]).startswith("image 1 of the batch")
 
 
 def test_the_limit_itself_is_allowed(letterbox):
     flat = np.zeros((1000, 1000, 3), np.uint8)
     assert letterbox("serving_default", [encoded(flat)])["num_detections"].tolist() == [2]
     larger = encoded(np.zeros((1000, 1001, 3), np.uint8), "JPEG")
-    assert "1001 x 1000 pixels (width x height), the limit" in reason(letterbox, "serving_default", [larger])
+    assert "1001 x 1000 pixels (width x height), the limit" in refusal(letterbox, "serving_default", [larger])
 
 
 def test_the_thumbnail_of_a_jpeg_does_not_count(letterbox):
@@ -373,12 +373,12 @@ def test_of_a_gif_of_many_frames_only_the_first_is_unpacked():
 
 def test_bad_examples_and_images_without_pixels(letterbox):
     good = example(image_encoded=GOOD["PNG"])
-    without = reason(letterbox, "tf_example", [good, example(image_other=b"x")])
+    without = refusal(letterbox, "tf_example", [good, example(image_other=b"x")])
     assert without == "image 1 of the batch (the first is 0): no data"
-    assert DAMAGED in reason(letterbox, "tf_example", [good, b"\xff\xff\xff"])
-    assert "not an image" in reason(letterbox, "tf_example", [example(image_encoded=b"x"), good])
+    assert DAMAGED in refusal(letterbox, "tf_example", [good, b"\xff\xff\xff"])
+    assert "not an image" in refusal(letterbox, "tf_example", [example(image_encoded=b"x"), good])
     for shape in ((1, 0, 5, 3), (2, 5, 0, 3)):
-        assert reason(letterbox, "images", np.zeros(shape, np.uint8)) == "images without pixels"
+        assert refusal(letterbox, "images", np.zeros(shape, np.uint8)) == "images without pixels"
 
 
 def test_two_thousand_requests_of_damaged_files(letterbox):
@@ -439,9 +439,9 @@ def test_images_of_ever_new_sizes_leave_nothing_behind(letterbox):
     ask(100)
     grown = []
     for _ in range(3):
-        before = serving.resident()
+        before = benchmark.resident()
         ask(100)
-        grown.append(serving.resident() - before)
+        grown.append(benchmark.resident() - before)
     assert min(grown) < 5, grown  # each of them leaving its 0.1 MB behind would be 10 every time
 
 
@@ -587,16 +587,16 @@ def test_the_benchmark_measures_what_it_says(monkeypatch):
             return tf.cast(images, tf.float32)
 
     model = Network(**vars(fake_model("letterbox", (64, 96))))
-    rows = serving._signatures(model, CLASSES, batches=[2], repeats=2)
+    rows = benchmark._signatures(model, CLASSES, batches=[2], repeats=2)
     assert all(row["value"] > 0 or row["unit"] == "%" for row in rows)
     values = {(row["what"], row["batch"], row["unit"]): row["value"] for row in rows}
     assert values["serving_default", 2, "images/s"] == pytest.approx(2e3 / values["serving_default", 2, "ms"])
     assert values["decoding and resizing", 2, "CPU ms"] < 2 * values["serving_default", 2, "CPU ms"]
     monkeypatch.setattr(serving, "resident", partial(next, itertools.count(100, 2)))  # 2 MB a request
-    rows = serving._memory(model, CLASSES, requests=30)
+    rows = benchmark._memory(model, CLASSES, requests=30)
     assert [(row["value"], row["unit"]) for row in rows] == [(2 * (15 - 3), "MB"), (2 * (30 - 15), "MB")]
     named = [{"model": "m", "device": "d, 2 cores", "threads": 1, **row} for row in rows]
-    lines = serving.format_csv(named).splitlines()
+    lines = benchmark.format_csv(named).splitlines()
     assert lines[0] == "model,device,threads,what,batch,value,unit" and lines[1].startswith('m,"d, 2 cores",1,"memory that')
     with pytest.raises(InputError, match="no config file 'none'"):
-        serving.run("none", threads=[1])
+        benchmark.run("none", threads=[1])

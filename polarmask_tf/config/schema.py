@@ -234,7 +234,7 @@ def check(config: Config) -> None:
         ),
         (
             data.fit != "short_side" or data.size[0] <= data.size[1],
-            f"data.size is {list(data.size)}: data.fit: short_side takes the shorter side and the longest that the longer may be",
+            f"data.size is {list(data.size)}: data.fit: short_side takes the shorter side and the most that the longer may be",
         ),
         (data.fit != "short_side" or not data.crop, "data.crop does not go with data.fit: short_side"),
         (

@@ -296,8 +296,8 @@ def format_table(result: UpperBound, at: int = 36, worst: int = 10) -> str:
     lines += [
         "",
         (
-            f"With {at} rays from the {first} center polygons reach a mean IoU of {overall['mean_iou']:.3f} and an average recall "
-            f"(IoU .50 to .95) of {overall['recall']:.3f}; {100 * (1 - overall['above_0.5']):.1f}% of the instances stay below .5."
+            f"With {at} rays from the {first} center polygons reach IoU {overall['mean_iou']:.3f} and an average recall "
+            f"(IoU .50 to .95) of {overall['recall']:.3f}; {100 * (1 - overall['above_0.5']):.1f}% of the instances below .5."
         ),
     ]
     classes = [row for row in every if (row["group"], row["center"], row["rays"]) == ("class", first, at)]

@@ -1,9 +1,9 @@
 """What serving a model costs, by its export's signatures: time, its shares, memory; and beside Model Garden's Mask R-CNN.
 
-    python -m benchmarks.serving table1e_r50 data.fit=letterbox data.size=[512,512]
-    python -m benchmarks.serving table1e_r50 data.fit=letterbox data.size=[512,512] --model-garden
+    python scripts/benchmarks/serving.py table1e_r50 data.fit=letterbox data.size=[512,512]
+    python scripts/benchmarks/serving.py table1e_r50 data.fit=letterbox data.size=[512,512] --model-garden
 
-prints CSV. Weights are of chance where a config is named instead of a run; the score threshold is 0 then, so that all
+prints CSV. Weights are random where a config is named instead of a run; the score threshold is 0 then, so that all
 detections are filled. The pictures are made up.
 """
 
@@ -77,7 +77,7 @@ def format_csv(rows: list[dict]) -> str:
 
 def _in_a_process(what: str, source: str, overrides, threads: int, options: dict) -> list[dict]:
     task = json.dumps([what, str(source), list(overrides), threads, options])
-    command = [sys.executable, "-m", "benchmarks.serving", "--task", task]
+    command = [sys.executable, __file__, "--task", task]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise InputError((done.stderr.strip().splitlines() or ["the benchmark failed"])[-1].removeprefix("error: "))
