@@ -50,6 +50,8 @@ class UpperBound(typing.NamedTuple):
 
 def run(source, out=None, rays: typing.Sequence[int] = RAYS, limit: int | None = None) -> UpperBound:
     """`polarmask upper-bound`: measures, prints, and with `out` writes upper_bound.csv and upper_bound.png there."""
+    if out is not None:
+        _figure()  # before hours of work, and not after
     result = upper_bound(source, rays, limit=limit)
     print(format_table(result))
     if out is not None:
@@ -330,9 +332,7 @@ def write(result: UpperBound, out) -> None:
 
 def _plot(every) -> bytes:
     """Mean IoU over the number of rays: all instances from each center, and by size from the first. PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(6, 4.2), dpi=150, layout="constrained")
+    figure = _figure()(figsize=(6, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     first = every[0]["center"]
     lines = [("all", "", center, style) for center, style in (("mass", "o-"), ("box", "s--"))]
@@ -347,3 +347,12 @@ def _plot(every) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def _figure():
+    """matplotlib's class Figure, and not pyplot: no window system, no global state. InputError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("upper-bound --out draws with matplotlib: pip install 'polarmask_tf[plots]'") from None
+    return Figure
