@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from test_model import instances_of, loss_and_gradients, random_images, random_scenes
 
+from helpers.networks import instances_of, loss_and_gradients, random_images, random_scenes
 from polarmask_tf.config import BackboneConfig, Config, FPNConfig, HeadConfig, ModelConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones import garden

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from test_model import CLASSES, instances_of, random_images, random_scenes, tiny_config
 
+from helpers.networks import CLASSES, instances_of, random_images, random_scenes, tiny_config
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from helpers.networks import images, sync_model, sync_step
 from polarmask_tf.config import BackboneConfig
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.layers import Conv, grouped_conv2d, norm
@@ -19,10 +20,6 @@ LEVELS = "2345"
 
 def resnext(**options):
     return ResNet(BackboneConfig(**{"block": "bottleneck", "width": 8, "groups": 4, "group_width": 2, **options}))
-
-
-def images(count=2, size=(64, 64), seed=0):
-    return tf.constant(np.random.default_rng(seed).normal(size=(count, *size, 3)), tf.float32)
 
 
 def randomize(model, seed=0):
@@ -299,33 +296,18 @@ def test_groupnorm_is_what_it_was():
 # ---- statistics over replicas
 
 
-def sync_model():
-    tf_keras.utils.set_random_seed(0)
-    model = ResNet(BackboneConfig(width=8, norm="sync"))
-    model.build((None, 64, 64, 3))
-    return model
-
-
-def sync_step(model, x):
-    """(C5 in training, gradients of a sum over images, so that those of replicas add up)."""
-    with tf.GradientTape() as tape:
-        features = model(x, training=True)
-        loss = tf.add_n([tf.reduce_sum(tf.sin(c)) for c in features.values()])
-    return features["5"], tape.gradient(loss, model.trainable_variables)
-
-
 TWO_REPLICAS = """
 import sys
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import test_resnet
+from helpers import networks
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
-    model = test_resnet.sync_model()
+    model = networks.sync_model()
 batches = strategy.experimental_distribute_values_from_function(
-    lambda context: test_resnet.images(4)[2 * context.replica_id_in_sync_group:][:2])
-c5, gradients = strategy.run(tf.function(lambda x: test_resnet.sync_step(model, x)), args=(batches,))
+    lambda context: networks.images(4)[2 * context.replica_id_in_sync_group:][:2])
+c5, gradients = strategy.run(tf.function(lambda x: networks.sync_step(model, x)), args=(batches,))
 local = strategy.experimental_local_results
 sums = {f"g{i}": sum(map(np.asarray, local(g))) for i, g in enumerate(gradients)}
 statistics = {f"s{i}": local(v)[0].numpy() for i, v in enumerate(model.non_trainable_variables)}

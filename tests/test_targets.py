@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_geometry import edges_of, hits, inside, star, unit_vectors
 
+from helpers.polygons import edges_of, hits, inside, star, unit_vectors
 from polarmask_tf.data import contours
 from polarmask_tf.ops import geometry, targets
 from polarmask_tf.ops.targets import BACKGROUND, IGNORED

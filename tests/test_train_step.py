@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-import training
 
+from helpers import training
 from polarmask_tf import config as configs
 from polarmask_tf.modeling import step as steps
 from polarmask_tf.ops import targets
