@@ -5,7 +5,6 @@ Every key that a file or an override may set is a field of schema.Config; anythi
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import difflib
 import math
@@ -124,10 +123,11 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        counts = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and counts[key.value] > 1:
+            if key.id == "scalar" and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if key.id == "scalar" else None)
         return super().construct_mapping(node, deep)
 
     def construct_int(self, node):
@@ -236,9 +236,10 @@ def _all_keys(cls, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, prefix: str) -> str | None:
-    """The valid dotted key that the user most likely meant: here by spelling, or the same name in another section."""
+    """The valid dotted key that the user most likely meant: here by spelling, or the same (old) name in another section."""
     keys = _all_keys(Config)
-    same_name = [k for k in keys if k.rpartition(".")[2] == key]
+    names = {**{k: k for k in keys}, **RENAMED}
+    same_name = [now for name, now in names.items() if name.rpartition(".")[2] == key and now]
     return next(iter(same_name or difflib.get_close_matches(prefix + key, keys, n=1, cutoff=0.5)), None)
 
 
