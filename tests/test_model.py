@@ -51,14 +51,14 @@ def assert_finite(model, images, instances):
 def test_output_shapes(levels, size):
     model = PolarMask(tiny_config(levels), CLASSES)
     outputs = model(random_images(0, 2, size))
-    assert list(outputs) == list(levels)
-    for level, maps in outputs.items():
+    assert list(outputs) == list(map(str, levels))
+    for level, maps in ((int(level), maps) for level, maps in outputs.items()):
         h, w = -(-size[0] // 2**level), -(-size[1] // 2**level)
         assert geometry.locations(*size, 2**level).shape[0] == h * w
         assert {name: value.shape for name, value in maps.items()} == {
-            "classes": (2, h, w, CLASSES),
-            "centerness": (2, h, w, 1),
-            "rays": (2, h, w, 8),
+            "class_logits": (2, h, w, CLASSES),
+            "centerness_logits": (2, h, w, 1),
+            "ray_logits": (2, h, w, 8),
         }
         assert all(value.dtype == tf.float32 for value in maps.values())
 
@@ -69,13 +69,13 @@ def test_backbones_have_strides_4_to_32(options):
     features = backbone(tf.zeros([1, 64, 96, 3]))
     expansion = 4 if options.get("block") == "bottleneck" else 1
     assert {level: tuple(f.shape) for level, f in features.items()} == {
-        level: (1, 64 // 2**level, 96 // 2**level, 8 * 2 ** (level - 2) * expansion) for level in (2, 3, 4, 5)
+        str(level): (1, 64 // 2**level, 96 // 2**level, 8 * 2 ** (level - 2) * expansion) for level in (2, 3, 4, 5)
     }
 
 
 def test_classes_start_rare():
     outputs = PolarMask(tiny_config(), CLASSES)(random_images(0, 1))
-    scores = tf.sigmoid(tf.concat([tf.reshape(maps["classes"], [-1]) for maps in outputs.values()], 0)).numpy()
+    scores = tf.sigmoid(tf.concat([tf.reshape(maps["class_logits"], [-1]) for maps in outputs.values()], 0)).numpy()
     assert np.median(scores) == pytest.approx(0.01, rel=0.1)
 
 
@@ -83,9 +83,9 @@ def test_the_head_works_on_any_features():
     """Any levels, any sizes, any number of channels: only {level: tensor}."""
     head = PolarHead(HeadConfig(channels=16, convs=1), (1, 4, 9), num_classes=5, rays=12)
     outputs = head({1: tf.ones([2, 7, 3, 10]), 4: tf.ones([2, 1, 1, 10]), 9: tf.ones([2, 2, 9, 10])})
-    rays = {level: tuple(maps["rays"].shape) for level, maps in outputs.items()}
-    assert rays == {1: (2, 7, 3, 12), 4: (2, 1, 1, 12), 9: (2, 2, 9, 12)}
-    assert outputs[9]["classes"].shape == (2, 2, 9, 5) and outputs[9]["centerness"].shape == (2, 2, 9, 1)
+    rays = {level: tuple(maps["ray_logits"].shape) for level, maps in outputs.items()}
+    assert rays == {"1": (2, 7, 3, 12), "4": (2, 1, 1, 12), "9": (2, 2, 9, 12)}
+    assert outputs["9"]["class_logits"].shape == (2, 2, 9, 5) and outputs["9"]["centerness_logits"].shape == (2, 2, 9, 1)
 
 
 def test_normalisation_is_part_of_the_network():
@@ -95,8 +95,8 @@ def test_normalisation_is_part_of_the_network():
         for name, value in model(tf.cast(images, tf.float32)).get(level).items():
             np.testing.assert_allclose(value, maps[name], atol=1e-6)
     gray = tf.ones([1, 32, 32, 3]) * list(model.config.model.mean)
-    zero = model.head(model.fpn(model.backbone(tf.zeros([1, 32, 32, 3]))))
-    np.testing.assert_allclose(model(gray)[3]["classes"], zero[3]["classes"], atol=1e-5)
+    zero = model.head(model.decoder(model.backbone(tf.zeros([1, 32, 32, 3]))))
+    np.testing.assert_allclose(model(gray)["3"]["class_logits"], zero["3"]["class_logits"], atol=1e-5)
 
 
 def test_rays_are_in_units_of_the_stride_or_in_pixels():
@@ -192,7 +192,7 @@ def test_mixed_precision(policy):
         images, instances = random_images(1, 2), instances_of(random_scenes(0, [3, 0]), (64, 64))
         outputs = model(images)
         assert all(value.dtype == tf.float32 for value in tf.nest.flatten(outputs))
-        assert model.fpn(model.backbone(tf.zeros([1, 32, 32, 3], model.compute_dtype)))[3].dtype == model.compute_dtype
+        assert model.decoder(model.backbone(tf.zeros([1, 32, 32, 3], model.compute_dtype)))["3"].dtype == model.compute_dtype
         assert all(variable.dtype == tf.float32 for variable in model.trainable_variables)
         assert_finite(model, images, instances)
         model.compile(optimizer=tf_keras.optimizers.SGD(0.01), run_eagerly=True)

@@ -71,9 +71,7 @@ SEED, RATE = 7, 0.1
 
 def replica_model():
     tf_keras.utils.set_random_seed(SEED)
-    model = PolarMask(tiny_config(), CLASSES)
-    model.build((None, 64, 64, 3))
-    return model
+    return PolarMask(tiny_config(), CLASSES)
 
 
 def replica_batch(name):
