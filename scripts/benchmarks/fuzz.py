@@ -12,7 +12,6 @@ Each is stored in OUT/failures with what was said. Exit code 1 if there are any,
 
 import argparse
 import collections
-import itertools
 import json
 import os
 import random
@@ -28,8 +27,11 @@ import time
 import traceback
 from pathlib import Path
 
-import fuzz_kinds
+import fuzz_data
+import fuzz_kind
+import fuzz_models
 
+KINDS = {**fuzz_data.KINDS, **fuzz_models.KINDS}
 SECONDS = 20  # an input
 MEMORY = 2 << 30  # bytes over what the child holds after a valid input
 FAILURES = ("signal", "traceback", "time-out", "several lines")
@@ -43,10 +45,10 @@ class Child:
 
     def ask(self, data):
         """{"outcome", "text", "seconds", "megabytes"} of an input."""
+        if self.process is None:
+            self._start()
         began = time.monotonic()
         try:
-            if self.process is None:
-                self._start()
             self.process.stdin.write(struct.pack("<Q", len(data)) + data)
             self.process.stdin.flush()
             answer = self._read(self.seconds)
@@ -62,7 +64,10 @@ class Child:
         log = open(self.out / f"{self.kind}.log", "ab")  # noqa: SIM115, the child keeps it
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         log.close()
-        self._read(300)  # it imports, and takes a valid input
+        try:
+            self._read(300)  # it imports, and takes a valid input
+        except (EOFError, TimeoutError):
+            sys.exit(f"{self.kind}: the child process does not start: {self._end()}")
 
     def _read(self, seconds):
         if not select.select([self.process.stdout], [], [], seconds)[0]:
@@ -90,7 +95,7 @@ def serve(name, out):
     """The child: inputs of one kind from stdin, length first; outcomes to what was stdout, as lines of JSON."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print
-    kind = fuzz_kinds.KINDS.get(name) or fuzz_kinds.SELF
+    kind = KINDS.get(name, fuzz_kind.SELF)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         run = kind.prepare(folder, out)
@@ -106,20 +111,20 @@ def serve(name, out):
 
 def outcome(run, data):
     """Of one input, in this process: taken, refused, several lines or traceback."""
-    before, began = _resident(peak=True), time.monotonic()
+    before, began = _peak(), time.monotonic()
     try:
         run(data)
         kind, text = "taken", ""
-    except fuzz_kinds.Refusal as error:
+    except fuzz_kind.Refusal as error:
         text = str(error)
         kind = "refused" if text and text.isprintable() else "several lines"
     except Exception:
         kind, text = "traceback", traceback.format_exc()
-    grown = (_resident(peak=True) - before) >> 20
+    grown = (_peak() - before) >> 20
     return {"outcome": kind, "text": text[-20_000:], "seconds": time.monotonic() - began, "megabytes": grown}
 
 
-def _resident(peak=False):
+def _peak():
     """The most bytes that were resident since the last call."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     with open("/proc/self/clear_refs", "w") as file:
@@ -129,7 +134,7 @@ def _resident(peak=False):
 
 def fuzz(name, count, seed, out):
     """Counter of outcomes of one kind, its slowest input and the most memory one took, and what was said of failures."""
-    kind, child = fuzz_kinds.KINDS[name], Child(name, out)
+    kind, child = KINDS[name], Child(name, out)
     seeds = kind.seeds(out)
     counts, slowest, most, said = collections.Counter(), 0.0, 0, collections.Counter()
     for number in range(-len(seeds), count):
@@ -157,17 +162,17 @@ def _where(answer):
     """The last line of a traceback and the last place in the package that it went through."""
     lines = answer["text"].strip().splitlines() or [""]
     if answer["outcome"] != "traceback":
-        return ascii(answer["text"])[1:120]
+        return ascii(answer["text"])[1:-1][:120]
     frames = [line.split('"')[1:] for line in lines if line.startswith("  File ")]
     mine = [f"{Path(file).name}{rest.replace(', line ', ':')}" for file, rest in frames if "polarmask_tf" in file]
-    return f"{ascii(lines[-1])[1:100]} ({mine[-1] if mine else 'outside'})"
+    return f"{ascii(lines[-1])[1:-1][:100]} ({mine[-1] if mine else 'outside'})"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="inputs, over all kinds (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", help=f"of {', '.join(fuzz_kinds.KINDS)} (default: all)")
+    parser.add_argument("--kinds", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out/fuzz"), help="default %(default)s")
     parser.add_argument("--again", type=Path, metavar="FILE", help="a stored input: take it in this process")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -176,18 +181,15 @@ def main():
     if args.child:
         return serve(args.child, args.out)
     if args.again:
-        kind = fuzz_kinds.KINDS[args.again.name.split("-")[0]]
+        kind = KINDS[args.again.name.split("-")[0]]
         with tempfile.TemporaryDirectory() as folder:
-            print(
-                "\n".join(
-                    f"{k}: {v}" for k, v in outcome(kind.prepare(Path(folder), args.out), args.again.read_bytes()).items()
-                )
-            )
+            answer = outcome(kind.prepare(Path(folder), args.out), args.again.read_bytes())
+        print("\n".join(f"{key}: {value}" for key, value in answer.items()))
         return 0
-    kinds = args.kinds.split(",") if args.kinds else list(fuzz_kinds.KINDS)
-    if unknown := set(kinds) - set(fuzz_kinds.KINDS):
-        parser.error(f"no kind {sorted(unknown)[0]}; there are {', '.join(fuzz_kinds.KINDS)}")
-    heavy = [name for name in kinds if fuzz_kinds.KINDS[name].tensorflow]
+    kinds = args.kinds.split(",") if args.kinds else list(KINDS)
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"no kind {sorted(unknown)[0]}; there are {', '.join(KINDS)}")
+    heavy = [name for name in kinds if KINDS[name].tensorflow]
     light = [name for name in kinds if name not in heavy]
     shutil.rmtree(args.out / "failures", ignore_errors=True)
     columns = ("taken", "refused", *FAILURES)
@@ -200,8 +202,9 @@ def main():
             cells = "  ".join(f"{counts[column]:>{len(column)}}" for column in columns)
             print(f"{name:<10} {count:>7}  {cells}  {slowest:>9.1f}  {most:>7}", flush=True)
             failed |= bool(counts["valid"] or said[name])
-    for name, (text, number) in itertools.chain.from_iterable(([(n, c) for c in s.most_common()] for n, s in said.items())):
-        print(f"{name}: {number} x {text}")
+    for name, texts in said.items():
+        for text, number in texts.most_common():
+            print(f"{name}: {number} x {text}")
     return int(failed)
 
 
