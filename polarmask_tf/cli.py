@@ -13,7 +13,9 @@ from pathlib import Path
 from polarmask_tf import __version__
 from polarmask_tf.errors import InputError
 
-MODEL = "run directory, SavedModel directory, .tflite file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
+MODEL = (
+    "run or SavedModel directory, .tflite or .keras file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,6 +87,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=_positive, help="only the first images of the directory")
     sub.add_argument("--truth", type=Path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
     sub.add_argument("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
+    sub.add_argument(
+        "--exif",
+        choices=("ignore", "apply"),
+        default="ignore",
+        help="apply: turn images as their EXIF orientation says; coordinates are those of the turned images",
+    )
+    sub.add_argument("--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use, 8 to 16 (default 16)")
 
     sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     sub.add_argument("run", type=Path, help="run directory")
@@ -229,22 +238,22 @@ def train(args):
 
 
 def evaluate(args):
-    from polarmask_tf.inference import evaluate
+    from polarmask_tf.files import atomic_write, check_writable
+    from polarmask_tf.inference.coco_metrics import format_table
+    from polarmask_tf.inference.evaluate import evaluate
     from polarmask_tf.inference.predictor import load_predictor
 
+    if args.json:
+        check_writable(args.json)
     predictor = load_predictor(
         args.model,
         score_threshold=args.score_threshold,
         max_detections=args.max_detections if args.max_detections != 100 else None,
     )
-    metrics = evaluate.evaluate(
-        predictor, args.data, max_detections=args.max_detections, per_class=args.per_class, limit=args.limit
-    )
-    print(evaluate.format_table(metrics))
+    metrics = evaluate(predictor, args.data, max_detections=args.max_detections, per_class=args.per_class, limit=args.limit)
     if args.json:
-        beside = args.json.with_name(args.json.name + ".tmp")
-        beside.write_text(json.dumps(metrics.to_dict(), indent=1))
-        os.replace(beside, args.json)
+        atomic_write(args.json, json.dumps(metrics.to_dict(), indent=1))
+    print(format_table(metrics))
 
 
 def predict(args):
@@ -260,6 +269,8 @@ def predict(args):
         truth=args.truth,
         limit=args.limit,
         results_only=args.results_only,
+        exif=args.exif,
+        bit_depth=args.bit_depth,
     )
     pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
     print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
