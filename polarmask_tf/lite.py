@@ -89,10 +89,10 @@ def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
                 source = _open(io.BytesIO(source) if isinstance(source, bytes) else source)
             return _decode(source, exif, bit_depth, notes)
     except Exception as error:  # broken files make Pillow's decoders raise nearly any type
-        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+        reason = f"cannot read the image: {getattr(error, 'strerror', None) or one_line(error) or type(error).__name__}"
         if isinstance(error, (UnidentifiedImageError, KeyError)):  # KeyError: a format that this Pillow does not know
-            reason = f"not an image that Pillow can read as one of {', '.join(FORMATS)}"
-        raise ValueError(f"{one_line(source) if is_path else 'the image'}: cannot read the image: {reason}") from None
+            reason = f"not an image that can be read: none of {', '.join(FORMATS)}"
+        raise ValueError(f"{one_line(source) if is_path else 'the image'}: {reason}") from None
 
 
 def _open(file):

@@ -13,8 +13,10 @@ from pycocotools.cocoeval import COCOeval
 
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import evaluate as evaluation
-from polarmask_tf.inference.evaluate import coco_metrics, detections_to_results, evaluate, format_table, polygons_to_rle
-from polarmask_tf.inference.predictor import Detections, Predictor
+from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results, format_table, polygons_to_rle
+from polarmask_tf.inference.evaluate import evaluate
+from polarmask_tf.inference.predictor import Predictor
+from polarmask_tf.inference.results import Detections
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 1, "name": "dog"}, {"id": 17, "name": "unseen"}]
 NAMES = ["AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL"]
@@ -265,7 +267,7 @@ def perfect_predictor(truth, batch_size=4):
             found = [a for a in truth["annotations"] if a["image_id"] == int(image[0, 0, 0])]
             polygons = np.float32([np.reshape(a["segmentation"][0], (-1, 2)) for a in found]).reshape(len(found), 36, 2)
             scores = 1 - np.arange(len(found)) / 100
-            answers.append(dataclasses.asdict(detections(polygons, scores, [label[a["category_id"]] for a in found])))
+            answers.append(vars(detections(polygons, scores, [label[a["category_id"]] for a in found])))
         return answers
 
     return Predictor("run", classes, (64, 64), batch_size, run)
@@ -367,7 +369,7 @@ def test_records_and_source_json_give_equal_numbers(tmp_path):
                 boxes[:, None, 2:] * 0.45 * np.stack([np.cos(angle), np.sin(angle)], -1)
             )
             scores = np.sort(np.random.default_rng(len(found)).random(len(found)))[::-1]
-            answers.append(dataclasses.asdict(detections(ellipses, scores, [int(a["category_id"] == 3) for a in found])))
+            answers.append(vars(detections(ellipses, scores, [int(a["category_id"] == 3) for a in found])))
         return answers
 
     predictor = Predictor("run", classes, (64, 64), 3, run)

@@ -48,7 +48,8 @@ def test_the_graph_finds_the_same_canvas_for_every_size():
 def fake_model(fit, size):
     """What the exporters use of a model; it marks the brightest pixel of what it sees with hexagons of RADIUS pixels."""
     config = configs.Config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit, size=size))
+    rays = dataclasses.replace(config.model, rays=6)
+    config = dataclasses.replace(config, model=rays, data=dataclasses.replace(config.data, fit=fit, size=size))
     return types.SimpleNamespace(
         config=config,
         classes=CLASSES,

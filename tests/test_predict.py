@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from test_lite import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
 
 from polarmask_tf import config as configs
-from polarmask_tf import lite
+from polarmask_tf import files, lite
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import predict
 from polarmask_tf.inference.predictor import Detections, Predictor, load_predictor, read_image
@@ -24,20 +24,20 @@ def exports(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run directory whose load_run gives the hexagon model, and the overrides that it was loaded with."""
+    """A run directory whose load_model gives the hexagon model, and the overrides that its detect is called with."""
     calls = []
+
+    def detect(images, **overrides):
+        calls.append(overrides)
+        return hexagon_around_brightest(images)
 
     config = configs.Config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=(HEIGHT, WIDTH)))
-
-    def load_run(path, **overrides):
-        calls.append(overrides)
-        return types.SimpleNamespace(classes=CLASSES, config=config, detect=hexagon_around_brightest)
-
-    monkeypatch.setitem(sys.modules, "polarmask_tf.weights.runs", types.SimpleNamespace(load_run=load_run))
+    model = types.SimpleNamespace(classes=CLASSES, config=config, detect=detect)
+    monkeypatch.setitem(sys.modules, "polarmask_tf.weights.runs", types.SimpleNamespace(load_model=lambda path: model))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    return tmp_path / "run", calls
+    return tmp_path / "run", model, calls
 
 
 IMAGES = [spot(64, 96, 60, 20, 2), spot(32, 48, 10, 11, 1), spot(64, 96, 4, 50, 2)]
@@ -84,11 +84,15 @@ def test_overrides_filter_what_an_export_gives(exports, kind):
         load_predictor(exports[kind], max_detections=4)
 
 
-def test_overrides_go_to_a_run(run):
-    path, calls = run
-    load_predictor(path)
-    load_predictor(path, score_threshold=0.25, max_detections=1000)
-    assert calls == [{}, {"score_threshold": 0.25, "max_detections": 1000}]
+def test_overrides_go_to_a_run_and_to_a_model(run):
+    path, model, calls = run
+    given = {"score_threshold": 0.25, "max_detections": 1000}
+    for source in (path, str(path), model):
+        load_predictor(source)(IMAGES[0])
+        load_predictor(source, **given)(IMAGES[0])
+    assert calls == [{}, given] * 3
+    with pytest.raises(InputError, match="max_detections is 1000000000, must be 1 to"):
+        load_predictor(path, max_detections=10**9)
 
 
 def test_what_is_no_model_is_refused(tmp_path, exports):
@@ -226,13 +230,13 @@ def test_nothing_readable_is_an_error(exports, tmp_path):
 def test_an_output_that_cannot_be_written_is_an_error(exports, folder, tmp_path, monkeypatch):
     predictor = load_predictor(exports["tflite"])
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot make this directory"):
+    with pytest.raises(InputError, match="cannot be made"):
         predict.predict(predictor, folder, tmp_path / "file", progress=False)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(InputError, match="No space left"):
         predict.predict(predictor, folder, tmp_path / "out", progress=False)
     assert list((tmp_path / "out" / "overlays").iterdir()) == []

@@ -39,7 +39,7 @@ class Predictor:
             given = images[first : first + self.batch_size]
             pixels = [read_image(image) for image in given]
             for source, image, rows in zip(given, pixels, self.run(pixels), strict=True):
-                rows = {name: values[: self.max_detections] for name, values in rows.items()}
+                rows = {name: rows[name][: self.max_detections] for name in lite.FOUND}
                 found = Detections(**rows, categories=self.classes, image_size=image.shape[:2], source=source)
                 results.append(found.above(self.score_threshold))
         return results
