@@ -190,7 +190,7 @@ def read_metadata(path):
         raise ValueError(f"metadata.json is larger than {MAX_METADATA_BYTES:,} bytes")
     metadata = check_metadata(json.loads(text), "metadata.json")
     digest = metadata.get("flatbuffer_sha256")
-    if digest is not None and flatbuffer_digest(path, metadata["flatbuffer_bytes"]) != digest:
+    if "flatbuffer_sha256" in metadata and flatbuffer_digest(path, metadata["flatbuffer_bytes"]) != digest:
         raise ValueError("the network is not what the checksum in metadata.json is of")
     return metadata
 
@@ -324,7 +324,9 @@ class PolarMaskLite:
             if self._fit not in FITS[:2]:
                 raise ValueError(f"metadata.json says {self._fit}, and a .tflite file has one input size")
             self._run = Interpreter(model_path=str(path), num_threads=threads).get_signature_runner("serving_default")
-            self(np.zeros((*self.input_size, 3), np.uint8))  # a damaged network shows here
+            if (shape := [1, *self.input_size, 3]) != (takes := self._run.get_input_details()["images"]["shape"].tolist()):
+                raise ValueError(f"the network takes {takes}, and metadata.json says {shape}")
+            self(np.zeros(shape[1:], np.uint8))  # a damaged network shows here
         except Exception as error:  # broken files make zipfile and LiteRT raise nearly any type
             reason = getattr(error, "strerror", None) or one_line(error)
             what = "no .tflite file with metadata.json, or damaged; export it again"

@@ -234,6 +234,34 @@ def test_nothing_found_and_nothing_to_find():
     assert coco_metrics(dict(truth, images=[], annotations=[]), []).values["AP"] == -1
 
 
+def test_why_all_numbers_are_minus_one_is_said():
+    truth, results = row_of_squares(2)
+    crowds = [dict(annotation, iscrowd=1) for annotation in truth["annotations"]]
+    for annotations, expected in (([], "object to find"), (crowds, "object to find; the 2 annotations are crowd regions")):
+        metrics = coco_metrics(dict(truth, annotations=annotations), results)
+        why = f"-1 stands for nothing to measure: none of the 1 images has an {expected}"
+        assert metrics.why_empty() == why and format_table(metrics).splitlines()[-1] == f" {why}"
+    metrics = coco_metrics(truth, results)
+    assert metrics.values["APL"] == -1 and metrics.why_empty() == "" and len(format_table(metrics).splitlines()) == 12
+
+
+def test_a_json_that_cannot_be_written_is_said_before_the_work(records, tmp_path, monkeypatch, capsys):
+    from polarmask_tf import cli
+    from polarmask_tf.inference import predictor as predictors
+
+    loaded = []
+    monkeypatch.setattr(predictors, "load_predictor", lambda *_, **__: loaded.append(1) or perfect_predictor(records))
+    arguments = ["evaluate", "model", "--data", "data", "--json"]
+    for path, expected in ((tmp_path / "none" / "a.json", "No such file or directory"), (tmp_path, "is a directory")):
+        assert cli.main([*arguments, str(path)]) == 2
+        assert expected in capsys.readouterr().err
+    assert not loaded and not list(tmp_path.iterdir())
+    (tmp_path / "a.json").write_text("older")
+    assert cli.main([*arguments, str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["values"]["AP"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_wrong_input_is_said_in_one_line():
     truth, results = row_of_squares(2)
 

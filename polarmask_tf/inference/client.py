@@ -150,7 +150,10 @@ def _http(url):
             connection.request("POST", f"{parts.path}:predict", body, {"Content-Type": "application/json"})
             response = http.client.HTTPResponse(_Incoming(connection.sock, deadline), method="POST")
             response.begin()
-            return response, b"".join(iter(lambda: response.read(2**20), b""))
+            content = b"".join(iter(lambda: response.read(2**20), b""))
+            if response.length:  # bytes that were promised and did not come
+                raise http.client.IncompleteRead(content)
+            return response, content
         finally:
             connection.close()
 
