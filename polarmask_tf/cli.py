@@ -93,7 +93,9 @@ def parser() -> argparse.ArgumentParser:
         default="ignore",
         help="apply: turn images as their EXIF orientation says; coordinates are those of the turned images",
     )
-    sub.add_argument("--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use, 8 to 16 (default 16)")
+    sub.add_argument(
+        "--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
+    )
 
     sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     sub.add_argument("run", type=Path, help="run directory")

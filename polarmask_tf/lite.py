@@ -208,7 +208,8 @@ def flatbuffer_digest(path, size):
 def check_metadata(metadata, where):
     """The content of metadata.json, as it is; ValueError that begins with `where` unless all is as the export writes it.
 
-    "rays", "max_detections", "raw" and the checksum ("flatbuffer_bytes", "flatbuffer_sha256") may be missing.
+    May be missing: "rays", "max_detections", "raw", "input"."resize" (letterbox) and "bit_depth" (that read_image is to take),
+    and the checksum of a .tflite file, "flatbuffer_bytes" and "flatbuffer_sha256", see flatbuffer_digest.
     """
 
     def number(entry, key, least, most, kind=int):
@@ -227,9 +228,13 @@ def check_metadata(metadata, where):
             raise ValueError("a category_id is given twice")
         for side in ("height", "width"):
             number(size, side, 1, 2**15)
-        for key, most in (("rays", MAX_RAYS), ("max_detections", MAX_DETECTIONS)):
-            if key in metadata:
-                number(metadata, key, 1, most)
+        for entry, key, least, most in (
+            (size, "bit_depth", 8, 16),
+            (metadata, "rays", 1, MAX_RAYS),
+            (metadata, "max_detections", 1, MAX_DETECTIONS),
+        ):
+            if key in entry:
+                number(entry, key, least, most)
         if "flatbuffer_sha256" in metadata:
             number(metadata, "flatbuffer_bytes", 1, MAX_MODEL_BYTES)
         if raw is not None:
@@ -309,7 +314,8 @@ class PolarMaskLite:
     """model(image) -> {"scores" [M] descending, "classes" [M] int, "boxes" [M, 4], "polygons" [M, rays, 2]}.
 
     Boxes are xmin, ymin, xmax, ymax, polygons x, y, in pixels of the image passed in, clipped to it: a uint8 RGB array
-    [h, w, 3] of any size, or what read_image takes. labels[classes[i]] is the i-th name. Raises ValueError, in one line.
+    [h, w, 3] of any size, or what read_image takes; then `options` are its. labels[classes[i]] is the i-th name.
+    Raises ValueError, in one line.
     """
 
     def __init__(self, path, threads=1):
@@ -332,8 +338,9 @@ class PolarMaskLite:
             what = "no .tflite file with metadata.json, or damaged; export it again"
             raise ValueError(f"{one_line(path)}: {what}: {reason}") from None
 
-    def __call__(self, image):
-        image = image if isinstance(image, np.ndarray) else read_image(image)
+    def __call__(self, image, **options):
+        options = {"bit_depth": self.metadata["input"].get("bit_depth"), **options}
+        image = image if isinstance(image, np.ndarray) else read_image(image, **options)
         check_image(image)
         canvas, (x, y) = place(image, *fit_sizes(*image.shape[:2], self.input_size, self._fit))
         outputs, raw = self._run(images=canvas[None]), self.metadata.get("raw")
@@ -348,13 +355,15 @@ def main(argv=None):
     parser.add_argument("image", type=Path, help="any image that Pillow reads, or a folder of images")
     parser.add_argument("--score", type=float, default=SHOWN, help="least score to print (default %(default)s)")
     parser.add_argument("--exif", choices=("ignore", "apply"), default="ignore", help="turn images as their EXIF data say")
-    parser.add_argument("--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use: 8 to 16 (default 16)")
+    parser.add_argument(
+        "--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
+    )
     args = parser.parse_args(argv)
     folder, status, model = args.image.is_dir(), 0, None
     for path in sorted(args.image.iterdir()) if folder else [args.image]:
         try:
             model = model or PolarMaskLite(args.model)
-            found = model(read_image(path, exif=args.exif, bit_depth=args.bit_depth))
+            found = model(path, exif=args.exif, **({"bit_depth": args.bit_depth} if args.bit_depth else {}))
         except (ImportError, ValueError) as error:  # of a folder the other images are read
             print(f"error: {error}", file=sys.stderr)
             status = 2

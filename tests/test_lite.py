@@ -499,6 +499,25 @@ def test_metadata_is_never_unpacked_beyond_its_bound(tflite, tmp_path, kind):
     assert peak < 16 * 2**20
 
 
+def test_the_metadata_may_say_the_bit_depth(tflite, tmp_path, capsys):
+    described = metadata()
+    described["input"]["bit_depth"] = 12
+    path = with_metadata(tflite, tmp_path / "a.tflite", described)
+    dark = spot(40, 60, 50, 5, 2)[..., 0].astype(np.uint16)
+    Image.fromarray(dark * 16).save(tmp_path / "a.png")
+    Image.fromarray(dark * 256).save(tmp_path / "b.png")
+    expected = lite.PolarMaskLite(tflite)(tmp_path / "b.png")
+    for key, value in lite.PolarMaskLite(path)(tmp_path / "a.png").items():
+        np.testing.assert_array_equal(value, expected[key])
+    with pytest.raises(ValueError, match="beyond the 12 bits"):
+        lite.PolarMaskLite(path)(tmp_path / "b.png")
+    assert lite.main([str(path), str(tmp_path / "b.png")]) == 2
+    assert lite.main([str(path), str(tmp_path / "b.png"), "--bit-depth", "16"]) == 0
+    assert capsys.readouterr().out.startswith("moon 0.900")
+    described["input"]["bit_depth"] = 20
+    refused_model(with_metadata(tflite, path, described), "bit_depth is 20")
+
+
 def test_metadata_deep_as_a_well_is_refused(tflite, tmp_path):
     refused_model(with_metadata(tflite, tmp_path / "a.tflite", b"[" * 100_000), "export it again")
 

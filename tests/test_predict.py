@@ -298,6 +298,10 @@ def test_images_are_turned_on_request_and_what_is_ignored_is_counted(exports, tm
         notes = capsys.readouterr().err
         assert ("note: 1 of 2 images: EXIF orientation ignored" in notes) == (not options)
         assert ("note: 1 of 2 images: gray of at most 12 bits" in notes) == (not options)
+    deep = dataclasses.replace(load_predictor(exports["tflite"], max_detections=1), bit_depth=12)  # as metadata.json may say
+    predict.predict(deep, source, tmp_path / "deep", exif="apply", progress=False)
+    assert (tmp_path / "deep/results.json").read_text() == (tmp_path / "turned/results.json").read_text()
+    np.testing.assert_array_equal(deep(source / "2.png").polygons, deep(IMAGES[0]).polygons)
     center = {name: [box[1][0] + box[1][2] / 2, box[1][1] + box[1][3] / 2] for name, box in boxes.items()}
     np.testing.assert_allclose(center["plain"], (61, 21), atol=1.1)
     np.testing.assert_allclose(center["turned"], (96 - 61, 64 - 21), atol=1.1)

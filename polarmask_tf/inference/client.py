@@ -32,15 +32,14 @@ MAYBE_LATER = (429, 503, 504, "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXC
 
 
 class Refused(Exception):
-    """The server's no, in one line; asking again would not change it. `code`: HTTP's number or gRPC's name, None: neither."""
+    """The server's no, or why there is no answer, in one line. `code`: HTTP's number or gRPC's name, None where it is neither.
 
-    def __init__(self, reason, code=None):
+    `busy`: asking again may help: no connection, no answer in time, or an overloaded server.
+    """
+
+    def __init__(self, reason, code=None, busy=False):
         super().__init__(one_line(reason))
-        self.code = code
-
-
-class Busy(Refused):
-    """What may be over soon: no connection, no answer in time, or an overloaded server."""
+        self.code, self.busy = code, busy
 
 
 def connect(url):
@@ -53,10 +52,9 @@ def connect(url):
     try:
         text = patiently(ask, "metadata", "request", [b""])["metadata"][0]
         metadata = lite.check_metadata(json.loads(text), "its metadata")
-    except Busy as error:
-        raise InputError(f"{url}: {error}") from None
     except Refused as error:
-        raise InputError(f"{url}: {error}; is a model served there that `polarmask export --serving` wrote?") from None
+        hint = "" if error.busy else "; is a model served there that `polarmask export --serving` wrote?"
+        raise InputError(f"{url}: {error}{hint}") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         why = one_line(error)
         raise InputError(f"{url}: no model that `polarmask export --serving` wrote answers there ({why})") from None
@@ -71,7 +69,7 @@ def connect(url):
 def asker(url):
     """The function ask(signature, input name, contents: list of bytes, seconds) -> outputs by name, of a URL as above.
 
-    Outputs are arrays or nested lists. It raises Refused or Busy, and InputError for another URL.
+    Outputs are arrays or nested lists. It raises Refused. InputError for another URL.
     """
     web = re.fullmatch(r"https?://[^/\s]+/v1/models/[^/:\s]+(/versions/\d+)?/?", url)
     direct = re.fullmatch(r"grpc://([^/\s]+)/([^/\s]+)/?", url)
@@ -86,8 +84,8 @@ def patiently(ask, *question):
     for wait in (*WAITS, TIMEOUT):
         try:
             return ask(*question, deadline - time.monotonic())
-        except Busy:
-            if time.monotonic() + wait >= deadline:
+        except Refused as error:
+            if not error.busy or time.monotonic() + wait >= deadline:
                 raise
         time.sleep(wait)
 
@@ -99,10 +97,9 @@ def _detect(url, ask, metadata, image):
     Image.fromarray(image).save(content, "PNG", compress_level=1)
     try:
         outputs = lite.check_outputs(patiently(ask, "serving_default", "image_bytes", [content.getvalue()]), metadata)
-    except Busy as error:
-        raise InputError(f"{url}: {error}") from None
     except Refused as error:
-        raise InputError(f"{url}: the server refused an image of {width} x {height} pixels: {error}") from None
+        what = "" if error.busy else f"the server refused an image of {width} x {height} pixels: "
+        raise InputError(f"{url}: {what}{error}") from None
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{url}: the answer is not as the export contract says: {one_line(error)}") from None
     return lite.unpack(outputs, 0, width, height, height, width)
@@ -147,7 +144,8 @@ def _http(url):
             connection.timeout = _until(deadline) / (1 + len(addresses))  # they are tried in turn; then comes TLS
             connection.connect()
             connection.sock.settimeout(_until(deadline))
-            connection.request("POST", f"{parts.path}:predict", body, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, body)))}
+            connection.request("POST", f"{parts.path}:predict", body, headers)  # in parts: an image may be large
             response = http.client.HTTPResponse(_Incoming(connection.sock, deadline), method="POST")
             response.begin()
             content = b"".join(iter(lambda: response.read(2**20), b""))
@@ -158,14 +156,14 @@ def _http(url):
             connection.close()
 
     def ask(signature, name, contents, seconds):
-        inputs = {name: [{"b64": base64.b64encode(content).decode()} for content in contents]}
-        body = json.dumps({"signature_name": signature, "inputs": inputs}).encode()
+        images = b", ".join(b'{"b64": "' + base64.b64encode(content) + b'"}' for content in contents)
+        body = [f'{{"signature_name": "{signature}", "inputs": {{"{name}": ['.encode(), images, b"]}}"]
         try:
             response, content = post(body, time.monotonic() + seconds)
         except TimeoutError:
-            raise Busy(f"no answer in {TIMEOUT} s") from None
+            raise Refused(f"no answer in {TIMEOUT} s", busy=True) from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a host or a length that is none
-            raise Busy(f"cannot be reached: {one_line(error) or type(error).__name__}") from None
+            raise Refused(f"cannot be reached: {one_line(error) or type(error).__name__}", busy=True) from None
         try:
             document = json.loads(content)
             if response.status == 200:
@@ -175,7 +173,7 @@ def _http(url):
         except (ValueError, LookupError, TypeError, RecursionError):
             reason = f"HTTP {response.status} {response.reason}"
             reason = "the answer is not TF Serving's JSON" if response.status == 200 else reason
-        raise (Busy if response.status in MAYBE_LATER else Refused)(reason, response.status)
+        raise Refused(reason, response.status, response.status in MAYBE_LATER)
 
     return ask
 
@@ -198,8 +196,7 @@ def _grpc(address, model):
             outputs = stub.Predict(request, timeout=seconds).outputs
         except grpc.RpcError as error:
             code, reason = error.code().name, error.details() or error.code().name
-            again = code in MAYBE_LATER and "message larger than max" not in reason
-            raise (Busy if again else Refused)(reason, code) from None
+            raise Refused(reason, code, code in MAYBE_LATER and "larger than max" not in reason) from None
         # A tensor may say that it is large and hold one number.
         sizes = [np.prod([abs(side.size) for side in value.tensor_shape.dim], dtype=float) for value in outputs.values()]
         if sum(sizes) > MAX_NUMBERS:

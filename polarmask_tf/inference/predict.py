@@ -40,9 +40,9 @@ def predict(
     lack annotations), else its file name's number, else its file name. out/overlays/NAME.png: the image with its polygons.
     out/sheet.png: up to 12 of the images (figure 8), beside their ground truth where `truth` has annotations.
     With `results_only` there are no pictures, `score_threshold` is the predictor's own in place of 0.3, and of a
-    directory only the images of `truth` are taken: what an evaluation server wants. `exif` and `bit_depth`: see
-    lite.read_image; with exif="apply" coordinates are those of the turned image. Files that are no images, and then images
-    of `truth` that are not there, are named on stderr, counted and left out.
+    directory only the images of `truth` are taken: what an evaluation server wants. `exif` and `bit_depth` (default: the
+    predictor's) are lite.read_image's: with exif="apply" coordinates are those of the turned image. Files that are no
+    images, and then images of `truth` that are not there, are named on stderr, counted and left out.
     Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
     "sheet": Path | None}. Raises InputError if no file is an image, or if `out` cannot be written.
     """
@@ -59,7 +59,7 @@ def predict(
     beside_truth = bool(dataset and dataset["annotations"])
     shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
     cells, images, detections = [], 0, 0
-    read = _Reader(exif=exif, bit_depth=bit_depth)
+    read = _Reader(exif=exif, bit_depth=bit_depth or predictor.bit_depth)
     files.make_directory(out if results_only else out / "overlays")
     # Two at once into one directory would each replace the other's files: here is where to lock `out`.
     with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
@@ -98,7 +98,7 @@ def compare(predictors, source, out, *, score_threshold=lite.SHOWN, images=6, ti
     taken, spread over all. Returns `out`; raises InputError if no file is an image, or if `out` cannot be written.
     """
     chosen = _spread(list(map(Path, source)) if isinstance(source, list | tuple) else _files(Path(source)), images)
-    read, cells = _Reader(), []
+    read, cells = _Reader(bit_depth=next(iter(predictors.values())).bit_depth), []
     for path in chosen:
         image = read(path)
         if image is None:

@@ -30,6 +30,7 @@ class Predictor:
     run: Callable  # list of images -> list of dicts as lite.unpack gives
     score_threshold: float = 0.0
     max_detections: int | None = None
+    bit_depth: int | None = None  # that deep gray image files are read with, see lite.read_image
 
     def __call__(self, images):
         if not isinstance(images, list | tuple):
@@ -37,7 +38,7 @@ class Predictor:
         results = []
         for first in range(0, len(images), self.batch_size):
             given = images[first : first + self.batch_size]
-            pixels = [read_image(image) for image in given]
+            pixels = [read_image(image, bit_depth=self.bit_depth) for image in given]
             for source, image, rows in zip(given, pixels, self.run(pixels), strict=True):
                 rows = {name: rows[name][: self.max_detections] for name in lite.FOUND}
                 found = Detections(**rows, categories=self.classes, image_size=image.shape[:2], source=source)
@@ -79,8 +80,8 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
     most = metadata.get("max_detections", lite.MAX_DETECTIONS)
     if max_detections is not None and max_detections > most:
         raise InputError(f"{source} gives at most {most} detections, not {max_detections}; export it again for more")
-    size = metadata["input"]["height"], metadata["input"]["width"]
-    return Predictor(kind, metadata["classes"], size, batch_size, run, **options)
+    height, width, bit_depth = (metadata["input"].get(key) for key in ("height", "width", "bit_depth"))
+    return Predictor(kind, metadata["classes"], (height, width), batch_size, run, **options, bit_depth=bit_depth)
 
 
 def _tflite(path):
