@@ -29,8 +29,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 @contextlib.contextmanager
 def replacing(path: Path) -> typing.Iterator[Path]:
     """A path beside `path` to write to, renamed to it at the end unless an error came between; InputError if that fails."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    part = _beside(path)
     try:
         yield part
         os.replace(part, path)
@@ -45,6 +44,24 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes a file that is either the old or the new one; InputError if it cannot."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: Path) -> None:
+    """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold."""
+    part = _beside(path)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a directory; name a file in it")
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else takes, in the directory of `path`."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def make_directory(path: Path) -> None:

@@ -120,7 +120,7 @@ def test_the_client_needs_no_tensorflow(server, folder, tmp_path):
 @pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"?", 0), (504, b"", 0), (200, answer(), 1.5)])
 def test_a_busy_server_is_asked_again(client, folder, tmp_path, monkeypatch, busy):
     waits = []
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     with scripted(METADATA, busy, busy, (200, answer(), 0)) as (address, asked):
         options = ["--out", str(tmp_path), "--timeout", "0.5"]
         assert client.main([f"http://{address}/v1/models/x", str(folder / "a.png"), *options]) == 0
@@ -130,7 +130,7 @@ def test_a_busy_server_is_asked_again(client, folder, tmp_path, monkeypatch, bus
 
 
 def test_what_stays_busy_fails_and_what_is_refused_is_not_asked_again(client, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     url, options = "http://{}/v1/models/x", [str(folder / "a.png"), "--out", str(tmp_path), "--retries", "2"]
     for status, body, times in ((503, {"error": "full"}, 3), (400, {"error": "no\n\t [[{{node x}}]]"}, 1), (500, b"", 1)):
         with scripted(METADATA, (status, body, 0)) as (address, asked):
@@ -164,7 +164,7 @@ def test_files_are_sent_at_the_same_time(client, folder, tmp_path):
 
 
 def test_no_server_no_model_no_files(client, server, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     name, rest, grpc = server
     url, image = f"http://{rest}/v1/models/{name}", str(folder / "a.png")
     (tmp_path / "none").mkdir()

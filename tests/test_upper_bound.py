@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.tools.shapes import make_shapes
 from polarmask_tf.tools.upper_bound import format_table, read, rows, run, upper_bound, write
 

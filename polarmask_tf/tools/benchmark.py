@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from polarmask_tf import config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.data.convert import convert
-from polarmask_tf.inference.evaluate import coco_metrics, polygons_to_rle
+from polarmask_tf.inference.coco_metrics import coco_metrics, polygons_to_rle
 from polarmask_tf.inference.predictor import network_input
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops import geometry, targets

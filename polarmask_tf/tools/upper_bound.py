@@ -22,7 +22,7 @@ from tqdm import tqdm
 from polarmask_tf.data import records, transforms
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.ops import geometry
 
 RAYS = (8, 12, 18, 24, 36, 72, 120)
