@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import io
 import os
+import socket
+import tempfile
+import time
 import typing
 import uuid
 from pathlib import Path
@@ -32,6 +36,33 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes a file that is either the old or the new one; InputError if it cannot."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def lock(directory: Path, purpose: str) -> typing.Iterator[None]:
+    """Within it no other process has this lock on `directory`; InputError, naming who has it, if one has."""
+    with open(Path(directory) / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InputError(f"{directory}: in use by {file.read().strip() or 'another process'}; wait, or end it") from None
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"polarmask {purpose}, pid {os.getpid()} on {socket.gethostname()}, since {since}", file=file, flush=True)
+        yield
+
+
+@contextlib.contextmanager
+def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
+    """The path of a checkpoint, or one that leads to the same files by a link: TensorFlow takes what it reads for a pattern."""
+    path = os.path.abspath(path)
+    if not any(character in path for character in "[]*?\\"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
+        yield os.path.join(folder, "link", os.path.basename(path))
 
 
 def make_directory(path: Path) -> None:
