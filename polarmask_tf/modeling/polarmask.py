@@ -51,8 +51,8 @@ class PolarMask(tf_keras.Model):
     Raises InputError for what cannot be built.
     """
 
-    def __init__(self, config: Config, classes: int | typing.Sequence, backbone=None, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, config: Config, classes: int | typing.Sequence, backbone=None, name: str = "polarmask", **kwargs):
+        super().__init__(name=name, **kwargs)  # always the same name: variables of two models are compared by theirs
         model, policy = config.model, self.dtype_policy
         self.config = config
         self._classes = _Untracked(_named_classes(classes))
