@@ -15,7 +15,7 @@ import tf_keras
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import lock, make_directory
+from polarmask_tf.files import lock
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.training import checks, optimizers, replicas
 from polarmask_tf.training.callbacks import Checkpoints, Evaluation, Profile, is_evaluation_missing
@@ -73,15 +73,12 @@ def train(
                 _start(model, start and runs.where_it_is(Path(start), run), chief)
             replicas.assert_equal(strategy, 0, "")  # until all have read what the chief may now move
             if chief:
-                make_directory(run)
                 stack.enter_context(lock(run, "train"))
                 _prepare(config, info, run, restart)
             replicas.assert_equal(strategy, 0, "")  # until the chief has prepared the directory
             found = runs.restore(model, run, training=True)
             done = runs.step_of(found)
             replicas.assert_equal(strategy, done, f"found step {done} in {run}; is it on a file system that all workers see?")
-            if done and chief:
-                print(f"{run}: going on after step {done}")
             number, step = _fit(model, info, run, done, strategy, profile)
         if number:
             if chief:
@@ -138,6 +135,8 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
         if chief:
             print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
         return 0, done
+    if done and chief:
+        print(f"{run}: going on after step {done}")
 
     def batches(**layout):
         return pipeline.training_batches(info, config, seed=config.train.seed, **layout)

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import tensorflow as tf
@@ -33,7 +34,7 @@ MAY_CHANGE = (
     "train.jit_compile",
     "data.damaged",
 )
-UNFINISHED = "unfinished"  # how the directories begin, in checkpoints/, in which the next one is written
+UNFINISHED = "unfinished"  # where in checkpoints/ the next one is written
 SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, until a new checkpoint stands
 
 
@@ -226,28 +227,26 @@ def save(
     added; where there is another one, somebody else trains into `run`, and nothing is touched. Default: all there are.
     """
     folder = run / "checkpoints"
-    with contextlib.ExitStack() as stack:
-        try:
-            if chief:
-                _refuse_others(run, step, known)
-                folder.mkdir(parents=True, exist_ok=True)
-                beside = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=folder))
-            else:
-                beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            # TensorFlow writes an index in place, and a kill would leave half of it under the checkpoint's own name.
-            written = Path(_checkpoint(model, weights_only).save(str(beside / "step")))
-            if not chief:
-                return
+    beside = folder / UNFINISHED / uuid.uuid4().hex if chief else Path(tempfile.mkdtemp())
+    try:
+        if chief:
             _refuse_others(run, step, known)
-            (folder / f"step-{step}.index").unlink(missing_ok=True)  # of one that could not be read
-            for path in sorted(beside.glob(f"{written.name}.*")):  # .data-00000-of-00001, .index
-                os.replace(path, folder / f"step-{step}{path.suffix}")
-            _remove([beside])
-        except passing:
-            raise
-        except (tf.errors.OpError, OSError) as e:
-            _remove([beside] if chief else [])
-            raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {io_error_text(e)}") from None
+        # TensorFlow writes an index in place, and a kill would leave half of it under the checkpoint's own name.
+        written = Path(_checkpoint(model, weights_only).save(str(beside / "step")))
+        if not chief:
+            return
+        _refuse_others(run, step, known)
+        (folder / f"step-{step}.index").unlink(missing_ok=True)  # of one that could not be read
+        for path in sorted(beside.glob(f"{written.name}.*")):  # .data-00000-of-00001, .index
+            os.replace(path, folder / f"step-{step}{path.suffix}")
+    except passing:
+        raise
+    except (tf.errors.OpError, OSError) as e:
+        raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {io_error_text(e)}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where another one writes
+            (folder / UNFINISHED).rmdir()
     if known is not None:
         known.add(step)
     # A later one is none that this training went on from: it could not be read.
@@ -270,7 +269,7 @@ def _tidy(folder: Path, keep: list[str], known: set[int] | None = None) -> None:
     if known is not None:
         ours = [path for path in ours if path.stem in {f"step-{step}" for step in known}]
     others = sorted((path for path in ours if path.stem not in kept), reverse=True)  # an index before its data
-    _remove([*(folder.glob(f"{UNFINISHED}*") if known is None else ()), *others])
+    _remove([*([folder / UNFINISHED] if known is None else ()), *others])
 
 
 def _remove(paths) -> None:
