@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import typing
 import uuid
 from pathlib import Path
@@ -62,6 +63,18 @@ def _beside(path: Path) -> Path:
     """A name that nobody else takes, in the directory of `path`."""
     path = Path(path)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextlib.contextmanager
+def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
+    """The path of a checkpoint, or one that leads to the same files by a link: TensorFlow takes what it reads for a pattern."""
+    path = os.path.abspath(path)
+    if not any(character in path for character in "[]*?\\"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
+        yield os.path.join(folder, "link", os.path.basename(path))
 
 
 def make_directory(path: Path) -> None:
