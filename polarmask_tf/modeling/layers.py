@@ -170,6 +170,30 @@ def _gradients_by_group(x, kernel, dy, strides, padding):
     return tf.concat(dxs, 3), tf.concat(dkernels, 3)
 
 
+@tf_keras.saving.register_keras_serializable(PACKAGE)
+class GroupNormalization(tf_keras.layers.GroupNormalization):
+    """tf_keras' own, with the same variables and numbers, for [B, H, W, C], in float32 within.
+
+    No tensor has more than four dimensions, which is all that LiteRT's GPU and NPU delegates take. Sums and products, since its
+    8-bit kernels are slow at means and squares.
+    """
+
+    def call(self, x):
+        values = tf.cast(x, tf.float32)
+        centered = values - self._group_mean(values)
+        factor = tf.cast(self.gamma, tf.float32) * tf.math.rsqrt(self._group_mean(centered * centered) + self.epsilon)
+        return tf.cast(centered * factor + tf.cast(self.beta, tf.float32), x.dtype)
+
+    def _group_mean(self, values):
+        """[B, H, W, C] to [B, 1, 1, C]: of each channel its group's mean."""
+        _, height, width, channels = values.shape
+        size = tf.shape(values)
+        count = (height or size[1]) * (width or size[2]) * (channels // self.groups)
+        sums = tf.reshape(tf.reduce_sum(values, [1, 2], keepdims=True), [-1, 1, self.groups, channels // self.groups])
+        means = tf.reduce_sum(sums, axis=3, keepdims=True) * (1.0 / tf.cast(count, tf.float32))
+        return tf.reshape(tf.tile(means, [1, 1, 1, channels // self.groups]), [-1, 1, 1, channels])
+
+
 def norm(kind: str, channels: int, **kwargs) -> tf_keras.layers.Layer:
     """A norm with epsilon 1e-5, or nothing ("none"); `kwargs` (name, dtype) go to the layer.
 
@@ -184,5 +208,5 @@ def norm(kind: str, channels: int, **kwargs) -> tf_keras.layers.Layer:
         )
     if kind == "group":
         groups = max(g for g in range(1, max(1, min(32, channels // 8)) + 1) if channels % g == 0)
-        return tf_keras.layers.GroupNormalization(groups, epsilon=1e-5, **kwargs)
+        return GroupNormalization(groups, epsilon=1e-5, **kwargs)
     return tf_keras.layers.Activation("linear", **kwargs)
