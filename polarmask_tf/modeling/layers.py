@@ -6,7 +6,6 @@ import tensorflow as tf
 import tf_keras
 
 PACKAGE = "polarmask_tf"  # under which Keras' own files know our layers and models
-_THIN = 16
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
@@ -31,13 +30,13 @@ class Conv(tf_keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         pad = stride > 1 and kernel > 1
-        self.stride, self.thin = stride, False
+        self.stride = stride
         self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if pad else None
         make = tf_keras.layers.Conv2D if groups == 1 else GroupedConv2D
         self.conv = make(
             filters,
             kernel,
-            stride,
+            stride if pad else 1,
             "valid" if pad else "same",
             use_bias=bias,
             kernel_initializer=init,
@@ -47,19 +46,12 @@ class Conv(tf_keras.layers.Layer):
             name="conv",
         )
 
-    def build(self, input_shape):
-        # oneDNN's gradient of a strided 1x1 convolution of fewer than 16 channels writes outside its memory on processors
-        # with AVX-512 (TensorFlow 2.20, batch 1, several threads): there, the pixels are chosen first. Shipped networks are
-        # wider, and their exported graphs keep the one operation.
-        self.thin = self.stride > 1 and self.pad is None and input_shape[-1] < _THIN
-        if self.thin:
-            self.conv.strides = (1, 1)
-        super().build(input_shape)
-
     def call(self, x):
-        if self.thin:
-            x = x[:, :: self.stride, :: self.stride]
-        return self.conv(x if self.pad is None else self.pad(x))
+        if self.pad is not None:
+            x = self.pad(x)
+        elif self.stride > 1:
+            x = every(x, self.stride)
+        return self.conv(x)
 
     def get_config(self):
         conv = self.conv
@@ -73,6 +65,22 @@ class Conv(tf_keras.layers.Layer):
             "bias_init": tf_keras.initializers.serialize(conv.bias_initializer),
             "groups": conv.groups,
         }
+
+
+def every(x: tf.Tensor, stride: int) -> tf.Tensor:
+    """x[:, ::stride, ::stride] of [B, H, W, C]: what a 1x1 convolution of that stride sees.
+
+    Chosen before a convolution of stride 1, since strided ones are wrong in places: oneDNN's gradient of one with fewer than
+    16 channels writes outside its memory (TensorFlow 2.20, AVX-512, batch 1, several threads), and LiteRT's GPU delegate
+    ignores the stride in 8 bits.
+    """
+    _, height, width, channels = x.shape
+    if None in (height, width) or height % stride or width % stride:
+        return x[:, ::stride, ::stride]
+    # Whole runs of channels are copied so, where LiteRT would copy number by number.
+    blocks = tf.reshape(x, [-1, stride, width // stride, stride * channels])
+    chosen = tf.slice(blocks, [0, 0, 0, 0], [-1, 1, width // stride, channels])
+    return tf.reshape(chosen, [-1, height // stride, width // stride, channels])
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
