@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import os
@@ -140,19 +139,19 @@ def parser() -> argparse.ArgumentParser:
     sub = command("inspect", inspect, "what an exported .tflite file or SavedModel takes, gives and knows about itself")
     sub.add_argument("model", type=Path, help=".tflite file or SavedModel directory")
 
-    sub = command("benchmark", benchmark, "inference time of configs and runs; without any: CPU time of the data side")
+    sub = command("benchmark", benchmark, "inference time of configs, runs and exported files; cost of a training step")
     sub.add_argument(
         "models",
         nargs="*",
         metavar="CONFIG|RUN|FILE",
         help="timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`: "
-        "images/s of input, step and both; `growth`: a training step against batch, instances and rays",
+        "images/s of input, step and both",
     )
-    sub.add_argument("--data", help="train: converted data (default: made-up pictures)")
+    sub.add_argument("--data", help="train: converted data (default: synthetic pictures)")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: override, like data.batch=8")
     _add_devices(sub)
     sub.add_argument("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
-    sub.add_argument("--image", type=Path, help=".tflite files: image to run on (default: a made-up one)")
+    sub.add_argument("--image", type=Path, help=".tflite files: image to run on (default: a synthetic one)")
     sub.add_argument("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
@@ -274,7 +273,7 @@ def export(args):
             args.run, args.out, name=args.name, contract=args.contract, max_pixels=args.max_pixels, **overrides
         )
     else:
-        export.export(
+        export.export_model(
             args.run,
             args.out,
             images=args.images,
@@ -306,9 +305,9 @@ def summary(args):
     from polarmask_tf import config
 
     settings = config.load(args.config, args.set)
-    from polarmask_tf.tools.summary import run
+    from polarmask_tf.tools.summary import print_summary
 
-    run(settings, args.classes)
+    print_summary(settings, args.classes)
 
 
 def inspect(args):
@@ -318,20 +317,28 @@ def inspect(args):
 
 
 def benchmark(args):
-    if args.models[:1] == ["train"]:
-        rows = _benchmark_train(args)
-    elif args.models == ["growth"]:
-        from polarmask_tf.tools import benchmark_train
+    from polarmask_tf.files import atomic_write, format_csv
 
-        rows = benchmark_train.growth()
-        print(benchmark_train.format_growth(rows))
+    if args.csv and not args.csv.resolve().parent.is_dir():
+        raise InputError(f"--csv {args.csv}: there is no directory {args.csv.parent}")
+    if not args.models:
+        raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
+    if args.models[0] == "train":
+        rows = _benchmark_train(args)
+    elif all(model.endswith(".tflite") for model in args.models):
+        from polarmask_tf.inference.predictor import read_image
+        from polarmask_tf.tools.benchmark import benchmark_files, format_files
+
+        image = read_image(args.image) if args.image else None
+        rows = benchmark_files(args.models, image=image, threads=args.threads, repeats=args.repeats or 50)
+        print(format_files(rows))
     else:
-        rows = _benchmark_models(args)
+        from polarmask_tf.tools.benchmark import benchmark_models, format_models
+
+        rows = benchmark_models(args.models, repeats=args.repeats or 10)
+        print(format_models(rows))
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        atomic_write(args.csv, format_csv(rows, digits=3))
 
 
 def _benchmark_train(args):
@@ -342,33 +349,11 @@ def _benchmark_train(args):
         raise InputError("write it as: polarmask benchmark train CONFIG")
     settings = config.load(args.models[1], [*([f"data.train={json.dumps(args.data)}"] if args.data else []), *args.set])
     strategy = distribution.make(args.strategy, devices=args.devices)
-    from polarmask_tf.tools import benchmark_train
+    from polarmask_tf.tools.benchmark_train import benchmark_training, format_training
 
-    rows = benchmark_train.run(settings, strategy, steps=args.repeats or 10)
+    rows = benchmark_training(settings, strategy, steps=args.repeats or 10)
     if replicas.is_chief(strategy):
-        print(benchmark_train.format_rows(rows, settings, strategy))
-    return rows
-
-
-def _benchmark_models(args):
-    if args.models and all(model.endswith(".tflite") for model in args.models):
-        from polarmask_tf.inference.predictor import read_image
-        from polarmask_tf.tools import benchmark_files
-
-        image = read_image(args.image) if args.image else None
-        files = [Path(model) for model in args.models]
-        rows = benchmark_files.run(files, image=image, threads=args.threads, repeats=args.repeats or 50)
-        print(benchmark_files.format_rows(rows))
-        return rows
-    from polarmask_tf.tools import benchmark
-
-    if args.models:
-        rows = benchmark.run_models(args.models, repeats=args.repeats or 10)
-        print(benchmark.format_models(rows))
-    else:
-        rows = benchmark.run()
-        for row in rows:
-            print(f"{row['value']:8.2f} {row['unit']:<14} {row['what']}")
+        print(format_training(rows, settings, strategy))
     return rows
 
 

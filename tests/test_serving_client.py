@@ -21,7 +21,7 @@ import pytest
 import yaml
 from PIL import Image
 from test_export import expected_scale, fake_model
-from test_lite import CLASSES, RADIUS, metadata, spot
+from test_lite import RADIUS, metadata, spot
 
 SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
 MAX_PIXELS = 100_000
@@ -31,7 +31,7 @@ def make_model(folder):
     """A served model's directory: the serving export of what marks the brightest pixel with hexagons, at 64 x 96."""
     from polarmask_tf.export.serving import export_serving
 
-    return export_serving(fake_model("letterbox", (64, 96)), CLASSES, folder, name="polarmask", max_pixels=MAX_PIXELS).parent
+    return export_serving(fake_model("letterbox", (64, 96)), folder, name="polarmask", max_pixels=MAX_PIXELS).parent
 
 
 @pytest.fixture(scope="module")
