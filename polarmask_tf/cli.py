@@ -132,9 +132,9 @@ def parser() -> argparse.ArgumentParser:
     add = command("inspect", inspect, "what an exported .tflite file or SavedModel takes, gives and knows about itself")
     add("model", type=Path, help=".tflite file or SavedModel directory")
 
-    add = command("benchmark", benchmark, "inference time of configs and runs; without any: CPU time of the data side")
+    add = command("benchmark", benchmark, "inference time of configs, runs and exported files; cost of a training step")
     text = """timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`:
-        images/s of input, step and both; `growth`: a training step against batch, instances and rays"""
+        images/s of input, step and both"""
     add("models", nargs="*", metavar="CONFIG|RUN|FILE", help=text)
     add("--data", help="train: converted data (default: synthetic pictures)")
     add("--set", **setting, help="train: override, like data.batch=8")
@@ -276,21 +276,24 @@ def inspect(args):
 
 
 def benchmark(args):
-    if args.models[:1] == ["train"]:
+    if args.csv:
+        check_writable(args.csv)
+    if not args.models:
+        raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
+    if args.models[0] == "train":
         rows, text = _benchmark_train(args)
-    elif args.models == ["growth"]:
-        from polarmask_tf.tools import benchmark_train
+    elif all(model.endswith(".tflite") for model in args.models):
+        from polarmask_tf.inference.predictor import read_image
+        from polarmask_tf.tools.benchmark import benchmark_files, format_files
 
-        rows = benchmark_train.growth()
-        text = benchmark_train.format_growth(rows)
-    elif args.models and all(model.endswith(".tflite") for model in args.models):
-        rows, text = _benchmark_files(args)
+        image = read_image(args.image) if args.image else None
+        rows = benchmark_files(args.models, image=image, threads=args.threads, repeats=args.repeats or 50)
+        text = format_files(rows)
     else:
-        from polarmask_tf.tools import benchmark
+        from polarmask_tf.tools.benchmark import benchmark_models, format_models
 
-        rows = benchmark.run_models(args.models, repeats=args.repeats or 10) if args.models else benchmark.run()
-        lines = (f"{row['value']:8.2f} {row['unit']:<14} {row['what']}" for row in rows)
-        text = benchmark.format_models(rows) if args.models else "\n".join(lines)
+        rows = benchmark_models(args.models, repeats=args.repeats or 10)
+        text = format_models(rows)
     if text:
         print(text)
     if args.csv:
@@ -301,22 +304,12 @@ def _benchmark_train(args):
     if len(args.models) != 2:
         raise InputError("write it as: polarmask benchmark train CONFIG")
     settings = _settings(args, args.models[1], args.data)
-    from polarmask_tf.tools import benchmark_train
+    from polarmask_tf.tools.benchmark_train import benchmark_training, format_training
     from polarmask_tf.training import distribution, replicas
 
     strategy = distribution.make(args.strategy, devices=args.devices)
-    rows = benchmark_train.run(settings, strategy, steps=args.repeats or 10)
-    return rows, benchmark_train.format_rows(rows, settings, strategy) if replicas.is_chief(strategy) else ""
-
-
-def _benchmark_files(args):
-    from polarmask_tf.inference.predictor import read_image
-    from polarmask_tf.tools import benchmark_files
-
-    image = read_image(args.image) if args.image else None
-    files = [Path(model) for model in args.models]
-    rows = benchmark_files.run(files, image=image, threads=args.threads, repeats=args.repeats or 50)
-    return rows, benchmark_files.format_rows(rows)
+    rows = benchmark_training(settings, strategy, steps=args.repeats or 10)
+    return rows, format_training(rows, settings, strategy) if replicas.is_chief(strategy) else ""
 
 
 def main(argv: list[str] | None = None) -> int:

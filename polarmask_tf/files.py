@@ -1,4 +1,4 @@
-"""Writing: files of which nobody ever sees a half, directories that one process writes at a time, CSV, and why it failed."""
+"""Writing: files of which nobody ever sees a half, directories that one process writes at a time, tables, and why it failed."""
 
 from __future__ import annotations
 
@@ -179,6 +179,14 @@ def format_csv(rows: typing.Sequence[dict], columns: typing.Sequence[str] | None
         writer.writeheader()
         writer.writerows({key: round(v, digits) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
         return text.getvalue()
+
+
+def format_table(rows: typing.Sequence[dict], columns: dict[str, str]) -> str:
+    """Rows as text under their keys; `columns` are {key: format}, the first one to the left."""
+    cells = [[*columns], *([x if isinstance(x := row[k], str) else format(x, f) for k, f in columns.items()] for row in rows)]
+    first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = ([line[0].ljust(first), *map(str.rjust, line[1:], others)] for line in cells)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def io_error_text(error: Exception) -> str:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from helpers.exports import CLASSES, fake_model, metadata
+from helpers.exports import fake_model, metadata
 
 MAX_PIXELS = 100_000
 
@@ -19,7 +19,7 @@ def make_model(folder):
     """A served model's directory: the serving export of what marks the brightest pixel with hexagons, at 64 x 96."""
     from polarmask_tf.export.serving import export_serving
 
-    return export_serving(fake_model("letterbox", (64, 96)), CLASSES, folder, name="polarmask", max_pixels=MAX_PIXELS).parent
+    return export_serving(fake_model("letterbox", (64, 96)), folder, name="polarmask", max_pixels=MAX_PIXELS).parent
 
 
 @contextlib.contextmanager
