@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -81,6 +82,43 @@ def scripted(*answers):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def hostile(serve):
+    """The address of a server that calls serve(socket) when it has read a request's beginning."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def talk(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            serve(connection)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def sends(first, again, pause=0.0):
+    """serve for `hostile`: `first`, then `again` for ever (for as long as anybody listens)."""
+
+    def serve(connection):
+        connection.sendall(first)
+        while True:
+            connection.sendall(again)
+            time.sleep(pause)
+
+    return serve
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def encoded(image, kind="PNG", mode="RGB", **options):
@@ -229,6 +267,25 @@ def test_files_are_sent_at_the_same_time(client, folder, tmp_path):
         patch.setattr(client, "patiently", patiently)
         options = ["--out", str(tmp_path), "--concurrency", "4"]
         assert client.main([f"http://{address}/v1/models/x", str(folder), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    "serve, expected",
+    [
+        (sends(b"", b" ", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"\r\n", b"1", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"Content-Length: 1000\r\n\r\n", b"1", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"\r\n", b"1" * 0x10000), "larger than 4,194,304 bytes"),
+        (sends(OK + b"Content-Length: 1000000000000\r\n\r\n", b"1" * 0x10000), "larger than 4,194,304 bytes"),
+    ],
+)
+def test_a_server_that_never_ends_is_left(client, folder, tmp_path, monkeypatch, capsys, serve, expected):
+    monkeypatch.setattr(client, "LIMIT", 2**22)
+    options = ["--out", str(tmp_path), "--retries", "0", "--timeout", "10" if "larger" in expected else "0.3"]
+    with hostile(serve) as address:
+        assert client.main([f"http://{address}/v1/models/x", str(folder / "a.png"), *options]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_no_server_no_model_no_files(client, server, folder, tmp_path, capsys, monkeypatch):
