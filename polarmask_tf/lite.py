@@ -40,7 +40,9 @@ TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 
 
 def one_line(text, most=300):
-    """What a file, a path or a server says, fit to be printed: one line, no control characters, at most `most` long."""
+    """What a file, path, server or exception says, fit to be printed: one line, no control characters, at most `most` long."""
+    if isinstance(text, Exception):
+        text = getattr(text, "strerror", None) or str(text) or type(text).__name__
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:most]
 
 
@@ -89,7 +91,7 @@ def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
                 source = _open(io.BytesIO(source) if isinstance(source, bytes) else source)
             return _decode(source, exif, bit_depth, notes)
     except Exception as error:  # broken files make Pillow's decoders raise nearly any type
-        reason = f"cannot read the image: {getattr(error, 'strerror', None) or one_line(error) or type(error).__name__}"
+        reason = f"cannot read the image: {one_line(error)}"
         if isinstance(error, (UnidentifiedImageError, KeyError)):  # KeyError: a format that this Pillow does not know
             reason = f"not an image that can be read: none of {', '.join(FORMATS)}"
         raise ValueError(f"{one_line(source) if is_path else 'the image'}: {reason}") from None
@@ -246,7 +248,7 @@ def check_metadata(metadata, where):
             number(raw, "multi_label", 0, 1, bool)
             for key, most in (("ray_limit", 50), ("score_threshold", 10), ("nms_iou", 1)):
                 number(raw, key, 0, most, float)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(f"{one_line(where)} is not what `polarmask export` writes: {reason}") from None
     return metadata
@@ -334,9 +336,8 @@ class PolarMaskLite:
                 raise ValueError(f"the network takes {takes}, and metadata.json says {shape}")
             self(np.zeros(shape[1:], np.uint8))  # a damaged network shows here
         except Exception as error:  # broken files make zipfile and LiteRT raise nearly any type
-            reason = getattr(error, "strerror", None) or one_line(error)
             what = "no .tflite file with metadata.json, or damaged; export it again"
-            raise ValueError(f"{one_line(path)}: {what}: {reason}") from None
+            raise ValueError(f"{one_line(path)}: {what}: {one_line(error)}") from None
 
     def __call__(self, image, **options):
         options = {"bit_depth": self.metadata["input"].get("bit_depth"), **options}

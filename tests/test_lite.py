@@ -392,6 +392,7 @@ RAW |= {"max_detections": 10, "multi_label": False}
         ({"max_detections": 2}, "more detections than there may be"),
         ({"max_detections": 10**9}, "max_detections is 1000000000"),
         ({"raw": []}, "list indices"),
+        ({"raw": {**RAW, "ray_units": [5]}}, "index out of range"),
         ({"raw": {**RAW, "ray_units": {"3": "x"}}}, "3 is 'x'"),
         ({"raw": {**RAW, "ray_units": {"x": 1}}}, "invalid literal"),
         ({"raw": {**RAW, "candidates": 10**12}}, "candidates is"),

@@ -1,11 +1,8 @@
 """Predictors of served models against the same SavedModel opened here, and against servers that misbehave."""
 
-import contextlib
 import json
-import socket
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import types
@@ -16,7 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers.exports import CLASSES, metadata, spot
-from helpers.serving import MAX_PIXELS, METADATA, answer, make_model, scripted
+from helpers.serving import MAX_PIXELS, METADATA, OK, answer, hostile, make_model, scripted, sends
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import client
 from polarmask_tf.inference.evaluate import evaluate
@@ -276,43 +273,6 @@ def test_reasons_of_several_operations_are_one():
 
 
 # ---- servers that mean no good: one deadline and one size for all that they send
-
-
-@contextlib.contextmanager
-def hostile(serve):
-    """The address of a server that calls serve(socket) when it has read a request's beginning."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def talk(connection):
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            serve(connection)
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-    finally:
-        server.close()
-
-
-def sends(first, again, pause=0.0):
-    """serve for `hostile`: `first`, then `again` for ever (for as long as anybody listens)."""
-
-    def serve(connection):
-        connection.sendall(first)
-        while True:
-            connection.sendall(again)
-            time.sleep(pause)
-
-    return serve
-
-
-OK = b"HTTP/1.1 200 OK\r\n"
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,25 @@ def test_files_are_sent_at_the_same_time(client, folder, tmp_path):
         assert client.main([f"http://{address}/v1/models/x", str(folder), *options]) == 0
 
 
+@pytest.mark.parametrize(
+    "serve, expected",
+    [
+        (sends(b"", b" ", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"\r\n", b"1", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"Content-Length: 1000\r\n\r\n", b"1", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"\r\n", b"1" * 0x10000), "larger than 4,194,304 bytes"),
+        (sends(OK + b"Content-Length: 1000000000000\r\n\r\n", b"1" * 0x10000), "larger than 4,194,304 bytes"),
+    ],
+)
+def test_a_server_that_never_ends_is_left(client, folder, tmp_path, monkeypatch, capsys, serve, expected):
+    monkeypatch.setattr(client, "LIMIT", 2**22)
+    options = ["--out", str(tmp_path), "--retries", "0", "--timeout", "10" if "larger" in expected else "0.3"]
+    with hostile(serve) as address:
+        assert client.main([f"http://{address}/v1/models/x", str(folder / "a.png"), *options]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_no_server_no_model_no_files(client, server, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     name, rest, grpc = server

@@ -15,6 +15,7 @@ def describe(path: Path) -> str:
 
     Raises InputError for a file that LiteRT does not load and for one without our metadata.
     """
+    path = Path(path)
     if path.is_dir():
         return "\n".join([str(path), *_known(saved_model_metadata(path))])
     from ai_edge_litert.interpreter import Interpreter

@@ -163,7 +163,7 @@ def _http(url):
         except TimeoutError:
             raise Refused(f"no answer in {TIMEOUT} s", busy=True) from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a host or a length that is none
-            raise Refused(f"cannot be reached: {one_line(error) or type(error).__name__}", busy=True) from None
+            raise Refused(f"cannot be reached: {lite.one_line(error)}", busy=True) from None
         try:
             document = json.loads(content)
             if response.status == 200:

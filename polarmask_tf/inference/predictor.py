@@ -109,8 +109,8 @@ def saved_model_metadata(path):
         lite.check_file(file, lite.MAX_METADATA_BYTES)
         return lite.check_metadata(json.loads(file.read_bytes()), file)
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or lite.one_line(error)
-        raise InputError(f"{file}: missing or broken; export the SavedModel with `polarmask export` ({reason})") from None
+        why = lite.one_line(error)
+        raise InputError(f"{file}: missing or broken; export the SavedModel with `polarmask export` ({why})") from None
 
 
 def _saved_model(path):
