@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from helpers.exports import RADIUS, expected_scale, spot
-from helpers.serving import BAD, METADATA, answer, encoded, make_model, scripted
+from helpers.serving import BAD, METADATA, OK, answer, encoded, hostile, make_model, scripted, sends
 
 SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
 
