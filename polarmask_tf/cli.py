@@ -50,6 +50,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--verify", action="store_true", help="decode every image instead of checking header and end")
     sub.add_argument("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
     sub.add_argument("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
+    sub.add_argument("--decoded", action="store_true", help="store pixels: training then decodes nothing, and reads more")
+    sub.add_argument("--crowd-as-instances", action="store_true", help="take iscrowd: 1 for single objects, as CVAT means it")
+    sub.add_argument("--allow-outside", action="store_true", help="also image files outside the directory (.., links)")
+    sub.add_argument(
+        "--exif",
+        choices=("apply", "ignore"),
+        help="orientation of photos (default: applied only where the JSON has the size of the turned photo)",
+    )
+    sub.add_argument("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
 
     sub = command("train", train, "train a model with model.fit; goes on where an interrupted run stopped")
     sub.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, like shapes")
@@ -208,6 +217,11 @@ def convert(args):
         verify=args.verify,
         strict=args.strict,
         max_edges=args.max_edges,
+        decoded=args.decoded,
+        crowd_as_instances=args.crowd_as_instances,
+        allow_outside=args.allow_outside,
+        exif=args.exif,
+        bit_depth=args.bit_depth,
     )
 
 
