@@ -116,7 +116,7 @@ def convert(
         raise InputError(f"exif is {exif!r}; it must be apply or ignore")
     if bit_depth and bit_depth > 16:
         raise InputError(f"bit_depth is {bit_depth}; it must be at most 16")
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
     started = time.monotonic()
     report = Report(strict)

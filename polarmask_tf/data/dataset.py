@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,9 +50,9 @@ def load(path) -> DatasetInfo:
     directory = Path(path).resolve()
     file = directory / "dataset.json"
     again = "run `polarmask convert` to make it"
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, no error for what may not be looked at
         raise InputError(f"{path}: no such directory; give the output directory of `polarmask convert`")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"{path}: holds no dataset.json, so it is not a (completely) converted data set; {again}")
     try:
         content = json.loads(read_file(file, _MOST_BYTES))
@@ -64,7 +65,7 @@ def load(path) -> DatasetInfo:
         raise InputError(f"{file}: cannot be read: {io_error_text(error)}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{file}: broken ({one_line(str(error))}); {again} anew") from None
-    missing = [shard.name for shard in info.shard_paths if not shard.is_file()]
+    missing = [shard.name for shard in info.shard_paths if not os.path.isfile(shard)]
     if missing:
         raise InputError(
             f"{path}: {len(missing)} of {len(info.shard_paths)} shards missing, first {one_line(missing[0])}; {again} anew"
@@ -114,9 +115,13 @@ def parse_classes(value) -> list[dict]:
     return [{"name": entry["name"], "category_id": entry["category_id"]} for entry in value]
 
 
+def _is_count(value, most=2**53):
+    return type(value) is int and 0 <= value <= most
+
+
 def _whole(content, key, most):
     value = content.get(key)
-    if type(value) is not int or not 0 <= value <= most:
+    if not _is_count(value, most):
         raise ValueError(f"'{key}' is {_shown(value)}, not a whole number from 0 to {most}")
     return value
 
@@ -130,9 +135,9 @@ def _text(content, key, default=None):
 
 def _counts(content, key, is_key=lambda text: True):
     value = content.get(key, {} if key != "skipped" else None)
-    if not isinstance(value, dict) or not all(is_key(text) for text in value):
+    if not isinstance(value, dict) or not all(is_key(text) and _is_count(count) for text, count in value.items()):
         raise ValueError(f"'{key}' is not an object of counts")
-    return {text: _whole(value, text, 2**53) for text in value}
+    return value
 
 
 def _shown(value):

@@ -22,6 +22,7 @@ _UNREADABLE = (
     tf.errors.UnknownError,
     tf.errors.FailedPreconditionError,
 )
+_UNUSABLE = (tf.errors.InvalidArgumentError, UnicodeDecodeError)  # the latter of TensorFlow's own message, which quotes bytes
 
 
 def training_batches(
@@ -69,7 +70,12 @@ def training_data(directory, config: Config, *, seed: int | None = None) -> tf.d
     steps, iterations = order.epoch_steps(info, config), itertools.count()
     # The generator starts when a first batch is asked for: iterators that Keras makes and drops do not count.
     number = tf.data.Dataset.from_generator(lambda: [next(iterations)], output_signature=tf.TensorSpec([], tf.int64))
-    examples = number.flat_map(lambda n: order.examples(info, config, seed, n * steps).take(steps * config.data.batch))
+
+    @no_autograph
+    def epoch(number):
+        return order.examples(info, config, seed, number * steps).take(steps * config.data.batch)
+
+    examples = number.flat_map(epoch)
     return _batches(examples, info, config, seed, config.data.batch).apply(tf.data.experimental.assert_cardinality(steps))
 
 
@@ -171,7 +177,7 @@ def locations(size, levels) -> tf.Tensor:
 
 
 def explain(
-    error: tf.errors.OpError,
+    error: Exception,
     info: DatasetInfo,
     config: Config,
     *,
@@ -182,16 +188,17 @@ def explain(
 ) -> InputError | None:
     """What in the data made the batches fail with `error` at `step`, as one line; None if it was something else.
 
+    `error` is a tf.errors.OpError, or the UnicodeDecodeError that TensorFlow makes of one whose text quotes bytes of a record.
     A damaged shard is found by reading shards until one fails, a record that cannot be used by looking at those of the 32
     steps from `step` on. The other arguments are those of training_batches.
     """
     found = None
-    if order.TOO_FEW in error.message:
+    if order.TOO_FEW in str(error):
         reason = (
             "no record can be read" if config.data.damaged == "skip" else "shards hold fewer records than dataset.json says"
         )
         found = f"{info.directory}: {reason} ({info.num_images}); run `polarmask convert` again"
-    elif isinstance(error, tf.errors.InvalidArgumentError):
+    elif isinstance(error, _UNUSABLE):
         found = _find_unusable(info, config, seed, step, worker, workers)
     elif isinstance(error, _UNREADABLE):
         found = _find_damaged(info)
@@ -223,13 +230,13 @@ def _find_unusable(info, config, seed, step, worker, workers):
         for _, serialized in examples:
             try:
                 record = records.parse(serialized)
-            except tf.errors.InvalidArgumentError:
+            except _UNUSABLE:
                 return f"{info.directory}: holds a record that `polarmask convert` did not write; convert again"
             number, name = (record[key].numpy().decode(errors="replace") for key in ("source_id", "filename"))
             where = one_line(f"{info.directory}: image {number} ({name})")
             try:
                 image = tf.io.decode_image(record["image/encoded"], channels=3, expand_animations=False)
-            except tf.errors.InvalidArgumentError:
+            except _UNUSABLE:
                 return f"{where} cannot be decoded; run `polarmask convert --verify` again, which leaves such images out"
             if fault := records.fault(record, info, image).numpy().decode():
                 return f"{where}: {fault}; run `polarmask convert` again"

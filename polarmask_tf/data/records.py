@@ -240,8 +240,9 @@ def fault(record: dict, info: DatasetInfo, image):
     import tensorflow as tf
 
     labels, lengths, of = record["labels"], record["ring_lengths"], record["ring_instance"]
-    count = tf.size(labels)
-    edges = tf.math.unsorted_segment_sum(lengths, tf.clip_by_value(of, 0, tf.maximum(count - 1, 0)), tf.maximum(count, 1))
+    count, rings = tf.size(labels), tf.minimum(tf.size(lengths), tf.size(of))
+    owners = tf.clip_by_value(of[:rings], 0, tf.maximum(count - 1, 0))
+    edges = tf.math.unsorted_segment_sum(lengths[:rings], owners, tf.maximum(count, 1))
     aligned = (tf.size(record["is_crowd"]) == count) & (tf.size(lengths) == tf.size(of))
     ordered = tf.reduce_all(of[1:] >= of[:-1]) & tf.reduce_all((of >= 0) & (of < count)) & tf.reduce_all(lengths > 0)
     whole = (tf.reduce_sum(lengths) == tf.shape(record["xy"])[0]) & (tf.reduce_max(edges) <= info.max_edges)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import time
 import typing
 from pathlib import Path
@@ -113,7 +114,7 @@ def read(source, limit: int | None = None):
     "rle"}, ...]} without crowds and unusable annotations; those are counted in the report while iterating.
     """
     source, report = Path(source), Report()
-    if source.is_dir():
+    if os.path.isdir(source):
         info = dataset.load(source)
         for reason, number in info.skipped.items():
             report.skip(f"{reason} (by convert)", str(source / "dataset.json"), number)

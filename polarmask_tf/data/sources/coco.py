@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 from pathlib import Path
 
 from polarmask_tf.data.report import Report, Unusable
@@ -83,7 +84,7 @@ def why_unusable(images: list[dict], report: Report) -> str:
 
 def _load(path):
     give = "give the COCO JSON file with the annotations"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path}: is a directory; {give}")
     try:
         document = json.loads(read_file(path, _MOST_BYTES))
