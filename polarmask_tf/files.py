@@ -16,7 +16,7 @@ import typing
 import uuid
 from pathlib import Path
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, one_line
 
 try:
     import fcntl
@@ -132,7 +132,7 @@ def _holder(file):
         text = "polarmask {purpose} (process {pid} on {host}, since {since})".format(**found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # just being written
         text = "another process"
-    return one_line(text)
+    return one_line(text, 200)
 
 
 def _now():
@@ -148,12 +148,6 @@ def read_file(path: Path, at_most: int) -> bytes:
         if status.st_size > at_most:
             raise OSError(errno.EFBIG, f"larger than {at_most:,} bytes", str(path))
         return file.read(status.st_size)  # not to its end: some files of the system have none
-
-
-def one_line(text: str, longest: int = 200) -> str:
-    """Text out of a file, for a message: control characters become "?", the middle of a long one "..."."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= longest else f"{text[: longest - 70]}...{text[-60:]}"
 
 
 def format_csv(rows: typing.Sequence[dict], columns: typing.Sequence[str] | None = None, digits: int = 4) -> str:

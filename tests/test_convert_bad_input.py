@@ -363,7 +363,7 @@ def test_a_file_name_of_several_lines_stays_one_line_of_report(case, capsys):
     case.document["images"][1]["file_name"] = "two\nlines" + "x" * 1000
     case.run(progress=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "note" not in line]
-    assert len(lines) == 3 and "two?lines" in lines[1] and all(len(line) < 400 for line in lines)
+    assert len(lines) == 3 and "two lines" in lines[1] and all(len(line) < 400 for line in lines)
     with pytest.raises(InputError) as error:
         case.run(strict=True)
     assert "\n" not in str(error.value)

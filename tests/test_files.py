@@ -136,8 +136,3 @@ def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):
     with pytest.raises(IsADirectoryError):
         files.read_file(tmp_path, 100)
     assert files.read_file("/proc/self/pagemap", 10**20) == b""  # without an end
-
-
-def test_text_for_a_message_is_one_printable_line():
-    assert files.one_line("a\nb\x1b[31m\u202e") == "a?b?[31m?"
-    assert len(files.one_line("x" * 10_000)) == 193 and files.one_line("ö" * 200) == "ö" * 200

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from polarmask_tf.errors import InputError
-from polarmask_tf.files import io_error_text, one_line, read_file
+from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.files import io_error_text, read_file
 
 FORMAT = "polarmask_tf/1"
 _MOST_BYTES = 100 * 2**20
@@ -64,12 +64,10 @@ def load(path) -> DatasetInfo:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {io_error_text(error)}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise InputError(f"{file}: broken ({one_line(str(error))}); {again} anew") from None
+        raise InputError(f"{file}: broken ({error}); {again} anew") from None
     missing = [shard.name for shard in info.shard_paths if not os.path.isfile(shard)]
     if missing:
-        raise InputError(
-            f"{path}: {len(missing)} of {len(info.shard_paths)} shards missing, first {one_line(missing[0])}; {again} anew"
-        )
+        raise InputError(f"{path}: {len(missing)} of {len(info.shard_paths)} shards missing, first {missing[0]}; {again} anew")
     return info
 
 

@@ -12,7 +12,6 @@ from polarmask_tf.data import dataset, order, records, transforms
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.order import no_autograph
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import one_line
 from polarmask_tf.ops import geometry
 
 _UNREADABLE = (
@@ -233,7 +232,7 @@ def _find_unusable(info, config, seed, step, worker, workers):
             except _UNUSABLE:
                 return f"{info.directory}: holds a record that `polarmask convert` did not write; convert again"
             number, name = (record[key].numpy().decode(errors="replace") for key in ("source_id", "filename"))
-            where = one_line(f"{info.directory}: image {number} ({name})")
+            where = f"{info.directory}: image {number} ({name})"
             try:
                 image = tf.io.decode_image(record["image/encoded"], channels=3, expand_animations=False)
             except _UNUSABLE:

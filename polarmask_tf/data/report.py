@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from polarmask_tf.errors import InputError
-from polarmask_tf.files import one_line
+from polarmask_tf.errors import InputError, one_line
 
 
 class Unusable(Exception):
@@ -19,13 +18,13 @@ class Report:
         self.notes: dict[str, list] = {}
 
     def skip(self, reason: str, where: str, count: int = 1) -> None:
-        where = one_line(where)
+        where = one_line(where, 200)
         if self.strict:
             raise InputError(f"{where}: {reason}; mend it, or leave out --strict to skip such things")
         self.skipped.setdefault(reason, [0, where])[0] += count
 
     def note(self, reason: str, where: str, count: int = 1) -> None:
-        self.notes.setdefault(reason, [0, one_line(where)])[0] += count
+        self.notes.setdefault(reason, [0, one_line(where, 200)])[0] += count
 
     def merge(self, other: Report) -> None:
         for mine, theirs in ((self.skipped, other.skipped), (self.notes, other.notes)):

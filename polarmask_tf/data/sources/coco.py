@@ -8,7 +8,7 @@ from pathlib import Path
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.segmentation import MAX_PIXELS, RELATIVE
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import io_error_text, one_line, read_file
+from polarmask_tf.files import io_error_text, read_file
 
 _MOST_BYTES = 10 * 2**30
 # By keys of the whole file: what it is instead.
@@ -93,7 +93,7 @@ def _load(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {io_error_text(error)}; {give}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({one_line(str(error))}); {give}") from None
+        raise InputError(f"{path}: not valid JSON ({error}); {give}") from None
     except MemoryError:
         raise InputError(f"{path}: does not fit into memory; split it") from None
     wanted = "expected a COCO file: an object with the lists 'images', 'annotations' and 'categories'"
