@@ -59,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="decode every image instead of checking header and end")
     add("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
     add("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
+    add("--decoded", action="store_true", help="store pixels: training then decodes nothing, and reads more")
+    add("--crowd-as-instances", action="store_true", help="take iscrowd: 1 for single objects, as CVAT means it")
+    add("--allow-outside", action="store_true", help="also image files outside the directory (.., links)")
+    text = "orientation of photos (default: applied only where the JSON has the size of the turned photo)"
+    add("--exif", choices=("apply", "ignore"), help=text)
+    add("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
 
     add = command("train", train, "train a model with model.fit; goes on where an interrupted run stopped")
     add("--config", required=True, **config)
@@ -194,7 +200,8 @@ def shapes(args):
 def convert(args):
     from polarmask_tf.data.convert import convert
 
-    options = _options(args, "shards", "processes", "masks", "verify", "strict", "max_edges")
+    names = ("shards", "processes", "masks", "verify", "strict", "max_edges", "decoded", "crowd_as_instances")
+    options = _options(args, *names, "allow_outside", "exif", "bit_depth")
     convert(args.annotations, args.images, args.out, **options)
 
 

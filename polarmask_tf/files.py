@@ -1,4 +1,4 @@
-"""Writing: files of which nobody ever sees a half, directories that one process writes at a time, tables, and why it failed."""
+"""Files that nobody ever sees half written, directories that one process writes at a time, CSV, and why something failed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import io
 import json
 import os
 import socket
+import stat
 import sys
 import tempfile
 import typing
 import uuid
 from pathlib import Path
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, one_line
 
 try:
     import fcntl
@@ -99,14 +100,15 @@ def lock(directory: Path, purpose: str) -> typing.Iterator[None]:
     """
     directory = Path(directory)
     made = not directory.exists()
-    make_directory(directory)
     file = _locked_file(directory, purpose)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            (directory / LOCK).unlink()  # while it is locked: nobody else's
-        os.close(file)
+        try:
+            with contextlib.suppress(OSError):
+                (directory / LOCK).unlink()  # while it is locked: nobody else's
+        finally:  # of a Ctrl-C just now
+            os.close(file)
         if made:
             with contextlib.suppress(OSError):
                 directory.rmdir()
@@ -117,6 +119,7 @@ def _locked_file(directory, purpose):
     path = directory / LOCK
     while True:
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise InputError(f"{directory}: cannot be written: {io_error_text(error)}; choose another --out") from None
@@ -159,17 +162,22 @@ def _holder(file):
         text = "polarmask {purpose} (process {pid} on {host}, since {since})".format(**found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # just being written
         text = "another process"
-    return one_line(text)
+    return one_line(text, 200)
 
 
 def _now():
     return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
-def one_line(text: str, longest: int = 200) -> str:
-    """Text out of a file, for a message: control characters become "?", the middle of a long one "..."."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= longest else f"{text[: longest - 70]}...{text[-60:]}"
+def read_file(path: Path, at_most: int) -> bytes:
+    """The bytes of a regular file; OSError for a larger one, and for a pipe or device, which might never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > at_most:
+            raise OSError(errno.EFBIG, f"larger than {at_most:,} bytes", str(path))
+        return file.read(status.st_size)  # not to its end: some files of the system have none
 
 
 def format_csv(rows: typing.Sequence[dict], columns: typing.Sequence[str] | None = None, digits: int = 4) -> str:

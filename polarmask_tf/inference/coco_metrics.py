@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from polarmask_tf.data.sources import coco
+from polarmask_tf.data import segmentation
 from polarmask_tf.errors import InputError
 
 
@@ -96,8 +96,8 @@ def annotation_rle(annotation, size):
             raise _bad_annotation(annotation, f"its mask is {list(shape['size'])}, the image is {size} (height, width)")
         return shape
     try:
-        return coco.region(shape, *size, max_edges=2**31)[0]
-    except coco.Unusable as reason:
+        return segmentation.to_rle(shape, *size)
+    except segmentation.Unusable as reason:
         raise _bad_annotation(annotation, str(reason)) from None
 
 

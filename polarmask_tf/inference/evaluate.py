@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from polarmask_tf.data import records
+from polarmask_tf.data.report import Report
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results
@@ -18,7 +19,7 @@ def read_coco(path):
 
     Raises InputError if the file as a whole is not usable.
     """
-    report = coco.Report()
+    report = Report()
     images, classes = coco.read(Path(path), report)
     for line in report.lines():
         print(line, file=sys.stderr)
