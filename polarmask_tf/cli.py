@@ -7,19 +7,25 @@ import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
-from polarmask_tf import __version__
-from polarmask_tf.errors import InputError
+from polarmask_tf import __version__, console
+from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.files import atomic_write, format_csv
 
 MODEL = "run directory, SavedModel directory, .tflite file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
+
+EPILOG = """Each command has its own --help. Typical order: convert, train, evaluate, export, predict.
+Exit codes: 0 done; 2 wrong arguments or input, or a file that cannot be read or written; 130 interrupted (Ctrl-C); 1 an error
+that polarmask does not know: --debug shows where."""
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="polarmask",
         description="PolarMask instance segmentation: COCO JSON in, polygons out.",
-        epilog="Each command has its own --help. Typical order: convert, train, evaluate, export, predict.",
+        epilog=EPILOG,
     )
     root.add_argument("--version", action="version", version=f"polarmask_tf {__version__}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -27,194 +33,169 @@ def parser() -> argparse.ArgumentParser:
     def command(name, function, text):
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(function=function)
-        return sub
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub.add_argument
 
-    sub = command("shapes", shapes, "draw the quickstart's data: images of simple shapes with COCO annotations")
-    sub.add_argument("out", type=Path, help="directory to make; gets train/ and val/")
-    sub.add_argument("--train", type=int, default=1000, help="training images (default %(default)s)")
-    sub.add_argument("--val", type=int, default=150, help="validation images (default %(default)s)")
-    sub.add_argument("--size", type=int, default=128, help="pixels a side (default %(default)s)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--kinds", metavar="A,B,...", help="default: circle,rectangle,triangle,star; there are also bar, ellipse, ell and cee"
-    )
+    config = {"help": "YAML file, or the name of a shipped one, like shapes"}
+    setting = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    limit = {"type": _positive, "metavar": "N", "help": "only the first images"}
 
-    sub = command("convert", convert, "COCO JSON and images to TFRecord shards")
-    sub.add_argument("annotations", type=Path, help="COCO JSON file")
-    sub.add_argument("images", type=Path, help="directory of the images")
-    sub.add_argument("out", type=Path, help="directory to write: shards and dataset.json")
-    sub.add_argument("--shards", type=int, help="number of shards (default: one for every 256 images)")
-    sub.add_argument("--processes", type=int, help="worker processes (default: one for each CPU)")
-    sub.add_argument("--masks", action="store_true", help="also write PNG masks, for Model Garden's own models")
-    sub.add_argument("--verify", action="store_true", help="decode every image instead of checking header and end")
-    sub.add_argument("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
-    sub.add_argument("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
+    add = command("shapes", shapes, "draw the quickstart's data: images of simple shapes with COCO annotations")
+    add("out", type=Path, help="directory to make; gets train/ and val/")
+    add("--train", type=int, default=1000, help="training images (default %(default)s)")
+    add("--val", type=int, default=150, help="validation images (default %(default)s)")
+    add("--size", type=int, default=128, help="pixels a side (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--kinds", metavar="A,B,...", help="default: circle,rectangle,triangle,star; there are also bar, ellipse, ell and cee")
 
-    sub = command("train", train, "train a model with model.fit; goes on where an interrupted run stopped")
-    sub.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, like shapes")
-    sub.add_argument("--data", help="converted training data (data.train)")
-    sub.add_argument("--out", type=Path, required=True, help="run directory")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like train.steps=100")
-    sub.add_argument("--restart", action="store_true", help="start over, deleting the run's checkpoints")
-    sub.add_argument("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
-    _add_devices(sub)
-    sub.add_argument(
-        "--worker-timeout",
-        type=_positive,
-        default=600,
-        metavar="SECONDS",
-        help="how long to wait for the other workers at the start (default %(default)s)",
-    )
-    sub.add_argument("--profile", type=_numbers, metavar="A,B", help="profile between two steps, for TensorBoard")
+    add = command("convert", convert, "COCO JSON and images to TFRecord shards")
+    add("annotations", type=Path, help="COCO JSON file")
+    add("images", type=Path, help="directory of the images")
+    add("out", type=Path, help="directory to write: shards and dataset.json")
+    add("--shards", type=int, help="number of shards (default: one for every 256 images)")
+    add("--processes", type=int, help="worker processes (default: one for each CPU)")
+    add("--masks", action="store_true", help="also write PNG masks, for Model Garden's own models")
+    add("--verify", action="store_true", help="decode every image instead of checking header and end")
+    add("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
+    add("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
 
-    sub = command("evaluate", evaluate, "COCO mask AP of a run directory, a SavedModel or a .tflite file")
-    sub.add_argument("model", help=MODEL)
-    sub.add_argument("--data", type=Path, required=True, help="converted data")
-    sub.add_argument("--max-detections", type=int, default=100, help="an image (default %(default)s)")
-    sub.add_argument("--score-threshold", type=float, help="drop detections below (default: the model's own)")
-    sub.add_argument("--limit", type=_positive, help="only the first images")
-    sub.add_argument("--per-class", action="store_true", help="AP of every class as well")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    add = command("train", train, "train a model with model.fit; goes on where an interrupted run stopped")
+    add("--config", required=True, **config)
+    add("--data", help="converted training data (data.train)")
+    add("--out", type=Path, required=True, help="run directory")
+    add("--set", **setting, help="override, like train.steps=100")
+    add("--restart", action="store_true", help="start over, deleting the run's checkpoints")
+    add("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
+    _add_devices(add)
+    text = "how long to wait for the other workers at the start (default %(default)s)"
+    add("--worker-timeout", type=_positive, default=600, metavar="SECONDS", help=text)
+    add("--profile", type=_numbers, metavar="A,B", help="profile between two steps, for TensorBoard")
 
-    sub = command("predict", predict, "draw what a model finds in images, and write COCO results")
-    sub.add_argument("model", help=MODEL)
-    sub.add_argument("images", type=Path, help="image file, or directory of images")
-    sub.add_argument("--out", type=Path, required=True, help="directory for overlays/ and results.json")
-    sub.add_argument("--score-threshold", type=float, help="least score (default 0.3; with --results-only the model's own)")
-    sub.add_argument("--limit", type=_positive, help="only the first images of the directory")
-    sub.add_argument("--truth", type=Path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
-    sub.add_argument("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
+    add = command("evaluate", evaluate, "COCO mask AP of a run directory, a SavedModel or a .tflite file")
+    add("model", help=MODEL)
+    add("--data", type=Path, required=True, help="converted data")
+    add("--max-detections", type=int, default=100, help="an image (default %(default)s)")
+    add("--score-threshold", type=_fraction, metavar="X", help="drop detections below (default: the model's own)")
+    add("--limit", **limit)
+    add("--per-class", action="store_true", help="AP of every class as well")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
 
-    sub = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
-    sub.add_argument("run", type=Path, help="run directory")
-    sub.add_argument("--out", type=Path, required=True, help="directory for saved_model/, model.tflite and lite.py")
-    sub.add_argument(
-        "--precision",
-        type=lambda text: text.split(","),
-        default=["fp32"],
-        metavar="A,B,...",
-        help="of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)",
-    )
-    sub.add_argument("--raw", action="store_true", help="also .tflite files that end at the head's outputs, for GPUs and NPUs")
-    sub.add_argument("--data", type=Path, help="converted data: measure the mask AP of every export beside Keras'")
-    sub.add_argument(
-        "--max-ap-drop",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="with --data: fail if an AP is lower by more (default %(default)s)",
-    )
-    sub.add_argument("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
-    sub.add_argument("--score-threshold", type=float, help="fixed in the exports (default: the config's)")
-    sub.add_argument("--max-detections", type=int, help="fixed in the exports (default: the config's)")
-    sub.add_argument("--serving", action="store_true", help="instead: a version directory for TF Serving, OUT/NAME/1")
-    sub.add_argument("--name", default="polarmask", help="serving: what the model is called in requests (default %(default)s)")
-    sub.add_argument("--contract", choices=("model_garden",), help="serving: also speak as Model Garden's Mask R-CNN does")
-    sub.add_argument(
-        "--max-pixels",
-        type=_positive,
-        default=50_000_000,
-        metavar="N",
-        help="serving: refuse encoded images of more pixels (default %(default)s)",
-    )
+    add = command("predict", predict, "draw what a model finds in images, and write COCO results")
+    add("model", help=MODEL)
+    add("images", type=Path, help="image file, or directory of images")
+    add("--out", type=Path, required=True, help="directory for overlays/ and results.json")
+    add("--score-threshold", type=_fraction, metavar="X", help="least score (default 0.3; with --results-only the model's own)")
+    add("--limit", **limit)
+    add("--truth", type=Path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
+    add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
 
-    sub = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
-    sub.add_argument("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
-    sub.add_argument("--config", required=True, help="the network's: released_r50_1x, released_r101_1x, ...")
-    sub.add_argument("--out", type=Path, required=True, help="run directory to make")
-    sub.add_argument("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like data.size=[800,1344]")
+    add = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
+    add("run", type=Path, help="run directory")
+    add("--out", type=Path, required=True, help="directory for saved_model/, model.tflite and lite.py")
+    text = "of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)"
+    add("--precision", type=lambda text: text.split(","), default=["fp32"], metavar="A,B,...", help=text)
+    add("--raw", action="store_true", help="also .tflite files that end at the head's outputs, for GPUs and NPUs")
+    add("--data", type=Path, help="converted data: measure the mask AP of every export beside Keras'")
+    text = "with --data: fail if an AP is lower by more (default %(default)s)"
+    add("--max-ap-drop", type=_fraction, default=0.01, metavar="X", help=text)
+    add("--images", type=Path, metavar="DATA", help="converted data to compare on (default: the run's own)")
+    add("--score-threshold", type=_fraction, metavar="X", help="fixed in the exports (default: the config's)")
+    add("--max-detections", type=int, help="fixed in the exports (default: the config's)")
+    add("--serving", action="store_true", help="instead: a version directory for TF Serving, OUT/NAME/1")
+    add("--name", default="polarmask", help="serving: what the model is called in requests (default %(default)s)")
+    add("--contract", choices=("model_garden",), help="serving: also speak as Model Garden's Mask R-CNN does")
+    text = "serving: refuse encoded images of more pixels (default %(default)s)"
+    add("--max-pixels", type=_positive, default=50_000_000, metavar="N", help=text)
 
-    sub = command("upper-bound", upper_bound, "what polar masks can reach on your data, before any training (figure 7)")
-    sub.add_argument("data", type=Path, help="COCO JSON file (images are not needed), or converted data")
-    sub.add_argument("--out", type=Path, help="directory for upper_bound.csv and upper_bound.png")
-    sub.add_argument("--rays", type=_numbers, metavar="N,N,...", help="numbers of rays (default: 8,12,18,24,36,72,120)")
-    sub.add_argument("--limit", type=_positive, help="only the first images")
+    add = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
+    add("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
+    add("--config", required=True, help="the network's: released_r50_1x, released_r101_1x, ...")
+    add("--out", type=Path, required=True, help="run directory to make")
+    add("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")
+    add("--set", **setting, help="override, like data.size=[800,1344]")
 
-    sub = command("summary", summary, "parameters, multiply-adds and memory of a config, part by part")
-    sub.add_argument("config", help="YAML file, or the name of a shipped one")
-    sub.add_argument("--classes", type=_positive, default=80, help="number of classes (default %(default)s)")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, like model.rays=72")
+    add = command("upper-bound", upper_bound, "what polar masks can reach on your data, before any training (figure 7)")
+    add("data", type=Path, help="COCO JSON file (images are not needed), or converted data")
+    add("--out", type=Path, help="directory for upper_bound.csv and upper_bound.png")
+    add("--rays", type=_numbers, metavar="N,N,...", help="numbers of rays (default: 8,12,18,24,36,72,120)")
+    add("--limit", **limit)
 
-    sub = command("inspect", inspect, "what an exported .tflite file or SavedModel takes, gives and knows about itself")
-    sub.add_argument("model", type=Path, help=".tflite file or SavedModel directory")
+    add = command("summary", summary, "parameters, multiply-adds and memory of a config, part by part")
+    add("config", **config)
+    add("--classes", type=_positive, default=80, help="number of classes (default %(default)s)")
+    add("--set", **setting, help="override, like model.rays=72")
 
-    sub = command("benchmark", benchmark, "inference time of configs, runs and exported files; cost of a training step")
-    sub.add_argument(
-        "models",
-        nargs="*",
-        metavar="CONFIG|RUN|FILE",
-        help="timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`: "
-        "images/s of input, step and both",
-    )
-    sub.add_argument("--data", help="train: converted data (default: synthetic pictures)")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train: override, like data.batch=8")
-    _add_devices(sub)
-    sub.add_argument("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
-    sub.add_argument("--image", type=Path, help=".tflite files: image to run on (default: a synthetic one)")
-    sub.add_argument("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")
-    sub.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
+    add = command("inspect", inspect, "what an exported .tflite file or SavedModel takes, gives and knows about itself")
+    add("model", type=Path, help=".tflite file or SavedModel directory")
+
+    add = command("benchmark", benchmark, "inference time of configs, runs and exported files; what a training step costs")
+    text = """timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`:
+        images/s of input, step and both"""
+    add("models", nargs="*", metavar="CONFIG|RUN|FILE", help=text)
+    add("--data", help="train: converted data (default: synthetic pictures)")
+    add("--set", **setting, help="train: override, like data.batch=8")
+    _add_devices(add)
+    add("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
+    add("--image", type=Path, help=".tflite files: image to run on (default: a synthetic one)")
+    add("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")
+    add("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     return root
 
 
-def _add_devices(sub) -> None:
-    sub.add_argument(
-        "--strategy",
-        choices=("auto", "none", "mirrored", "multi_worker"),
-        default="auto",
-        help="one device, all of this machine, or all of several machines (default: by what there is)",
-    )
-    sub.add_argument(
-        "--devices",
-        type=_positive,
-        default=0,
-        metavar="N",
-        help="devices of this machine to use (default: all GPUs); without GPUs the CPU is split into N",
-    )
+def _add_devices(add) -> None:
+    text = "one device, all of this machine, or all of several machines (default: by what there is)"
+    add("--strategy", choices=("auto", "none", "mirrored", "multi_worker"), default="auto", help=text)
+    text = "devices of this machine to use (default: all GPUs); without GPUs the CPU is split into N"
+    add("--devices", type=_positive, default=0, metavar="N", help=text)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return number
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers like 18,36,72") from None
+    return [_positive(part.strip()) for part in text.split(",")]
+
+
+def _options(args, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names}
+
+
+def _settings(args, name: str, data: str | None = None):
+    """The config of a name with every --set, and with `data` as data.train."""
+    from polarmask_tf import config
+
+    return config.load(name, [*([f"data.train={json.dumps(data)}"] if data else []), *args.set])
 
 
 def shapes(args):
     from polarmask_tf.tools.shapes import DEFAULT_KINDS, make_shapes
 
     kinds = args.kinds.split(",") if args.kinds else DEFAULT_KINDS
-    make_shapes(args.out, train=args.train, val=args.val, size=args.size, seed=args.seed, kinds=kinds)
+    make_shapes(args.out, kinds=kinds, **_options(args, "train", "val", "size", "seed"))
 
 
 def convert(args):
     from polarmask_tf.data.convert import convert
 
-    convert(
-        args.annotations,
-        args.images,
-        args.out,
-        shards=args.shards,
-        processes=args.processes,
-        masks=args.masks,
-        verify=args.verify,
-        strict=args.strict,
-        max_edges=args.max_edges,
-    )
+    options = _options(args, "shards", "processes", "masks", "verify", "strict", "max_edges")
+    convert(args.annotations, args.images, args.out, **options)
 
 
 def train(args):
-    from polarmask_tf import config
-
-    data = [f"data.train={json.dumps(args.data)}"] if args.data else []
-    settings = config.load(args.config, [*data, *args.set])
+    settings = _settings(args, args.config, args.data)
     if args.profile and (len(args.profile) != 2 or args.profile[0] >= args.profile[1]):
         raise InputError("--profile takes two steps, the first before the second, like 10,20")
     from polarmask_tf.training import distribution, replicas
@@ -222,7 +203,7 @@ def train(args):
     strategy = distribution.make(args.strategy, devices=args.devices, timeout=args.worker_timeout)
     from polarmask_tf.training.train import train
 
-    train(settings, args.out, strategy=strategy, restart=args.restart, start=args.start, profile=args.profile)
+    train(settings, args.out, strategy=strategy, **_options(args, "restart", "start", "profile"))
     if replicas.is_chief(strategy):
         print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
 
@@ -231,35 +212,20 @@ def evaluate(args):
     from polarmask_tf.inference import evaluate
     from polarmask_tf.inference.predictor import load_predictor
 
-    predictor = load_predictor(
-        args.model,
-        score_threshold=args.score_threshold,
-        max_detections=args.max_detections if args.max_detections != 100 else None,
-    )
-    metrics = evaluate.evaluate(
-        predictor, args.data, max_detections=args.max_detections, per_class=args.per_class, limit=args.limit
-    )
+    most = args.max_detections if args.max_detections != 100 else None
+    predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
+    metrics = evaluate.evaluate(predictor, args.data, **_options(args, "max_detections", "per_class", "limit"))
     print(evaluate.format_table(metrics))
     if args.json:
-        beside = args.json.with_name(args.json.name + ".tmp")
-        beside.write_text(json.dumps(metrics.to_dict(), indent=1))
-        os.replace(beside, args.json)
+        atomic_write(args.json, json.dumps(metrics.to_dict(), indent=1))
 
 
 def predict(args):
     from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor
 
-    predictor = load_predictor(args.model)
-    done = predict(
-        predictor,
-        args.images,
-        args.out,
-        score_threshold=args.score_threshold,
-        truth=args.truth,
-        limit=args.limit,
-        results_only=args.results_only,
-    )
+    options = _options(args, "score_threshold", "truth", "limit", "results_only")
+    done = predict(load_predictor(args.model), args.images, args.out, **options)
     pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
     print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
 
@@ -267,28 +233,16 @@ def predict(args):
 def export(args):
     from polarmask_tf.export import export
 
-    overrides = {"score_threshold": args.score_threshold, "max_detections": args.max_detections}
+    options = _options(args, "score_threshold", "max_detections")
     if args.serving:
-        export.export_for_serving(
-            args.run, args.out, name=args.name, contract=args.contract, max_pixels=args.max_pixels, **overrides
-        )
+        export.export_for_serving(args.run, args.out, **options, **_options(args, "name", "contract", "max_pixels"))
     else:
-        export.export_model(
-            args.run,
-            args.out,
-            images=args.images,
-            precisions=args.precision,
-            raw=args.raw,
-            data=args.data,
-            max_ap_drop=args.max_ap_drop,
-            **overrides,
-        )
+        options |= {"precisions": args.precision, **_options(args, "images", "raw", "data", "max_ap_drop")}
+        export.export_model(args.run, args.out, **options)
 
 
 def import_weights(args):
-    from polarmask_tf import config
-
-    settings = config.load(args.config, args.set)
+    settings = _settings(args, args.config)
     from polarmask_tf.weights.released import import_weights
 
     import_weights(args.checkpoint, settings, args.out, data=args.data or "")
@@ -302,9 +256,7 @@ def upper_bound(args):
 
 
 def summary(args):
-    from polarmask_tf import config
-
-    settings = config.load(args.config, args.set)
+    settings = _settings(args, args.config)
     from polarmask_tf.tools.summary import print_summary
 
     print_summary(settings, args.classes)
@@ -317,67 +269,69 @@ def inspect(args):
 
 
 def benchmark(args):
-    from polarmask_tf.files import atomic_write, format_csv
-
     if args.csv and not args.csv.resolve().parent.is_dir():
         raise InputError(f"--csv {args.csv}: there is no directory {args.csv.parent}")
     if not args.models:
         raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
     if args.models[0] == "train":
-        rows = _benchmark_train(args)
+        rows, text = _benchmark_train(args)
     elif all(model.endswith(".tflite") for model in args.models):
         from polarmask_tf.inference.predictor import read_image
         from polarmask_tf.tools.benchmark import benchmark_files, format_files
 
         image = read_image(args.image) if args.image else None
         rows = benchmark_files(args.models, image=image, threads=args.threads, repeats=args.repeats or 50)
-        print(format_files(rows))
+        text = format_files(rows)
     else:
         from polarmask_tf.tools.benchmark import benchmark_models, format_models
 
         rows = benchmark_models(args.models, repeats=args.repeats or 10)
-        print(format_models(rows))
+        text = format_models(rows)
+    if text:
+        print(text)
     if args.csv:
         atomic_write(args.csv, format_csv(rows, digits=3))
 
 
 def _benchmark_train(args):
-    from polarmask_tf import config
-    from polarmask_tf.training import distribution, replicas
-
     if len(args.models) != 2:
         raise InputError("write it as: polarmask benchmark train CONFIG")
-    settings = config.load(args.models[1], [*([f"data.train={json.dumps(args.data)}"] if args.data else []), *args.set])
-    strategy = distribution.make(args.strategy, devices=args.devices)
+    settings = _settings(args, args.models[1], args.data)
     from polarmask_tf.tools.benchmark_train import benchmark_training, format_training
+    from polarmask_tf.training import distribution, replicas
 
+    strategy = distribution.make(args.strategy, devices=args.devices)
     rows = benchmark_training(settings, strategy, steps=args.repeats or 10)
-    if replicas.is_chief(strategy):
-        print(format_training(rows, settings, strategy))
-    return rows
+    return rows, format_training(rows, settings, strategy) if replicas.is_chief(strategy) else ""
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code, see EPILOG; whatever goes wrong is said in one line on stderr."""
     # Before anything imports TensorFlow: its start-up lines (cuInit, oneDNN, ...) tell a user nothing.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow imports a Keras for its own tf.keras, which nothing here uses: let it be the one that is imported anyway,
     # since the other takes 2 CPU seconds of every command.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # of retracing and slow callbacks
-    args = parser().parse_args(argv)
-    try:
-        args.function(args)
-    except InputError as error:
-        print(f"polarmask: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("polarmask: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `polarmask ... | head`
-        sys.stderr.close()
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"polarmask: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+    with console.tolerant():
+        args = parser().parse_args(argv)
+        try:
+            args.function(args)
+            return 0
+        except (Exception, KeyboardInterrupt) as error:
+            if args.debug:
+                traceback.print_exc()
+            message, code = _explain(error)
+            print(f"polarmask: {one_line(message)}", file=sys.stderr)
+            return code
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, InputError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError):
+        return f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
+    return f"error: unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", 1

@@ -1,8 +1,23 @@
-"""The one exception that means "your input, not our bug"."""
+"""The one exception that means "your input, not our bug", and text of others in one line."""
+
+
+def one_line(text, longest: int = 2000) -> str:
+    """Text out of a file, a server or a library, as one line that a terminal shows and does not obey.
+
+    Line ends become spaces, other control characters (and what Unicode does not print) their escapes, like \\x1b, and of a
+    longer text the middle is left out.
+    """
+    line = " ".join(part.strip() for part in str(text).splitlines() if part.strip())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-(longest // 2) :]}"
 
 
 class InputError(Exception):
     """What is wrong, where (file, image id, annotation id) and what to do, in one line.
 
-    The command line prints it as `polarmask: error: ...` and exits with 2; library callers catch it.
+    The command line prints it as `polarmask: error: ...` and exits with 2; library callers catch it. The message may hold
+    text of files as it is: it is passed through one_line.
     """
+
+    def __init__(self, message=""):
+        super().__init__(one_line(message))

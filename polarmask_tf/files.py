@@ -1,16 +1,29 @@
-"""Writing files of which nobody ever sees a half, tables, and why something could not be written."""
+"""Writing: files of which nobody ever sees a half, directories that one process writes at a time, tables, and why it failed."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
+import errno
 import io
+import json
 import os
+import socket
+import sys
 import typing
 import uuid
 from pathlib import Path
 
 from polarmask_tf.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"  # in a directory that is being written; a directory that holds nothing else counts as empty
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -40,6 +53,93 @@ def make_directory(path: Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made: {io_error_text(error)}") from None
+
+
+@contextlib.contextmanager
+def lock(directory: Path, purpose: str) -> typing.Iterator[None]:
+    """Keeps other processes out of an output directory, which is made if need be; they are told `purpose`, like "train".
+
+    The lock is the kernel's, on the file LOCK in the directory: whatever ends this process releases it, and a file that a
+    killed process left behind locks nothing. It is promised on local file systems, and between machines on NFS, Lustre and
+    the like where these have locks (NFS: lockd or version 4; Lustre: mounted with `flock`; with `localflock` processes of
+    one machine only). Where there are none at all a line on stderr says so, and the work goes on.
+
+    Raises InputError that names the holder (command, process, machine, since when) if there is one, or if the directory
+    cannot be written. At the end the file is removed, and so is the directory if it was made here and is empty.
+    """
+    directory = Path(directory)
+    made = not directory.exists()
+    make_directory(directory)
+    file = _locked_file(directory, purpose)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (directory / LOCK).unlink()  # while it is locked: nobody else's
+        os.close(file)
+        if made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _locked_file(directory, purpose):
+    """An open file that holds the lock."""
+    path = directory / LOCK
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be written: {io_error_text(error)}; choose another --out") from None
+        try:
+            _take(file, directory)
+            # Between opening and locking, the holder before may have removed the file: then it locks nothing.
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+                os.truncate(file, 0)
+                os.pwrite(file, json.dumps(holder).encode(), 0)
+                return file
+        except BaseException as error:
+            os.close(file)
+            if isinstance(error, OSError):
+                raise InputError(f"{path}: cannot be written: {io_error_text(error)}; choose another --out") from None
+            raise
+        os.close(file)
+
+
+def _take(file, directory):
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no locks on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{directory}: in use by {_holder(file)}; wait for its end, or choose another --out") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"warning: {directory}: no locks on this file system ({io_error_text(error)}): nothing keeps another process "
+            "from writing there at the same time",
+            file=sys.stderr,
+        )
+
+
+def _holder(file):
+    try:
+        found = json.loads(os.pread(file, 4096, 0))
+        text = "polarmask {purpose} (process {pid} on {host}, since {since})".format(**found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # just being written
+        text = "another process"
+    return one_line(text)
+
+
+def _now():
+    return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """Text out of a file, for a message: control characters become "?", the middle of a long one "..."."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= longest else f"{text[: longest - 70]}...{text[-60:]}"
 
 
 def format_csv(rows: typing.Sequence[dict], columns: typing.Sequence[str] | None = None, digits: int = 4) -> str:

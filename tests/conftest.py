@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # for 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+pytest.register_assert_rewrite("helpers")
+
 # Of two processes that share the files out, neither should begin a long one when the other has none left.
 LONG = ("test_kills.py", "test_layouts.py", "test_end_to_end.py", "test_paper.py", "test_train.py", "test_reproduce_tables.py")
 

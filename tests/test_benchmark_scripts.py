@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from benchmarks import growth, steps
-from test_benchmark_train import load
 
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.tools import benchmark, benchmark_train
+from test_benchmark_train import load
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 

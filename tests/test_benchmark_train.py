@@ -8,8 +8,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import training
 
+from helpers import training
 from polarmask_tf import cli, config
 from polarmask_tf.errors import InputError
 from polarmask_tf.tools import benchmark_train

@@ -1,12 +1,15 @@
 """The command line's manners: quick help, quiet start, one line and exit code 2 for what is wrong."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
-from polarmask_tf import cli, config
+from polarmask_tf import cli, config, console
+from polarmask_tf.errors import InputError, one_line
 
 COMMANDS = ("shapes", "convert", "train", "evaluate", "predict", "export")
 
@@ -67,3 +70,124 @@ def test_the_entry_point_and_the_shipped_configs_are_found_from_anywhere(tmp_pat
     done = subprocess.run([sys.executable, "-m", "polarmask_tf", "--version"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert config.find("shapes").is_file()
+
+
+# ---- errors
+
+
+def test_what_the_library_does_not_know_is_one_line_too_and_debug_shows_where(monkeypatch, capsys, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("one\ntwo \x1b[31mred")
+
+    monkeypatch.setattr("polarmask_tf.tools.shapes.make_shapes", broken)
+    assert cli.main(["shapes", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error == "polarmask: error: unexpected RuntimeError: one two \\x1b[31mred; run again with --debug for the traceback\n"
+    )
+    assert cli.main(["shapes", str(tmp_path), "--debug"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and any("in broken" in line for line in lines)
+    assert lines[-1].startswith("polarmask: error: unexpected RuntimeError")
+
+
+def test_the_exit_codes_are_documented(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {code} " in text.partition("Exit codes:")[2] for code in (0, 1, 2, 130))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "x", "--data", "y", "--score-threshold", "nan"], "nan is not a number from 0 to 1"),
+        (["evaluate", "x", "--data", "y", "--limit", "0"], "0 is not a whole number of at least 1"),
+        (["evaluate", "x", "--data", "y", "--limit", "9" * 5000], "is not a whole number of at least 1"),
+        (["upper-bound", "x", "--rays", "8,x"], "x is not a whole number"),
+        (["export", "x", "--out", "y", "--max-ap-drop", "inf"], "inf is not a number from 0 to 1"),
+    ],
+)
+def test_arguments_that_no_command_can_take_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain", "plain"),
+        ("a\r\n  b\n\nc\u2028d\x85", "a b c d"),
+        ("a  b", "a  b"),  # a file name may have two spaces
+        ("\x1b]0;title\x07\t\x00\x9b", "\\x1b]0;title\\x07\\t\\x00\\x9b"),
+        ("\u202egpj.exe", "\\u202egpj.exe"),  # right to left
+        ("caf\xe9 \U0001f600", "caf\xe9 \U0001f600"),
+        (os.fsdecode(b"\xff.jpg"), "\\udcff.jpg"),
+        (ValueError("x\ny"), "x y"),
+    ],
+)
+def test_text_of_others_is_one_line_that_a_terminal_only_shows(text, line):
+    assert one_line(text) == line == one_line(one_line(text)) == str(InputError(text))
+    assert line.isprintable()
+
+
+def test_of_a_long_text_the_middle_is_left_out():
+    line = one_line("a" * 5000 + "b" * 5000, longest=100)
+    assert line == f"{'a' * 50} ... {'b' * 50}" and len(str(InputError("x" * 10**6))) < 2100
+
+
+# ---- what is printed
+
+
+def run(folder, redirect, **options):
+    """`polarmask convert` in a shell, its output redirected; a picture with a name that commands the terminal is skipped."""
+    (folder / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "images" / "good.png")
+    names = ["good.png", "\x1b]0;title\x07\u202e\xe9.png"]
+    images = [{"id": n, "file_name": name, "height": 32, "width": 32} for n, name in enumerate(names)]
+    square = {"id": 1, "image_id": 0, "category_id": 1, "iscrowd": 0, "segmentation": [[2, 2, 20, 2, 20, 20]]}
+    coco = {"images": images, "annotations": [square], "categories": [{"id": 1, "name": "square"}]}
+    (folder / "a.json").write_text(json.dumps(coco))
+    command = f"exec {sys.executable} -m polarmask_tf convert a.json images data --processes 1 {redirect}"
+    done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, timeout=100, **options)
+    return done, (folder / "data" / "dataset.json").is_file()
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", "2>/dev/full", ">/dev/full 2>&1", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_full_or_closed_output_fails_no_finished_command(tmp_path, redirect):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    done, written = run(tmp_path, redirect)
+    assert done.returncode == 0 and written, done.stderr
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr
+    if redirect == ">/dev/full":
+        assert done.stderr.endswith(b"polarmask: warning: stdout cannot be written: No space left on device\n")
+    shard = next((tmp_path / "data").glob("*.tfrecord")).read_bytes()
+    assert b"images/s" not in shard  # nothing was printed into a file that got the number of a closed stdout
+
+
+def test_a_reader_that_goes_away_fails_no_finished_command(tmp_path):
+    done, written = run(tmp_path, "2>&1 | true; exit ${PIPESTATUS[0]}", executable="/bin/bash")
+    assert done.returncode == 0 and written and not done.stderr
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m polarmask_tf --help | true"], capture_output=True, timeout=100
+    )
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_no_control_characters_of_a_file_reach_the_terminal(tmp_path):
+    done, written = run(tmp_path, "", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and written, done.stderr
+    assert b"skipped 1 x" in done.stdout
+    for output in (done.stdout, done.stderr):
+        assert not set(output) & ({*range(32), 127} - {*b"\n\r"}) and b"Traceback" not in output
+
+
+def test_progress_bars_still_move_and_what_follows_a_line_start_does_not(capsys):
+    with console.tolerant():
+        sys.stdout.write("\rhalf\rx\x1b[2J\n")
+        sys.stdout.write("\n\x1b[A")
+        sys.stderr.write("a\tb\x9b\u202e")
+    assert capsys.readouterr() == ("\rhalf\\rx\\x1b[2J\n\n\x1b[A", "a\tb\\x9b\\u202e")
+    assert not isinstance(sys.stdout, console._Stream)

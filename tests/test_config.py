@@ -1,9 +1,11 @@
-"""config.py: files, bases, overrides, and what is refused with which words."""
+"""config: files, bases, overrides, runs of earlier versions, and what is refused with which words."""
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from polarmask_tf import config as configs
 from polarmask_tf.config import Config, load
+from polarmask_tf.config import yaml as config_yaml
 from polarmask_tf.config.yaml import _all_keys as all_keys
 from polarmask_tf.errors import InputError
 
@@ -57,13 +60,27 @@ def test_configs_are_found_in_an_installed_package_and_beside_a_checkout(tmp_pat
     assert configs.configs_dir() == CHECKOUT / "configs"
     package = tmp_path / "site-packages" / "polarmask_tf"
     package.mkdir(parents=True)
-    monkeypatch.setattr(configs, "__file__", str(package / "config.py"))
+    monkeypatch.setattr(config_yaml, "__file__", str(package / "config" / "yaml.py"))
     (tmp_path / "site-packages" / "configs").mkdir()
     assert configs.configs_dir() == tmp_path / "site-packages" / "configs"
     (package / "configs").mkdir()  # what the wheel installs comes first
     (package / "configs" / "own.yaml").write_text("train: {steps: 7}")
     assert configs.configs_dir() == package / "configs"
     assert load("own").train.steps == 7
+
+
+def test_no_two_shipped_files_are_the_same_settings():
+    found = {}
+    for path in SHIPPED:
+        assert found.setdefault(configs.dump(load(path)), path) == path
+
+
+@pytest.mark.parametrize("name", config_yaml.SAME_SETTINGS)
+def test_a_row_that_equals_another_is_found_by_its_own_name(name, write):
+    path = configs.find(name)
+    assert path.stem != name and path in SHIPPED and configs.find(f"{name}.yaml") == configs.find(f"configs/{name}") == path
+    assert load(name) == load(path) == load(write(f"base: {name}.yaml"))
+    assert name in path.read_text() or name == "released"  # said where one reads it
 
 
 def test_loading_a_config_imports_no_tensorflow():
@@ -100,6 +117,38 @@ def test_a_base_is_looked_up_beside_the_file_that_names_it(write, tmp_path):
     write("train: {steps: 5}", "root.yaml")
     write("base: ../root.yaml", "sub/middle.yaml")
     assert load(write("base: sub/middle.yaml")).train.steps == 5
+
+
+def test_of_a_list_of_bases_the_later_wins_and_the_file_over_all(write):
+    write("train: {steps: 1, seed: 1, patience: 0}\ndata: {batch: 2}", "a.yaml")
+    write("base: a.yaml\ntrain: {steps: 2, seed: 2}", "b.yaml")
+    write("train: {steps: 3}", "c.yaml")
+    config = load(write("base: [b.yaml, c.yaml]\ntrain: {learning_rate: 0.5}"))
+    assert (config.train.steps, config.train.seed, config.data.batch, config.train.learning_rate) == (3, 2, 2, 0.5)
+    assert load(write("base: [c.yaml, b.yaml]")).train.steps == 2
+    assert load(write("base: []")) == load(write("base:")) == Config()
+
+
+def test_a_base_may_be_a_shipped_file(write):
+    assert load(write("base: [paper_1x.yaml, schedule_2x, resnet101.yaml]")).train.steps == load("paper_2x").train.steps
+    write("train: {steps: 5}", "small.yaml")  # the one beside comes first
+    assert load(write("base: small.yaml")).train.steps == 5
+
+
+def test_bases_without_end_are_refused(write):
+    for number in range(30):  # two to the thirtieth
+        write(f"base: [{number + 1}.yaml, {number + 1}.yaml]", f"{number}.yaml")
+    write("", "30.yaml")
+    assert "more than 100 files" in refusal(write("base: 0.yaml"))
+    for number in range(400):  # deeper than Python calls
+        write(f"base: {number + 1}.yaml", f"{number}.yaml")
+    assert "more than 100 files" in refusal(write("base: 0.yaml"))
+
+
+@pytest.mark.parametrize("base", ["a" * 5000, "{a: b}", "3", "/dev/zero", ".", "'a\\0b'", "[[]]"])
+def test_a_base_that_is_no_file_is_refused(write, base):
+    message = refusal(write(f"base: {base}"))
+    assert "mine.yaml: base" in message and len(message) < 500
 
 
 @pytest.mark.parametrize("names", [("mine",), ("mine", "b"), ("mine", "b", "c")])
@@ -203,7 +252,15 @@ def test_malformed_overrides_are_refused(override):
         ("model.backbone.blocks=[1, 1, 0, 1]", "model.backbone.blocks"),
         ("model.mean=[1, 2]", "model.mean"),
         ("model.std=[1, 0, 1]", "model.std"),
-        ("data.size=[100, 128]", "data.size"),
+        ("data.size=[100, 128]", "multiples of 32"),
+        ("data.sizes=[[64, 64], [64, 65]]", "data.sizes"),
+        ("data.sizes=[[64, 0]]", "data.sizes"),
+        ("data.crop=[64]", "data.crop"),
+        ("data.crop=[64, 65]", "data.crop"),
+        ("train.accumulate=3", "train.accumulate"),
+        ("train.ema=1", "train.ema"),
+        ("train.evaluate_every=10", "data.val"),
+        ("train.patience=2", "train.evaluate_every"),
         ("data.size=[0, 128]", "data.size"),
         ("data.batch=0", "data.batch"),
         ("data.scale=[2, 1]", "data.scale"),
@@ -255,15 +312,120 @@ def test_numbers_must_be_finite(override):
         "postprocess.nms_iou_threshold=2",
         "train.learning_rate=-1",
         "train.warmup_steps=-5",
+        "train.seed=-1",
+        "train.momentum=1.5",
+        "loss.ray_weight=-1",
+        "model.backbone.groups=0",
+        "train.accumulate=0",
     ],
 )
 def test_numbers_that_no_training_could_start_with_are_refused(override):
     assert override.split("=")[0] in refusal("shapes", [override])
 
 
+def fields(section, prefix=""):
+    """(key, type, field) of every setting."""
+    for entry in dataclasses.fields(section):
+        hint = typing.get_type_hints(section)[entry.name]
+        yield from (
+            fields(hint, f"{prefix}{entry.name}.") if dataclasses.is_dataclass(hint) else [(prefix + entry.name, hint, entry)]
+        )
+
+
+WHOLE = [key for key, hint, _ in fields(Config) if hint is int]
+LISTS = [
+    key for key, hint, _ in fields(Config) if typing.get_origin(hint) is tuple and "mean" not in key and "ranges" not in key
+]
+
+
+def test_there_are_numbers_to_check():
+    assert len(WHOLE) > 20 and len(LISTS) > 5
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_every_whole_number_has_bounds(key):
+    """postprocess.max_detections: 10**9 would ask for memory without end, hours after it was written."""
+    for value in (-(10**9) - 1, 10**10):
+        message = refusal("shapes", [f"{key}={value}"])
+        assert message.startswith(f"{key} is {value}: ") and len(message) < 200
+    assert refusal("shapes", [f"{key}={10**25}"])
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_every_list_of_whole_numbers_has_bounds(key):
+    value = functools.reduce(getattr, key.split("."), Config())
+    text = "[[10000000000, 32]]" if key == "data.sizes" else str([10**10] * max(len(value), 2))
+    message = refusal("shapes", [f"{key}={text}"])
+    assert message.startswith(f"{key} is [") and len(message) < 200
+
+
+def test_a_section_is_checked_alone():
+    configs.check(configs.FPNConfig())
+    with pytest.raises(InputError, match=r"^model.fpn.channels is 0: "):
+        configs.check(configs.FPNConfig(channels=0), "model.fpn.")
+    with pytest.raises(InputError, match=r"^model.backbone.stem_width needs"):
+        configs.check(configs.BackboneConfig(stem_width=8))
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "just words", "3", "a: [", "\t- x", "a: b: c", "!!python/object:os.system {}"])
 def test_bad_yaml_names_the_file(write, text):
     assert "mine.yaml" in refusal(write(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {steps: 3}\ntrain: {seed: 4}", "line 2: the key train stands twice"),
+        ("train:\n  steps: 3\n  seed: 0\n  steps: 4", "line 4: the key steps stands twice"),
+        ("train: {steps: 3, 'steps': 4}", "the key steps stands twice"),
+        ("data: {sizes: [{a: 1, a: 2}]}", "the key a stands twice"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("train: &x {steps: 3}\ndata: {<<: *x}", "aliases"),
+        ("train: &x\n  steps: *x", "aliases"),
+        ("[" * 20_000, "nested too deeply"),
+        ("train: " + "{a: " * 5_000, "nested too deeply"),
+        ("#" + "x" * 200_000, "longer than"),
+        ("train: {steps: " + "9" * 5000 + "}", "mine.yaml"),
+        ("train: {steps: 0x" + "f" * 50_000 + "}", "64 bits"),
+        ("train: {steps: 1" + ":59" * 20_000 + "}", "64 bits"),
+        ("train: {learning_rate: 190" + ":20" * 2000 + ".15}", "mine.yaml"),
+        ("train: {steps: !!timestamp x}", "mine.yaml"),
+        ("train: {steps: !!bool x}", "mine.yaml"),
+        ("train: {steps: !!float ''}", "mine.yaml"),
+        ("train: {steps: !!int ''}", "mine.yaml"),
+        ("train: !!map x", "mine.yaml"),
+        ("train: !!map [a, b]", "mine.yaml"),
+        ("train: {? [1, 2] : 3}", "mine.yaml"),
+        ("train: {? {a: b} : 3}", "mine.yaml"),
+        ("a: \x00", "mine.yaml"),
+        ("a\x1b[31m: 1", "mine.yaml"),
+        ('"a\\x1b[31m\\nb": 1', "unknown key a\\x1b[31m b"),
+        ("? " + "k" * 90_000 + "\n: 1", "unknown key kkk"),
+        ("train: {steps: [" + "[1], " * 10_000 + "]}", "whole number"),
+        ("data: {train: [" + "'" + "x" * 50_000 + "']}", "text"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_yaml_allows_and_no_config_needs_is_refused_in_a_short_line(write, text, words):
+    message = refusal(write(text))
+    assert words in message and len(message) < 2200 and message.isprintable()
+
+
+def test_an_override_is_held_to_the_same():
+    for value in ("{steps: 3, steps: 4}", "[" * 5000, "0x" + "f" * 5000, "9" * 5000, "[&x 1, *x]", "x" * 200_000):
+        message = refusal("shapes", [f"train.steps={value}"])
+        assert message.startswith("override 'train.steps=") and len(message) < 400
+    assert "a whole number" in refusal("shapes", ["train.steps" + ".a" * 5000 + "=1"])
+    assert len(refusal("shapes", ["x" * 100_000 + "=1"])) < 400
+
+
+def test_what_is_no_regular_file_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", tmp_path, "/dev/zero", "a" * 5000, f"{tmp_path}/{'b' * 300}.yaml"):
+        assert "no config file" in refusal(path)
+    os.mkfifo(tmp_path / "pipe2.yaml")
+    (tmp_path / "mine.yaml").write_text("base: pipe2.yaml")
+    assert "pipe2.yaml" in refusal(tmp_path / "mine.yaml")
 
 
 def test_what_is_no_text_names_the_file(tmp_path):
@@ -309,13 +471,62 @@ def test_overrides_apply_in_order_and_over_the_file(write):
     assert load(path, ["data.train=a=b"]).data.train == "a=b"
 
 
-positive = st.floats(1e-6, 1e6)
+def test_nothing_is_the_empty_text(write):
+    config = load(
+        write("data: {val: x, train:}\nmodel: {backbone: {weights: imagenet}}"), ["data.val=", "model.backbone.weights=~"]
+    )
+    assert config.data.train == config.data.val == config.model.backbone.weights == ""
+    assert "a whole number" in refusal("shapes", ["train.steps="]) and "section" in refusal(write("train:"))
+
+
+# ---- keys of earlier versions
+
+
+@pytest.mark.parametrize(("old", "new"), config_yaml.RENAMED.items())
+def test_an_old_key_is_refused_with_the_new_one_named_and_read_in_a_run(write, old, new):
+    section, key = old.split(".")
+    expected = new or "polarmask convert --decoded"
+    value = {"lr_boundaries": "[5, 7]", "": "''"}.get(
+        new.rpartition(".")[2], "0.25" if "iou" in new or "fraction" in new else "2"
+    )
+    for message in (refusal(write(f"{section}: {{{key}: {value}}}")), refusal("shapes", [f"{old}={value}"])):
+        assert old in message and expected in message
+    values = yaml.safe_load(configs.dump(load("paper_1x")))  # where each of them goes with the rest
+    if new:
+        del values[section][new.split(".")[1]]
+    values[section][key] = yaml.safe_load(value)
+    saved = configs.load_saved(write(yaml.safe_dump(values), "config.yaml"))
+    if new:
+        found = functools.reduce(getattr, new.split("."), saved)
+        assert (list(found) if isinstance(found, tuple) else found) == yaml.safe_load(value)
+        assert configs.dump(saved) == configs.dump(load("paper_1x", [f"{new}={value}"]))
+    else:
+        assert saved == load("paper_1x")
+
+
+def test_a_run_made_before_the_keys_were_renamed_is_read():
+    config = configs.load_saved(CHECKOUT / "tests/old_run/config.yaml")
+    assert (config.postprocess.pre_nms_top_k, config.postprocess.nms_iou_threshold) == (1000, 0.5)
+    assert (config.train.final_lr_fraction, config.train.lr_boundaries, config.train.bias_lr_multiplier) == (0.02, (), 1.0)
+    assert config.train.learning_rate == 0.05 and config.model.rays == 12
+
+
+def test_a_saved_config_is_checked_like_any_other(write):
+    values = yaml.safe_load(configs.dump(load("shapes")))
+    for section, key, value in (("train", "stps", 3), ("postprocess", "nms_iou", 7.0), ("train", "steps", "x")):
+        changed = {**values, section: {**values[section], key: value}}
+        changed["postprocess"].pop("nms_iou_threshold", None) if key == "nms_iou" else None
+        with pytest.raises(InputError):
+            configs.load_saved(write(yaml.safe_dump(changed)))
+
+
+positive = st.floats(0.01, 100)
 FIELDS = {
     "model.rays": st.integers(4, 100),
     "model.backbone.block": st.sampled_from(["basic", "bottleneck"]),
     "model.backbone.blocks": st.lists(st.integers(1, 9), min_size=4, max_size=4),
     "model.fpn.levels": st.integers(2, 5).flatmap(lambda low: st.integers(low + 1, 8).map(lambda end: list(range(low, end)))),
-    "model.head.ray_bias": st.floats(-1e6, 1e6),
+    "model.head.ray_bias": st.floats(-20, 20),
     "model.mean": st.lists(st.floats(0, 255), min_size=3, max_size=3),
     "data.train": st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20),
     "data.size": st.lists(st.integers(1, 40).map(lambda n: 32 * n), min_size=2, max_size=2),

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_lite import hexagon_around_brightest, make_exports, spot
 
+from helpers.exports import hexagon_around_brightest, make_exports, spot
 from polarmask_tf import lite
 
 CPP = Path(__file__).resolve().parents[1] / "exports/cpp"

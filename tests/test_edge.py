@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-import training
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.lite.python import schema_py_generated as schema
 
+from helpers import training
 from polarmask_tf import cli, lite
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError

@@ -1,16 +1,14 @@
 """What the exports do to an image, for every data.fit, and the comparison that `polarmask export` prints."""
 
-import dataclasses
 import io
 import json
-import types
 
 import numpy as np
 import pytest
 import tf_keras
 from PIL import Image
-from test_lite import CLASSES, RADIUS, hexagon_around_brightest, spot
 
+from helpers.exports import RADIUS, expected_scale, fake_model, hexagon_around_brightest, spot
 from polarmask_tf import config as configs
 from polarmask_tf import lite
 from polarmask_tf.export import export, graph, parity, tflite
@@ -45,19 +43,6 @@ def test_the_graph_finds_the_same_canvas_for_every_size():
         np.testing.assert_allclose(filled, np.divide(rounded, expected.shape[:2])[::-1], rtol=1e-6)
 
 
-def fake_model(fit, size):
-    """What the exporters use of a model; it marks the brightest pixel of what it sees with hexagons of RADIUS pixels."""
-    config = configs.Config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit, size=size))
-    return types.SimpleNamespace(
-        config=config,
-        classes=CLASSES,
-        input_size=configs.input_size(config.data),
-        variables=[],
-        detect=hexagon_around_brightest,
-    )
-
-
 @pytest.fixture(scope="module", params=["letterbox", "stretch", "short_side"])
 def three(request, tmp_path_factory):
     """A fit, and the same model as run, SavedModel and .tflite that take images so."""
@@ -69,17 +54,6 @@ def three(request, tmp_path_factory):
         tflite.export_tflite(model, folder / "model.tflite"),
     ]
     return fit, {"run": run_predictor(model), **{path.name: load_predictor(path) for path in paths}}, paths
-
-
-def expected_scale(fit, name, height, width):
-    """Pixels of the image in one of the network's input, along x and along y, by hand."""
-    if fit == "stretch":
-        return width / 96, height / 64
-    if fit == "short_side" and name != "model.tflite":
-        side = min(48 / min(height, width), 90 / max(height, width))
-    else:
-        side = min(64 / height, 96 / width)
-    return width / round(width * side), height / round(height * side)
 
 
 @pytest.mark.parametrize("height, width", [(64, 96), (96, 64), (128, 192), (40, 150), (150, 40), (48, 90), (90, 48)])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from test_model import instances_of, loss_and_gradients, random_images, random_scenes
 
+from helpers.networks import instances_of, loss_and_gradients, random_images, random_scenes
 from polarmask_tf.config import BackboneConfig, Config, FPNConfig, HeadConfig, ModelConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones import garden
@@ -135,7 +135,7 @@ def test_norms():
 
     frozen = garden.build(BackboneConfig(type="MobileNetV2", norm="frozen"))
     assert all("kernel" in v.name for v in frozen.trainable_variables) and len(frozen.trainable_variables) == 51
-    np.testing.assert_allclose(frozen(images(), training=True)[5], frozen(images())[5], atol=1e-6)
+    np.testing.assert_allclose(frozen(images(), training=True)["5"], frozen(images())["5"], atol=1e-6)
     for norm in ("batch", "sync"):
         found = norms(garden.build(BackboneConfig(type="MobileNetV2", norm=norm)))
         assert {layer.synchronized for layer in found} == {norm == "sync"}

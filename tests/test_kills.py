@@ -11,12 +11,11 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import kills
 import numpy as np
 import pytest
 import tensorflow as tf
-import training
 
+from helpers import kills, training
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.training import callbacks, train

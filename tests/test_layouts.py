@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 import tf_keras
-import training
 
+from helpers import training
 from polarmask_tf import cli
 from polarmask_tf import config as configs
 from polarmask_tf.modeling.polarmask import PolarMask

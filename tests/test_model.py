@@ -11,66 +11,26 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from test_geometry import edges_of, star
 
-from polarmask_tf.config import BackboneConfig, Config, FPNConfig, HeadConfig, ModelConfig
+from helpers.networks import (
+    CLASSES,
+    COUNTS,
+    EDGES,
+    RATE,
+    instances_of,
+    loss_and_gradients,
+    random_images,
+    random_scenes,
+    replica_batch,
+    replica_model,
+    tiny_config,
+)
+from helpers.polygons import edges_of
+from polarmask_tf.config import BackboneConfig, HeadConfig
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops import geometry
-
-CLASSES, ROWS, EDGES = 3, 4, 24
-
-
-def tiny_config(levels=(3, 4, 5), rays=8, **backbone):
-    config = ModelConfig(
-        rays=rays,
-        backbone=BackboneConfig(**{"width": 8, "norm": "group", **backbone}),
-        fpn=FPNConfig(channels=16, levels=levels),
-        head=HeadConfig(channels=16, convs=1),
-    )
-    return dataclasses.replace(Config(), model=config)
-
-
-def location_count(size, levels):
-    return sum(-(-size[0] // 2**level) * -(-size[1] // 2**level) for level in levels)
-
-
-def instances_of(scenes, size, levels=(3, 4, 5), ignore=False):
-    """Instances of a batch, [[(class, ring), ...], ...], as the pipeline gives them."""
-    batch = {
-        "boxes": np.zeros((len(scenes), ROWS, 4), np.float32),
-        "centers": np.zeros((len(scenes), ROWS, 2), np.float32),
-        "classes": np.full((len(scenes), ROWS), -1, np.int32),
-        "edges": np.zeros((len(scenes), ROWS, EDGES, 4), np.float32),
-        "window": np.tile(np.float32(size[::-1]), (len(scenes), 1)),
-        "ignore": np.full((len(scenes), location_count(size, levels)), ignore),
-    }
-    for i, scene in enumerate(scenes):
-        for j, (label, ring) in enumerate(scene):
-            batch["boxes"][i, j] = [*ring.min(0), *ring.max(0)]
-            batch["centers"][i, j] = (ring.min(0) + ring.max(0)) / 2
-            batch["classes"][i, j] = label
-            batch["edges"][i, j] = edges_of(ring, pad=EDGES)
-    return {name: tf.constant(value) for name, value in batch.items()}
-
-
-def random_scenes(seed, counts, size=(64, 64)):
-    rng = np.random.default_rng(seed)
-    return [
-        [(int(rng.integers(CLASSES)), star(rng, rng.uniform(16, np.array(size[::-1]) - 16), 14, 10, 0.4)) for _ in range(n)]
-        for n in counts
-    ]
-
-
-def random_images(seed, count, size=(64, 64)):
-    return tf.constant(np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8))
-
-
-def loss_and_gradients(model, images, instances):
-    with tf.GradientTape() as tape:
-        loss = model.compute_loss(images, instances, model(images, training=True))
-    return loss, tape.gradient(loss, model.trainable_variables)
 
 
 def assert_finite(model, images, instances):
@@ -91,14 +51,14 @@ def assert_finite(model, images, instances):
 def test_output_shapes(levels, size):
     model = PolarMask(tiny_config(levels), CLASSES)
     outputs = model(random_images(0, 2, size))
-    assert list(outputs) == list(levels)
-    for level, maps in outputs.items():
+    assert list(outputs) == list(map(str, levels))
+    for level, maps in ((int(level), maps) for level, maps in outputs.items()):
         h, w = -(-size[0] // 2**level), -(-size[1] // 2**level)
         assert geometry.locations(*size, 2**level).shape[0] == h * w
         assert {name: value.shape for name, value in maps.items()} == {
-            "classes": (2, h, w, CLASSES),
-            "centerness": (2, h, w, 1),
-            "rays": (2, h, w, 8),
+            "class_logits": (2, h, w, CLASSES),
+            "centerness_logits": (2, h, w, 1),
+            "ray_logits": (2, h, w, 8),
         }
         assert all(value.dtype == tf.float32 for value in maps.values())
 
@@ -109,13 +69,13 @@ def test_backbones_have_strides_4_to_32(options):
     features = backbone(tf.zeros([1, 64, 96, 3]))
     expansion = 4 if options.get("block") == "bottleneck" else 1
     assert {level: tuple(f.shape) for level, f in features.items()} == {
-        level: (1, 64 // 2**level, 96 // 2**level, 8 * 2 ** (level - 2) * expansion) for level in (2, 3, 4, 5)
+        str(level): (1, 64 // 2**level, 96 // 2**level, 8 * 2 ** (level - 2) * expansion) for level in (2, 3, 4, 5)
     }
 
 
 def test_classes_start_rare():
     outputs = PolarMask(tiny_config(), CLASSES)(random_images(0, 1))
-    scores = tf.sigmoid(tf.concat([tf.reshape(maps["classes"], [-1]) for maps in outputs.values()], 0)).numpy()
+    scores = tf.sigmoid(tf.concat([tf.reshape(maps["class_logits"], [-1]) for maps in outputs.values()], 0)).numpy()
     assert np.median(scores) == pytest.approx(0.01, rel=0.1)
 
 
@@ -123,9 +83,9 @@ def test_the_head_works_on_any_features():
     """Any levels, any sizes, any number of channels: only {level: tensor}."""
     head = PolarHead(HeadConfig(channels=16, convs=1), (1, 4, 9), num_classes=5, rays=12)
     outputs = head({1: tf.ones([2, 7, 3, 10]), 4: tf.ones([2, 1, 1, 10]), 9: tf.ones([2, 2, 9, 10])})
-    rays = {level: tuple(maps["rays"].shape) for level, maps in outputs.items()}
-    assert rays == {1: (2, 7, 3, 12), 4: (2, 1, 1, 12), 9: (2, 2, 9, 12)}
-    assert outputs[9]["classes"].shape == (2, 2, 9, 5) and outputs[9]["centerness"].shape == (2, 2, 9, 1)
+    rays = {level: tuple(maps["ray_logits"].shape) for level, maps in outputs.items()}
+    assert rays == {"1": (2, 7, 3, 12), "4": (2, 1, 1, 12), "9": (2, 2, 9, 12)}
+    assert outputs["9"]["class_logits"].shape == (2, 2, 9, 5) and outputs["9"]["centerness_logits"].shape == (2, 2, 9, 1)
 
 
 def test_normalisation_is_part_of_the_network():
@@ -135,8 +95,8 @@ def test_normalisation_is_part_of_the_network():
         for name, value in model(tf.cast(images, tf.float32)).get(level).items():
             np.testing.assert_allclose(value, maps[name], atol=1e-6)
     gray = tf.ones([1, 32, 32, 3]) * list(model.config.model.mean)
-    zero = model.head(model.fpn(model.backbone(tf.zeros([1, 32, 32, 3]))))
-    np.testing.assert_allclose(model(gray)[3]["classes"], zero[3]["classes"], atol=1e-5)
+    zero = model.head(model.decoder(model.backbone(tf.zeros([1, 32, 32, 3]))))
+    np.testing.assert_allclose(model(gray)["3"]["class_logits"], zero["3"]["class_logits"], atol=1e-5)
 
 
 def test_rays_are_in_units_of_the_stride_or_in_pixels():
@@ -232,7 +192,7 @@ def test_mixed_precision(policy):
         images, instances = random_images(1, 2), instances_of(random_scenes(0, [3, 0]), (64, 64))
         outputs = model(images)
         assert all(value.dtype == tf.float32 for value in tf.nest.flatten(outputs))
-        assert model.fpn(model.backbone(tf.zeros([1, 32, 32, 3], model.compute_dtype)))[3].dtype == model.compute_dtype
+        assert model.decoder(model.backbone(tf.zeros([1, 32, 32, 3], model.compute_dtype)))["3"].dtype == model.compute_dtype
         assert all(variable.dtype == tf.float32 for variable in model.trainable_variables)
         assert_finite(model, images, instances)
         model.compile(optimizer=tf_keras.optimizers.SGD(0.01), run_eagerly=True)
@@ -264,36 +224,21 @@ def test_detect_of_a_batch_is_detect_of_each(model):
 # ---- replicas
 
 
-COUNTS = {"even": [1, 2, 2, 1], "uneven": [4, 3, 0, 1], "one_side_empty": [2, 3, 0, 0], "none": [0, 0, 0, 0]}
-SEED, RATE = 7, 0.1
-
-
-def replica_model():
-    tf_keras.utils.set_random_seed(SEED)
-    model = PolarMask(tiny_config(), CLASSES)
-    model.build((None, 64, 64, 3))
-    return model
-
-
-def replica_batch(name):
-    return random_images(SEED, 4), instances_of(random_scenes(SEED, COUNTS[name]), (64, 64))
-
-
 TWO_REPLICAS = """
 import json, sys
 import numpy as np, tensorflow as tf, tf_keras
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import test_model
+from helpers import networks
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2
 with strategy.scope():
-    model = test_model.replica_model()
-    model.compile(optimizer=tf_keras.optimizers.SGD(test_model.RATE))
+    model = networks.replica_model()
+    model.compile(optimizer=tf_keras.optimizers.SGD(networks.RATE))
 start, out = model.get_weights(), {}
-for name in test_model.COUNTS:
+for name in networks.COUNTS:
     model.set_weights(start)
-    batches = tf.data.Dataset.from_tensors(test_model.replica_batch(name)).unbatch().batch(4, drop_remainder=True)
+    batches = tf.data.Dataset.from_tensors(networks.replica_batch(name)).unbatch().batch(4, drop_remainder=True)
     logs = model.fit(batches, verbose=0).history
     out[name] = {key: values[0] for key, values in logs.items()}
     np.savez(sys.argv[1] + "/" + name + ".npz", *[v.numpy() for v in model.trainable_variables])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-from test_model import CLASSES, instances_of, random_images, random_scenes, tiny_config
 
+from helpers.networks import CLASSES, instances_of, random_images, random_scenes, tiny_config
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
@@ -53,7 +53,7 @@ def test_ray_losses_are_weighted_means_over_positives(batch, loss, function, cen
     assert values["loss"] == pytest.approx(values["class"] + 0.3 * values["ray"] + values["centerness"], rel=1e-5)
     encoded = targets.encode(instances, rays=8, levels=(3, 4, 5), size=(64, 64), ranges=model.ranges, centerness=centerness)
     maps = model(images)
-    flat = np.concatenate([maps[level]["rays"].numpy().reshape(2, -1, 8) for level in (3, 4, 5)], axis=1)
+    flat = np.concatenate([maps[level]["ray_logits"].numpy().reshape(2, -1, 8) for level in "345"], axis=1)
     predicted = np.exp(flat[tuple(encoded.positives.numpy().T)])
     each, weight = function(predicted, encoded.rays).numpy(), encoded.centerness.numpy()
     assert values["ray"] == pytest.approx((each * weight).sum() / weight.sum(), rel=1e-4)
@@ -71,14 +71,14 @@ def test_the_box_branch_learns_its_boxes(batch):
     # A network that says exactly the boxes has no box loss: their logits are the logarithms of the targets.
     encoded = targets.encode(batch[1], rays=8, levels=(3, 4, 5), size=(64, 64), ranges=model.ranges)
     outputs, first = model(batch[0]), 0
-    for level in (3, 4, 5):
-        shape = outputs[level]["boxes"].shape
+    for level in "345":
+        shape = outputs[level]["ltrb_logits"].shape
         count = shape[1] * shape[2]
         sides = np.zeros((2, count, 4), np.float32)
-        for (image, location), box in zip(encoded.positives.numpy(), encoded.boxes.numpy(), strict=True):
+        for (image, location), box in zip(encoded.positives.numpy(), encoded.ltrb.numpy(), strict=True):
             if first <= location < first + count:
                 sides[image, location - first] = np.log(box)
-        outputs[level]["boxes"] = tf.constant(sides.reshape(shape))
+        outputs[level]["ltrb_logits"] = tf.constant(sides.reshape(shape))
         first += count
     model.reset_metrics()
     model.compute_loss(*batch, outputs)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from test_lite import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
 
+from helpers.exports import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
 from polarmask_tf import config as configs
 from polarmask_tf import lite
 from polarmask_tf.errors import InputError

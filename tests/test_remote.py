@@ -9,9 +9,9 @@ from concurrent import futures
 import numpy as np
 import pytest
 from PIL import Image
-from test_lite import CLASSES, metadata, spot
-from test_serving_client import MAX_PIXELS, METADATA, answer, make_model, scripted
 
+from helpers.exports import CLASSES, metadata, spot
+from helpers.serving import MAX_PIXELS, METADATA, answer, make_model, scripted
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import client
 from polarmask_tf.inference.evaluate import evaluate
@@ -24,7 +24,7 @@ IMAGE = spot(20, 30, 5, 5, 2)
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The served model's directory and its URLs, of REST and of gRPC."""
-    import serving_server
+    from helpers import serving_server
 
     directory = make_model(tmp_path_factory.mktemp("served"))
     with serving_server.serve(directory) as (name, rest, grpc):
@@ -157,8 +157,8 @@ def test_other_urls_are_refused(url):
 
 
 def test_a_model_without_the_signature_metadata(tmp_path):
-    import serving_server
-    from test_lite import make_exports
+    from helpers import serving_server
+    from helpers.exports import make_exports
 
     make_exports(tmp_path)["saved_model"].rename(tmp_path / "1")
     with serving_server.serve(tmp_path) as (name, rest, grpc):

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from benchmarks import serving as benchmark
 from PIL import Image
-from test_export import expected_scale, fake_model
-from test_lite import CLASSES, RADIUS, spot
 
+from helpers.exports import CLASSES, RADIUS, expected_scale, fake_model, spot
 from polarmask_tf import config as configs
 from polarmask_tf import files
 from polarmask_tf.errors import InputError

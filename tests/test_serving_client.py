@@ -1,16 +1,12 @@
 """exports/serving: the client against a server that answers as TF Serving does, and what docker-compose.yml says."""
 
 import base64
-import contextlib
-import http.server
 import importlib.util
-import io
 import json
 import re
 import subprocess
 import sys
 import threading
-import time
 import types
 import urllib.error
 import urllib.request
@@ -20,24 +16,17 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_export import expected_scale, fake_model
-from test_lite import RADIUS, metadata, spot
+
+from helpers.exports import RADIUS, expected_scale, spot
+from helpers.serving import BAD, METADATA, answer, encoded, make_model, scripted
 
 SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
-MAX_PIXELS = 100_000
-
-
-def make_model(folder):
-    """A served model's directory: the serving export of what marks the brightest pixel with hexagons, at 64 x 96."""
-    from polarmask_tf.export.serving import export_serving
-
-    return export_serving(fake_model("letterbox", (64, 96)), folder, name="polarmask", max_pixels=MAX_PIXELS).parent
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """(name, "host:port" of REST, "host:port" of gRPC) of a served model."""
-    import serving_server
+    from helpers import serving_server
 
     with serving_server.serve(make_model(tmp_path_factory.mktemp("served"))) as addresses:
         yield addresses
@@ -51,68 +40,11 @@ def client():
     return module
 
 
-@contextlib.contextmanager
-def scripted(*answers):
-    """An HTTP server that gives these answers (status, body, seconds to wait first) in turn, the last one for ever.
-
-    Gives its address and the list of the requests' paths and JSON bodies.
-    """
-    asked, lock = [], threading.Lock()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                status, content, wait = answers[min(len(asked), len(answers) - 1)]
-                asked.append((self.path, body))
-            time.sleep(wait)
-            self.send_response(status)
-            self.end_headers()
-            with contextlib.suppress(OSError):  # who asked may have gone
-                self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def encoded(image, kind="PNG", mode="RGB", **options):
-    file = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(file, kind, **options)
-    return file.getvalue()
-
-
-def answer(**changes):
-    """What TF Serving's REST API says of one image without detections."""
-    empty = {
-        "num_detections": [0],
-        "detection_scores": [[0.0]],
-        "detection_classes": [[0]],
-        "detection_boxes": [[[0.0] * 4]],
-        "detection_polygons": [[[[0.0, 0.0]] * 6]],
-    }
-    return {"outputs": {**empty, **changes}}
-
-
-METADATA = (200, {"outputs": [json.dumps(metadata())]}, 0)
 GOOD = {  # name -> (image, kind, mode): where the bright square lies, the hexagons are
     "a.png": ((64, 96, 10, 20, 1), "PNG", "RGB"),
     "b.png": ((128, 80, 30, 70, 4), "PNG", "L"),
     "c.bmp": ((32, 40, 20, 12, 1), "BMP", "RGB"),
     "d.gif": ((64, 64, 40, 18, 1), "GIF", "P"),
-}
-BAD = {
-    "empty.jpg": b"",
-    "text.jpg": b"no image at all",
-    "cut.png": encoded(np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8))[:2000],
-    "huge.png": encoded(np.zeros((400, 400, 3), np.uint8)),
 }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_lite import spot
-from test_serving_client import BAD, encoded, make_model
+
+from helpers.exports import spot
+from helpers.serving import BAD, encoded, make_model
 
 SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
 OUTPUTS = ("detection_classes", "detection_scores", "detection_boxes", "detection_polygons")
@@ -83,7 +84,7 @@ def test_a_refused_image_costs_only_itself(folder):
 
 
 def test_what_is_no_model_is_said(folder, tmp_path):
-    from test_lite import make_exports
+    from helpers.exports import make_exports
 
     plain = make_exports(tmp_path)["saved_model"]
     (tmp_path / "damaged").mkdir()

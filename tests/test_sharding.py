@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_pipeline import SHORT, SIZES, config_of, ids, take, traced_once, write  # noqa: F401
 
+from helpers.shards import SHORT, SIZES, config_of, ids, take, traced_once, write  # noqa: F401
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError
 

@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_geometry import edges_of, hits, inside, star, unit_vectors
 
+from helpers.polygons import edges_of, hits, inside, star, unit_vectors
 from polarmask_tf.data import contours
 from polarmask_tf.ops import geometry, targets
 from polarmask_tf.ops.targets import BACKGROUND, IGNORED
@@ -311,7 +311,7 @@ def test_four_rays_reach_the_box_and_cartesian_centerness_is_of_the_box():
     found = targets.encode(instances, rays=4, levels=LEVELS, size=(256, 384), ranges=PUBLISHED, centerness="cartesian")
     points = slow_locations(LEVELS, (256, 384))
     assert len(found.positives) > 3
-    for (_, location), rays, box, quality in zip(*(t.numpy() for t in found[1:3]), found.boxes, found.centerness, strict=True):
+    for (_, location), rays, box, quality in zip(*(t.numpy() for t in found[1:3]), found.ltrb, found.centerness, strict=True):
         x, y, _ = points[location]
         left, top, right, bottom = x - 40, y - 40, 80 - x, 100 - y
         np.testing.assert_allclose(box, [left, top, right, bottom])
@@ -373,8 +373,8 @@ def test_boxes_centers_and_positives_from_masks_are_the_released_ones(name):
     np.testing.assert_array_equal(found.labels.numpy()[0] >= 0, SHAPES[f"{name}/labels"] > 0)
     x1, y1, x2, y2 = SHAPES[f"{name}/box"]
     x, y = SHAPES["points"][positives].T
-    np.testing.assert_allclose(found.boxes, np.stack([x - x1, y - y1, x2 - x, y2 - y], axis=1))
-    np.testing.assert_allclose(found.boxes, SHAPES[f"{name}/bbox_targets_pos"])
+    np.testing.assert_allclose(found.ltrb, np.stack([x - x1, y - y1, x2 - x, y2 - y], axis=1))
+    np.testing.assert_allclose(found.ltrb, SHAPES[f"{name}/bbox_targets_pos"])
 
 
 def test_released_centers_are_cut_sums_over_contour_pixels():
@@ -407,4 +407,4 @@ def test_a_scene_from_its_masks_has_the_released_targets():
     found = targets.encode(instances, rays=36, levels=LEVELS, size=(256, 384), ranges=PUBLISHED, whole_pixels=True)
     np.testing.assert_array_equal(found.labels.numpy()[0] + 1, golden["labels"])
     np.testing.assert_array_equal(found.positives[:, 1], golden["pos_inds"])
-    np.testing.assert_allclose(found.boxes, golden["bbox_targets_pos"])
+    np.testing.assert_allclose(found.ltrb, golden["bbox_targets_pos"])

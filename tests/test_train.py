@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow as tf
-import training
 
+from helpers import training
 from polarmask_tf import cli, config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.errors import InputError

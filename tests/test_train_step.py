@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
-import training
 
+from helpers import training
 from polarmask_tf import config as configs
-from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.modeling import step as steps
 from polarmask_tf.ops import targets
 from polarmask_tf.tools.benchmark_train import synthetic_batch
 from polarmask_tf.training.train import build
@@ -74,15 +74,16 @@ def whole_batch(model, images, instances):
     return values, [gradient.numpy() for gradient in gradients]
 
 
-def stepped(model, images, instances, **train):
+def stepped(model, images, instances, xla=False, **train):
     """Losses by name, and gradients that the optimizer got (and did not apply), from train_step."""
     given, config = [], model.config
     changed(model, **train)
+    before, model.xla = model.xla, xla or model.xla
     apply, model.optimizer.apply_gradients = model.optimizer.apply_gradients, lambda pairs: given.extend(pairs)
     try:
         values = {name: float(value) for name, value in model.train_step((images, instances)).items()}
     finally:
-        model.optimizer.apply_gradients, model.config = apply, config
+        model.optimizer.apply_gradients, model.config, model.xla = apply, config, before
     model.reset_metrics()
     assert [v.name for _, v in given] == [v.name for v in model.trainable_variables]
     return values, [gradient.numpy() for gradient, _ in given]
@@ -132,10 +133,10 @@ def test_batchnorm_sees_the_parts_one_after_the_other():
 
 def test_targets_of_some_images_are_those_of_a_batch_of_them():
     model, (images, instances) = kept(), batch()
-    whole = model._encode(images, instances)
+    whole = steps.prepare(model, images, instances).targets
     for first, count in ((0, 1), (1, 2), (2, 2), (3, 1)):
         some = {name: value[first : first + count] for name, value in instances.items()}
-        expected = model._encode(images[first : first + count], some)
+        expected = steps.prepare(model, images[first : first + count], some).targets
         for a, b in zip(targets.select_images(whole, first, count), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -147,19 +148,15 @@ def test_padded_rows_change_nothing():
     for branch in ("plain", "released"):
         model = kept(*BRANCHES[branch])
         images, instances = batch()
-        real = model._encode(images, instances)
-        counts = model._counts(images, real)
+        prepared = steps.prepare(model, images, instances)
+        real = prepared.targets
         values, gradients = [], []
-        for rows in (None, len(real.positives), len(real.positives) + 1, model._most_positives(4, instances)):
+        for rows in (None, len(real.positives), len(real.positives) + 1, steps.most_positives(model, 4, instances)):
             more = targets.pad_positives(real, rows)
             assert (
-                len(more.positives)
-                == len(more.rays)
-                == len(more.centerness)
-                == len(more.boxes)
-                == (rows or len(real.positives))
+                len(more.positives) == len(more.rays) == len(more.centerness) == len(more.ltrb) == (rows or len(real.positives))
             )
-            got, values_of = model._part_gradients(images, more, counts)
+            got, values_of = steps.part_gradients(model, images, steps.Prepared(more, prepared.normalizers))
             values.append([float(v) for v in values_of])
             gradients.append([g.numpy() for g in got])
         for v, g in zip(values[1:], gradients[1:], strict=True):
@@ -187,8 +184,8 @@ def test_no_instance_has_more_positives_than_the_padding_holds(radius):
         counts.append(sum(np.count_nonzero(owner >= 0) for owner in owners))
     config = kept().config
     other = dataclasses.replace(config, targets=dataclasses.replace(config.targets, radius=radius))
-    model = SimpleNamespace(config=other, ray_units={3: 8.0, 4: 16.0})
-    most = PolarMask._most_positives(model, 2, {"classes": np.zeros((2, 7))})
+    model = SimpleNamespace(config=other, ray_units={"3": 8.0, "4": 16.0})
+    most = steps.most_positives(model, 2, {"classes": np.zeros((2, 7))})
     assert max(counts) * 2 * 7 <= most
     assert radius != 1.5 or max(counts) * 2 * 7 == most
 
@@ -199,7 +196,7 @@ def test_no_instance_has_more_positives_than_the_padding_holds(radius):
 def test_xla_computes_the_same_step():
     model = kept(*BRANCHES["released"], "model.backbone.freeze_at=5")  # its gradient: below
     expected = stepped(model, *batch())
-    assert_same(stepped(model, *batch(), jit_compile=True), expected, 1e-4)
+    assert_same(stepped(model, *batch(), xla=True), expected, 1e-4)
 
 
 def test_fit_by_xla_in_parts_on_several_sizes():
@@ -211,7 +208,7 @@ def test_fit_by_xla_in_parts_on_several_sizes():
     spec = tf.nest.map_structure(lambda t: tf.TensorSpec([4, *[None] * (t.shape.rank - 1)], t.dtype), batches[0])
     for name in ("boxes", "centers", "classes", "edges"):  # as the pipeline gives them: their number is known
         spec[1][name] = tf.TensorSpec(batches[0][1][name].shape, spec[1][name].dtype)
-    plain, parts = make(*settings), changed(make(*settings), accumulate=2, jit_compile=True)
+    plain, parts = make(*settings), changed(make("train.jit_compile=true", *settings), accumulate=2)
     before = [v.numpy() for v in plain.trainable_variables]
     step = parts.make_train_function()
     iterator = iter(tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=spec))
@@ -244,7 +241,7 @@ def test_half_precision_computes_almost_the_same(precision):
         model.train_step(batch())
     assert all(
         v.dtype == tf.float32 and np.isfinite(v).all()
-        for v in [*model.backbone.variables, *model.fpn.variables, *model.head.variables]
+        for v in [*model.backbone.variables, *model.decoder.variables, *model.head.variables]
     )
     outputs = tf.nest.flatten(model(batch()[0]))
     assert all(o.dtype == tf.float32 and np.isfinite(o).all() for o in outputs)

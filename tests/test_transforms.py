@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
-from test_geometry import HOLE, SQUARE, iou, raster, raster_moments, star
 
+from helpers.polygons import HOLE, SQUARE, iou, raster, raster_moments, star
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline, records, transforms
 from polarmask_tf.data.convert import convert

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from polarmask_tf import config, lite
 
 WEB = Path(__file__).resolve().parents[1] / "exports/web"
-DRIVER = Path(__file__).with_name("web_page.mjs")
+DRIVER = Path(__file__).parent / "helpers/web_page.mjs"
 HEIGHT, WIDTH = 96, 128
 CLASSES = [{"name": name, "category_id": 7} for name in ("circle", "rectangle", "triangle", "star")]
 # float32 in both, but XNNPACK for WASM sums in another order than the native one: measured were 1e-7 in scores and, as rays are

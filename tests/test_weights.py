@@ -84,7 +84,7 @@ def test_features_equal_the_golden_ones(imported, golden):
     x = arrays["input"].transpose(0, 2, 3, 1)[..., ::-1]  # BGR, normalised
     ours = model.backbone(tf.constant(x))
     pyramid = model.fpn(ours)
-    for name, found in {"C5": ours[5], "P5": pyramid[5], "P6": pyramid[6], "P7": pyramid[7]}.items():
+    for name, found in {"C5": ours["5"], "P5": pyramid["5"], "P6": pyramid["6"], "P7": pyramid["7"]}.items():
         expected = features[name].astype(np.float32).transpose(0, 2, 3, 1)
         np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
 

@@ -1,19 +1,53 @@
-"""Every setting: frozen dataclasses with their defaults, and the checks that no single type can make. Loads no TensorFlow.
+"""Every setting: frozen dataclasses of fields with their default, bounds and meaning. Loads no TensorFlow.
 
-Numbers that belong to the data (class names and counts) are not here: they come with the data.
+Numbers that belong to the data (class names and counts) are not here: they come with the data. A bound above is one that no
+data and no machine of today meets: what exceeds it is a slip or an attack, and would cost memory without end.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
 
 from polarmask_tf.errors import InputError
 
 
+def _checked(default, passes: typing.Callable, need: str):
+    """A field that `check` refuses where `passes` is false, saying what is needed."""
+    return field(default=default, metadata={"passes": passes, "need": need})
+
+
+def _within(default, least, most):
+    """A field that is a number from `least` to `most`."""
+    return _checked(default, lambda number: least <= number <= most, f"a number from {least} to {most} is needed")
+
+
+def _each(default, least, most, multiples=None):
+    """A field that is a list of numbers from `least` to `most`, or of lists of them."""
+
+    def passes(value):
+        return (
+            all(map(passes, value))
+            if isinstance(value, tuple)
+            else least <= value <= most and not (multiples and value % multiples)
+        )
+
+    kind = f"multiples of {multiples}" if multiples else "numbers"
+    return _checked(default, passes, f"{kind} from {least} to {most} are needed")
+
+
+class Section:
+    """Base of all settings that a YAML file may name."""
+
+    def contradictions(self) -> typing.Iterable[str]:
+        """What is wrong with fields that are right one by one."""
+        return ()
+
+
 @dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Section):
     # "resnet" is described by stem to group_width; the others are tf-models-official's, and take `multiplier` instead.
     type: typing.Literal[
         "resnet",
@@ -24,126 +58,174 @@ class BackboneConfig:
         "MobileNetV4ConvMedium",
         "EfficientNetB0",
     ] = "resnet"
-    multiplier: float = 1.0  # times the channels of a MobileNet
+    multiplier: float = _within(1.0, 0.01, 100)  # times the channels of a MobileNet
     stem: typing.Literal["7x7", "3x3"] = "7x7"  # 7x7 convolution and max pooling, or two 3x3 convolutions, which cost less
-    stem_width: int = 0  # channels between these two; 0: as many as after them, `width`
+    stem_width: int = _within(0, 0, 1024)  # channels between these two; 0: as many as after them, `width`
     block: typing.Literal["basic", "bottleneck"] = "basic"
-    blocks: tuple[int, ...] = (1, 1, 1, 1)  # residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3)
-    width: int = 24  # channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64 (below 16 see layers.Conv)
+    # Residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3).
+    blocks: tuple[int, int, int, int] = _each((1, 1, 1, 1), 1, 200)
+    # Channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64. Below 16 see layers.Conv.
+    width: int = _within(24, 1, 1024)
     stride_in: typing.Literal["3x3", "1x1"] = "3x3"  # "pytorch" or "caffe" placement of a bottleneck's stride
-    groups: int = 1  # ResNeXt: groups of a bottleneck's 3x3 convolution ...
-    group_width: int = 4  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d has 64 groups of 4
+    groups: int = _within(1, 1, 1024)  # ResNeXt: groups of a bottleneck's 3x3 convolution ...
+    group_width: int = _within(4, 1, 1024)  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d: 64, 4
     norm: typing.Literal["batch", "frozen", "sync", "group"] = "batch"  # frozen: BatchNorm that never learns
-    freeze_at: int = 0  # 1: the stem does not learn, 2: nor does C2, ..., 5: nothing of the backbone does
-    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing; see modeling/pretrained.py
+    freeze_at: int = _within(0, 0, 5)  # 1: the stem does not learn, 2: nor does C2, ..., 5: nothing of the backbone does
+    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing; see weights/pretrained.py
+
+    def contradictions(self):
+        if self.multiplier != 1 and self.type == "resnet":
+            yield "model.backbone.multiplier is for the mobile backbones; a resnet has model.backbone.width"
+        if self.groups > 1 and self.block != "bottleneck":
+            yield "model.backbone.groups above 1 needs model.backbone.block: bottleneck"
+        if self.stem_width and self.stem != "3x3":
+            yield "model.backbone.stem_width needs model.backbone.stem: 3x3"
 
 
 @dataclass(frozen=True)
-class FPNConfig:
-    channels: int = 64
-    levels: tuple[int, ...] = (3, 4, 5)  # consecutive; level l has stride 2**l; the lowest is 2 or more
+class FPNConfig(Section):
+    channels: int = _within(64, 1, 4096)
+    levels: tuple[int, ...] = _checked(  # level l has stride 2**l, and is half as high and wide as the one before
+        (3, 4, 5),
+        lambda levels: levels and 2 <= levels[0] <= 5 and levels == tuple(range(levels[0], min(levels[-1], 10) + 1)),
+        "consecutive levels are needed, from 2, 3, 4 or 5 up (and to 10 at most)",
+    )
     conv: typing.Literal["dense", "separable"] = "dense"  # of the 3x3 convolutions; separable: depthwise, then 1x1 ("FPN-lite")
 
 
 @dataclass(frozen=True)
-class HeadConfig:
-    channels: int = 64
-    convs: int = 2  # 3x3 convolutions in each of the two towers
+class HeadConfig(Section):
+    channels: int = _within(64, 1, 4096)
+    convs: int = _within(2, 0, 100)  # 3x3 convolutions in each of the two towers
     conv: typing.Literal["dense", "separable"] = "dense"  # what those are; separable: depthwise, then 1x1
     kernel: typing.Literal[3, 1] = 3  # of the last convolutions, to classes, centerness and rays
     # batch: BatchNorm with statistics of each level, which an export folds into the convolution before it.
     norm: typing.Literal["group", "batch", "none"] = "group"
     box: bool = False  # a third tower for l, t, r, b; rays are cut at the box (table 1d)
     ray_unit: typing.Literal["pixel", "stride"] = "stride"  # rays = exp(.) as released, or stride * exp(.)
-    ray_bias: float = 0.0  # initial bias of the ray convolution: rays start at exp(ray_bias) units
+    ray_bias: float = _within(0.0, -20, 20)  # initial bias of the ray convolution: rays start at exp(ray_bias) units
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    rays: int = 36
+class ModelConfig(Section):
+    rays: int = _within(36, 4, 720)  # ray k points k * 360 / rays degrees from +x towards +y
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     normalization: typing.Literal["fixed", "image"] = "fixed"  # by mean and std below, or by each image's own
-    mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # RGB, subtracted from 0..255 pixels in the graph
-    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, subtracted from 0..255 pixels in the graph
+    std: tuple[float, float, float] = _each((58.395, 57.12, 57.375), 1e-6, 10**6)  # RGB, what they are then divided by
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     train: str = ""  # directory made by `polarmask convert`
     val: str = ""
-    size: tuple[int, int] = (128, 128)  # height and width of the network's input, multiples of 32; see `fit`
+    size: tuple[int, int] = _each((128, 128), 1, 16384)  # height and width of the network's input, multiples of 32; see `fit`
     # How an image meets `size`. letterbox: it fits in, its ratio kept. stretch: it fills it, its ratio lost, as released.
     # short_side: its shorter side is size[0] unless its longer one then exceeds size[1], as in the paper; the input is
     # portrait or landscape as the image is, padded to multiples of 32.
     fit: typing.Literal["letterbox", "short_side", "stretch"] = "letterbox"
-    batch: int = 16  # images a step, over all replicas
-    crop: tuple[int, ...] = ()  # training only: images are scaled for `size` and cropped to this height and width
+    batch: int = _within(16, 1, 65536)  # images a step, over all replicas
+    # Training only: images are scaled for `size` and cropped to this height and width, or () for not at all.
+    crop: tuple[int, ...] = _each((), 32, 16384, multiples=32)
     flip: typing.Literal["none", "horizontal", "both"] = "horizontal"  # both: also upside down
-    scale: tuple[float, float] = (1.0, 1.0)  # scale jitter, times the scale that fits the image into `size`
-    max_instances: int = 100  # padding of a training image; an image with more keeps its largest
-    shuffle: int = 2048  # images are shuffled in blocks of this many (and so are the shards)
-    sizes: tuple[tuple[int, int], ...] = ()  # multi-scale training: every step takes one of these in place of `size`
+    scale: tuple[float, float] = _each((1.0, 1.0), 0.01, 100)  # scale jitter, times the scale that fits the image into `size`
+    max_instances: int = _within(100, 1, 10**4)  # padding of a training image; an image with more keeps its largest
+    shuffle: int = _within(2048, 1, 10**7)  # images are shuffled in blocks of this many (and so are the shards)
+    # Multi-scale training: every step takes one of these in place of `size`, like [[448, 448], [512, 512]].
+    sizes: tuple[tuple[int, int], ...] = _each((), 1, 16384)
     # What each of several workers reads. data: every shard, and decodes its part of every batch, so that batches are the
     # same whatever the layout. file: only its own shards, which is faster with many; batches then depend on the layout.
     sharding: typing.Literal["data", "file"] = "data"
     damaged: typing.Literal["fail", "skip"] = "fail"  # a shard that cannot be read to its end: stop, or go on without its rest
 
+    def contradictions(self):
+        size, sizes = list(self.size), [list(size) for size in self.sizes]
+        if self.fit == "short_side":
+            if size[0] > size[1]:
+                yield f"data.size is {size}: data.fit: short_side takes the shorter side, then the most that the longer may be"
+            if self.crop:
+                yield "data.crop does not go with data.fit: short_side"
+        elif any(side % 32 for side in size):
+            yield f"data.size is {size}: multiples of 32 are needed"
+        elif any(side % 32 for one in sizes for side in one):
+            yield f"data.sizes is {sizes}: multiples of 32 are needed"
+        if len(self.crop) not in (0, 2):
+            yield f"data.crop is {list(self.crop)}: a height and a width are needed, or none"
+        if self.scale[0] > self.scale[1]:
+            yield f"data.scale is {list(self.scale)}: the smaller comes first"
+        if self.sizes and self.crop:
+            yield "data.sizes does not go with data.crop"
+
 
 @dataclass(frozen=True)
-class TargetConfig:
-    radius: float = 1.5  # center sampling, in strides
-    ranges: tuple[float, ...] = ()  # upper bounds of max(l, t, r, b) between levels; () = 64, 128, ... * input / 800
+class TargetConfig(Section):
+    radius: float = _within(1.5, 0.001, 1000)  # center sampling, in strides
+    # Upper bounds of max(l, t, r, b) between levels, ascending; () = 64, 128, ... * input / 800.
+    ranges: tuple[float, ...] = _checked((), lambda bounds: list(bounds) == sorted(bounds), "ascending numbers are needed")
     center: typing.Literal["mass", "box"] = "mass"  # what center sampling is around (figure 7)
     centerness: typing.Literal["polar", "cartesian"] = "polar"  # equation 3, or FCOS's (table 1c)
     parts: typing.Literal["largest", "all"] = "largest"  # which polygons of an instance give center and rays
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    focal_gamma: float = 2.0
-    focal_alpha: float = 0.25
+class LossConfig(Section):
+    focal_gamma: float = _within(2.0, 0, 100)
+    focal_alpha: float = _within(0.25, 0, 1)
     ray: typing.Literal["polar_iou", "polar_iou_squared", "smooth_l1"] = "polar_iou"  # equations 7, 6; table 1b
-    class_weight: float = 1.0
-    ray_weight: float = 1.0  # with smooth_l1 this is table 1b's alpha
-    centerness_weight: float = 1.0
-    box_weight: float = 1.0  # of the box branch, where there is one
+    class_weight: float = _within(1.0, 0, 10**6)
+    ray_weight: float = _within(1.0, 0, 10**6)  # with smooth_l1 this is table 1b's alpha
+    centerness_weight: float = _within(1.0, 0, 10**6)
+    box_weight: float = _within(1.0, 0, 10**6)  # of the box branch, where there is one
 
 
 @dataclass(frozen=True)
-class PostprocessConfig:
-    score_threshold: float = 0.05
-    pre_nms_top_k: int = 1000  # a level, before NMS
-    nms_iou_threshold: float = 0.5
-    max_detections: int = 100
+class PostprocessConfig(Section):
+    score_threshold: float = _checked(0.05, lambda score: 0 <= score < 1, "a number in [0, 1) is needed")
+    pre_nms_top_k: int = _within(1000, 1, 10**5)  # a level, before NMS
+    nms_iou_threshold: float = _within(0.5, 0, 1)
+    max_detections: int = _within(100, 1, 10**4)  # an image
     multi_label: bool = True  # candidates are (location, class) pairs; False: each location's best class only
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    steps: int = 600
-    seed: int = 0
+class TrainConfig(Section):
+    steps: int = _within(600, 1, 10**9)
+    seed: int = _within(0, 0, 2**32 - 1)
     optimizer: typing.Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = 0.01
-    base_batch_size: int = 0  # learning_rate is for so many images a step, and scaled linearly to data.batch; 0: as it stands
-    warmup_steps: int = 50
+    learning_rate: float = _within(0.01, 0, 1000)
+    # The learning rate is for so many images a step, and scaled linearly to data.batch; 0: as it stands.
+    base_batch_size: int = _within(0, 0, 65536)
+    warmup_steps: int = _within(50, 0, 10**9)
     schedule: typing.Literal["cosine", "step"] = "cosine"
-    final_lr_fraction: float = 0.02  # cosine: fraction of learning_rate at the last step
-    lr_boundaries: tuple[int, ...] = ()  # step: learning rate is divided by 10 at each of these
-    weight_decay: float = 1e-4
+    final_lr_fraction: float = _within(0.02, 0, 1)  # cosine: fraction of learning_rate at the last step
+    lr_boundaries: tuple[int, ...] = _each((), 0, 10**9)  # step: learning rate is divided by 10 at each of these
+    weight_decay: float = _within(1e-4, 0, 100)
     decay: typing.Literal["decoupled", "l2"] = "decoupled"  # l2: added to the gradient, as in the paper; sgd only
-    bias_lr_multiplier: float = 1.0  # l2: times the learning rate for the biases of convolutions, which then do not decay
-    momentum: float = 0.9  # sgd
-    clip_norm: float = 10.0  # 0 = off
-    checkpoint_every: int = 200
+    # With l2: times the learning rate for the biases of convolutions, which then do not decay.
+    bias_lr_multiplier: float = _within(1.0, 0, 1000)
+    momentum: float = _within(0.9, 0, 1)  # sgd
+    clip_norm: float = _within(10.0, 0, 10**6)  # 0 = off
+    checkpoint_every: int = _within(200, 1, 10**9)
     precision: typing.Literal["float32", "float16", "bfloat16"] = "float32"  # of the network in training; weights stay float32
     jit_compile: bool = False  # the network and its gradient by XLA
-    accumulate: int = 1  # a step's images go through the network in so many parts, one after the other, to save memory
-    ema: float = 0.0  # momentum of the running average of the weights that evaluation and export then take; 0: none
+    # A step's images go through the network in so many parts, one after the other, to save memory.
+    accumulate: int = _within(1, 1, 65536)
+    # Momentum of the running average of the weights that evaluation and export then take; 0: none.
+    ema: float = _checked(0.0, lambda momentum: 0 <= momentum < 1, "a number from 0 up to 1, like 0.999, is needed")
     deterministic: bool = False  # the same weights from every run, bit for bit; slower
-    evaluate_every: int = 0  # steps between COCO evaluations on data.val; the best model is kept in best/; 0: none
-    patience: int = 0  # stop after so many evaluations without a better AP; 0: never
+    # Steps between COCO evaluations on data.val; the best model is kept in best/; 0: none.
+    evaluate_every: int = _within(0, 0, 10**9)
+    patience: int = _within(0, 0, 10**9)  # stop after so many evaluations without a better AP; 0: never
+
+    def contradictions(self):
+        if self.decay == "l2" and self.optimizer != "sgd":
+            yield "train.decay: l2 is for train.optimizer: sgd; adamw's is decoupled"
+        if self.bias_lr_multiplier != 1 and self.decay != "l2":
+            yield "train.bias_lr_multiplier goes with train.decay: l2"
+        if self.patience and not self.evaluate_every:
+            yield "train.patience needs train.evaluate_every"
 
 
 @dataclass(frozen=True)
@@ -173,7 +255,7 @@ CONVENTIONS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     conventions: typing.Literal["paper", "released"] = "paper"  # see Conventions
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -181,6 +263,17 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def contradictions(self):
+        levels, ranges = self.model.fpn.levels, self.targets.ranges
+        if self.conventions == "released" and not self.model.head.box:
+            yield "conventions: released compares boxes of the box branch; it needs model.head.box: true"
+        if self.data.batch % self.train.accumulate:
+            yield f"data.batch is {self.data.batch}: not a multiple of train.accumulate ({self.train.accumulate})"
+        if self.train.evaluate_every and not self.data.val:
+            yield "train.evaluate_every needs data.val, converted data to evaluate on"
+        if ranges and len(ranges) != len(levels) - 1:
+            yield f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"
 
 
 def input_size(data: DataConfig) -> tuple[int, int]:
@@ -193,113 +286,16 @@ def input_size(data: DataConfig) -> tuple[int, int]:
     return height, width
 
 
-def check(config: Config) -> None:
-    """InputError for values that no single field's type can refuse."""
-    model, data = config.model, config.data
-    levels = model.fpn.levels
-    rules = [
-        (model.rays >= 4, f"model.rays is {model.rays}: at least 4 rays are needed"),
-        (
-            levels and levels == tuple(range(levels[0], levels[0] + len(levels))) and 2 <= levels[0] <= 5,
-            f"model.fpn.levels is {list(levels)}: consecutive levels are needed, from 2, 3, 4 or 5 up",
-        ),
-        (
-            len(model.backbone.blocks) == 4 and min(model.backbone.blocks) >= 1,
-            f"model.backbone.blocks is {list(model.backbone.blocks)}: four numbers of at least 1 are needed (C2 to C5)",
-        ),
-        (
-            len(model.mean) == len(model.std) == 3 and min(model.std) > 0,
-            "model.mean and model.std are three numbers each, those of std positive",
-        ),
-        (
-            model.backbone.multiplier == 1 or model.backbone.type != "resnet",
-            "model.backbone.multiplier is for the mobile backbones; a resnet has model.backbone.width",
-        ),
-        (
-            model.backbone.groups == 1 or model.backbone.block == "bottleneck",
-            "model.backbone.groups above 1 needs model.backbone.block: bottleneck",
-        ),
-        (
-            model.backbone.stem_width == 0 or model.backbone.stem == "3x3",
-            "model.backbone.stem_width needs model.backbone.stem: 3x3",
-        ),
-        (0 <= model.backbone.freeze_at <= 5, f"model.backbone.freeze_at is {model.backbone.freeze_at}: 0 to 5 are possible"),
-        (
-            config.conventions == "paper" or model.head.box,
-            "conventions: released compares boxes of the box branch; it needs model.head.box: true",
-        ),
-        (
-            all(s > 0 and (s % 32 == 0 or data.fit == "short_side") for s in data.size),
-            f"data.size is {list(data.size)}: multiples of 32 are needed",
-        ),
-        (
-            data.fit != "short_side" or data.size[0] <= data.size[1],
-            f"data.size is {list(data.size)}: data.fit: short_side takes the shorter side and the most that the longer may be",
-        ),
-        (data.fit != "short_side" or not data.crop, "data.crop does not go with data.fit: short_side"),
-        (
-            not data.crop or (len(data.crop) == 2 and all(s > 0 and s % 32 == 0 for s in data.crop)),
-            f"data.crop is {list(data.crop)}: two multiples of 32 are needed, or none",
-        ),
-        (data.batch >= 1, f"data.batch is {data.batch}: at least 1 is needed"),
-        (
-            0 < data.scale[0] <= data.scale[1],
-            f"data.scale is {list(data.scale)}: two positive numbers, the smaller first, are needed",
-        ),
-        (
-            all(min(size) > 0 and (size[0] % 32 == size[1] % 32 == 0 or data.fit == "short_side") for size in data.sizes),
-            "data.sizes is a list of sizes like data.size: [[448, 448], [512, 512]]",
-        ),
-        (not (data.sizes and data.crop), "data.sizes does not go with data.crop"),
-        (
-            data.batch % max(config.train.accumulate, 1) == 0,
-            f"data.batch is {data.batch}: not a multiple of train.accumulate ({config.train.accumulate})",
-        ),
-        (0 <= config.train.ema < 1, f"train.ema is {config.train.ema}: a number from 0 up to 1, like 0.999, is needed"),
-        (not config.train.evaluate_every or data.val, "train.evaluate_every needs data.val, converted data to evaluate on"),
-        (not config.train.patience or config.train.evaluate_every, "train.patience needs train.evaluate_every"),
-        (config.targets.radius > 0, "targets.radius must be positive"),
-        (
-            not config.targets.ranges or len(config.targets.ranges) == len(levels) - 1,
-            f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none",
-        ),
-        (list(config.targets.ranges) == sorted(config.targets.ranges), "targets.ranges must be ascending"),
-        (config.train.steps >= 1, f"train.steps is {config.train.steps}: at least 1 is needed"),
-        (
-            config.train.decay == "decoupled" or config.train.optimizer == "sgd",
-            "train.decay: l2 is for train.optimizer: sgd; adamw's is decoupled",
-        ),
-        (
-            config.train.bias_lr_multiplier == 1.0 or config.train.decay == "l2",
-            "train.bias_lr_multiplier goes with train.decay: l2",
-        ),
-        (config.train.checkpoint_every >= 1, "train.checkpoint_every must be at least 1"),
-        (0 <= config.postprocess.score_threshold < 1, "postprocess.score_threshold must be in [0, 1)"),
-        (0 <= config.postprocess.nms_iou_threshold <= 1, "postprocess.nms_iou_threshold must be in [0, 1]"),
-        (config.postprocess.max_detections >= 1, "postprocess.max_detections must be at least 1"),
-    ]
-    at_least = {
-        "model.backbone.width": 1,
-        "model.backbone.stem_width": 0,
-        "model.fpn.channels": 1,
-        "model.head.channels": 1,
-        "model.head.convs": 0,
-        "model.backbone.groups": 1,
-        "model.backbone.group_width": 1,
-        "train.base_batch_size": 0,
-        "train.bias_lr_multiplier": 0,
-        "data.max_instances": 1,
-        "data.shuffle": 1,
-        "postprocess.pre_nms_top_k": 1,
-        "train.learning_rate": 0,
-        "train.warmup_steps": 0,
-        "train.accumulate": 1,
-        "train.evaluate_every": 0,
-        "train.patience": 0,
-    }
-    for key, least in at_least.items():
-        value = functools.reduce(getattr, key.split("."), config)
-        rules.append((value >= least, f"{key} is {value}: at least {least} is needed"))
-    for ok, message in rules:
-        if not ok:
-            raise InputError(message)
+def check(section: Section, prefix: str = "") -> None:
+    """InputError for the first value of a config, or of a section of one, that is out of bounds or contradicts another.
+
+    `prefix` stands before the names of the section's fields in messages, like "model.fpn."; a whole config needs none.
+    """
+    for entry in dataclasses.fields(section):
+        key, value = prefix + entry.name, getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            check(value, f"{key}.")
+        elif entry.metadata and not entry.metadata["passes"](value):
+            raise InputError(f"{key} is {json.dumps(value, default=str)}: {entry.metadata['need']}")
+    for message in section.contradictions():
+        raise InputError(message)

@@ -9,13 +9,27 @@ import dataclasses
 import difflib
 import math
 import os
+import reprlib
 import typing
 from pathlib import Path
 
 import yaml
 
 from polarmask_tf.config.schema import Config, check
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, one_line
+
+# Names of settings that stand in a file of another name: most are rows of the paper's tables that equal another row.
+SAME_SETTINGS = {
+    "table1a_rays36": "table1",
+    "table1b_polar_iou": "table1",
+    "table1c_cartesian": "table1",
+    "table1d_with_box": "table1",
+    "table1e_r50": "paper_1x",
+    "table1f_800": "paper_1x",
+    "table2_r101": "table1e_r101",
+    "table2_x101": "table1e_x101",
+    "released": "released_r50_1x",
+}
 
 # Keys that runs of earlier versions have in their config.yaml, and what they are called now ("": gone).
 RENAMED = {
@@ -28,6 +42,10 @@ RENAMED = {
     "data.cache": "",
 }
 _GONE = {"data.cache": "convert the data with `polarmask convert --decoded`"}
+_MOST_TEXT = 100_000  # characters of a file; one with every key has 3,000
+_MOST_FILES = 100  # that `base:` may lead to
+_shown = reprlib.Repr()  # of values in messages: bounded in depth and length
+_shown.maxstring = _shown.maxother = 80
 
 
 def configs_dir() -> Path:
@@ -38,35 +56,30 @@ def configs_dir() -> Path:
 
 def find(name: str | os.PathLike) -> Path:
     """A config file by path, or a shipped one by name ("shapes" or "shapes.yaml"). InputError if there is none."""
-    path = Path(name)
-    shipped = configs_dir() / path.name
-    candidates = [path, shipped, shipped.with_name(path.name + ".yaml")]
-    for candidate in candidates if path.parent == Path(".") or path.parts[:1] == ("configs",) else [path]:
-        if candidate.is_file():
-            return candidate
-    known = ", ".join(sorted(p.stem for p in configs_dir().glob("*.yaml")))
-    raise InputError(f"no config file {str(name)!r}; give a path, or one of: {known}")
+    found = _find(Path(name), Path())
+    if found is None:
+        known = ", ".join(sorted(p.stem for p in configs_dir().glob("*.yaml")))
+        raise InputError(f"no config file {_shown.repr(str(name))}; give a path, or one of: {known}")
+    return found
+
+
+def _find(path: Path, folder: Path) -> Path | None:
+    candidates = [folder / path]
+    if path.parent == Path(".") or path.parts[:1] == ("configs",):
+        candidates += [configs_dir() / path.name, configs_dir() / f"{SAME_SETTINGS.get(path.stem, path.name)}.yaml"]
+    return next(filter(os.path.isfile, candidates), None)  # neither a directory nor a pipe
 
 
 def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Config:
     """Config from a YAML file (path or shipped name) and overrides like "train.steps=600".
 
-    Raises InputError for an unknown file or key (naming the nearest valid one), a value of the wrong type, a cycle of
-    bases, or settings that contradict each other.
+    Raises InputError for an unknown file or key (naming the nearest valid one), a value of the wrong type or out of bounds,
+    a cycle of bases, or settings that contradict each other.
     """
     path = find(name)
-    values = _read(path, ())
+    values = _read(path)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise InputError(f"override {override!r}: write it as key=value, for example train.steps=600")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: a date or number that is none, like 2021-13-01
-            raise InputError(f"override {override!r}: {text!r} is not a YAML value") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        values = _merge(values, value)
+        values = _merge(values, _override(override))
     config = _build(Config, values, "", str(path))
     check(config)
     return config
@@ -74,7 +87,7 @@ def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Confi
 
 def load_saved(path: Path) -> Config:
     """The config that `dump` wrote into a run directory, also one of an earlier version; raises InputError as `load` does."""
-    values = _read(path, ())
+    values = _read(path)
     for old, new in RENAMED.items():
         section, key = old.split(".")
         if isinstance(values.get(section), dict) and key in values[section]:
@@ -101,24 +114,86 @@ def from_dict(cls, values: dict, source: str = "config"):
     return _build(cls, values, "", source)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict:
-    path = path.resolve()
-    if path in seen:
-        raise InputError(f"{path}: the chain of `base:` comes back to this file")
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load without what YAML allows and no config needs: aliases, a key twice, whole numbers above 64 bits."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few of them make a value of any size
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not taken", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.id == "scalar" and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if key.id == "scalar" else None)
+        return super().construct_mapping(node, deep)
+
+    def construct_int(self, node):
+        number = self.construct_yaml_int(node)
+        if abs(number) >= 2**63:
+            raise yaml.MarkedYAMLError(problem="a whole number of more than 64 bits", problem_mark=node.start_mark)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+
+
+def _parse(text: str):
+    """The value of YAML text; ValueError that says what is wrong with it."""
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"longer than {_MOST_TEXT} characters")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); is it a YAML file?") from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date or number that is none, like 2021-13-01
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # of many types: for a date that is none (2021-13-01), a tag that does not fit, a null byte
+        raise ValueError(one_line(error) or type(error).__name__) from None
+
+
+def _override(text: str) -> dict:
+    """{"a": {"b": value}} of "a.b=value"."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {_shown.repr(text)}: write it as key=value, for example train.steps=600")
+    try:
+        value = _parse(value)
+    except ValueError as error:
+        raise InputError(f"override {_shown.repr(text)}: not a YAML value ({error})") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    _build(Config, value, "", f"override {_shown.repr(text)}")  # so that what is wrong is said of this override
+    return value
+
+
+def _read(path: Path, chain: tuple[Path, ...] = (), files: list[Path] | None = None) -> dict:
+    """What a file says over its bases. `chain`: the files that lead to it, `files`: all that were read before."""
+    path, files = path.resolve(), [] if files is None else files
+    if path in chain:
+        raise InputError(f"{path}: the chain of `base:` comes back to this file")
+    files.append(path)
+    if len(files) > _MOST_FILES:
+        raise InputError(f"{files[0]}: `base:` leads to more than {_MOST_FILES} files")
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = _parse(file.read(_MOST_TEXT + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}); is it a YAML file?") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    bases, merged = values.pop("base", []), {}
+    bases, merged = values.pop("base", None) or [], {}
     for base in bases if isinstance(bases, list) else [bases]:  # later ones win
-        base_path = path.parent / str(base)
-        if not base_path.is_file():
-            raise InputError(f"{path}: base {base!r} does not exist beside it")
-        merged = _merge(merged, _read(base_path, (*seen, path)))
+        base_path = _find(Path(str(base)), path.parent)
+        if base_path is None:
+            raise InputError(f"{path}: base {_shown.repr(base)} does not exist beside it, and is no shipped one")
+        merged = _merge(merged, _read(base_path, (*chain, path), files))
     return _merge(merged, values)
 
 
@@ -132,7 +207,7 @@ def _merge(below: dict, above: dict) -> dict:
 
 def _build(cls, values, prefix: str, source: str):
     if not isinstance(values, dict):
-        raise InputError(f"{source}: {prefix.rstrip('.')} is a section with keys of its own, not {values!r}")
+        raise InputError(f"{source}: {prefix.rstrip('.')} is a section with keys of its own, not {_shown.repr(values)}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if f"{prefix}{key}" in RENAMED:
@@ -140,8 +215,8 @@ def _build(cls, values, prefix: str, source: str):
             what = f"is called {now} now" if now else f"is gone: {_GONE[prefix + key]}"
             raise InputError(f"{source}: {prefix}{key} {what}")
         if key not in hints:
-            near = _nearest(str(key), prefix)
-            written = " ".join(f"{prefix}{key}".split())
+            near = _nearest(str(key)[:100], prefix)
+            written = one_line(f"{prefix}{key}", 100)
             raise InputError(f"{source}: unknown key {written}" + (f"; did you mean {near}?" if near else ""))
     return cls(
         **{
@@ -161,9 +236,10 @@ def _all_keys(cls, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, prefix: str) -> str | None:
-    """The valid dotted key that the user most likely meant: here by spelling, or the same name in another section."""
+    """The valid dotted key that the user most likely meant: here by spelling, or the same (old) name in another section."""
     keys = _all_keys(Config)
-    same_name = [k for k in keys if k.rpartition(".")[2] == key]
+    names = {**{k: k for k in keys}, **RENAMED}
+    same_name = [now for name, now in names.items() if name.rpartition(".")[2] == key and now]
     return next(iter(same_name or difflib.get_close_matches(prefix + key, keys, n=1, cutoff=0.5)), None)
 
 
@@ -171,13 +247,13 @@ def _convert(hint, value, key: str, source: str):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{source}: {key} takes a list, not {value!r}")
+            raise InputError(f"{source}: {key} takes a list, not {_shown.repr(value)}")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise InputError(f"{source}: {key} takes {len(args)} values, not {len(value)}")
         return tuple(_convert(args[0], v, key, source) for v in value)
     if origin is typing.Literal:
-        if value not in args:
-            raise InputError(f"{source}: {key} is one of {', '.join(map(str, args))}, not {value!r}")
+        if not any(value == arg and type(value) is type(arg) for arg in args):  # true is 1 to Python
+            raise InputError(f"{source}: {key} is one of {', '.join(map(str, args))}, not {_shown.repr(value)}")
         return value
     if hint is float and not isinstance(value, bool):
         try:
@@ -186,10 +262,12 @@ def _convert(hint, value, key: str, source: str):
                 return number
         except (TypeError, ValueError, OverflowError):
             pass
+    elif hint is str and value is None:  # `val:` and --set data.val=
+        return ""
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    raise InputError(f"{source}: {key} takes {names[hint]}, not {value!r}")
+    raise InputError(f"{source}: {key} takes {names[hint]}, not {_shown.repr(value)}")
 
 
 def _plain(value):

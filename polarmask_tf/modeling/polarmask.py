@@ -51,8 +51,8 @@ class PolarMask(tf_keras.Model):
     Raises InputError for what cannot be built.
     """
 
-    def __init__(self, config: Config, classes: int | typing.Sequence, backbone=None, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, config: Config, classes: int | typing.Sequence, backbone=None, name: str = "polarmask", **kwargs):
+        super().__init__(name=name, **kwargs)  # always the same name: variables of two models are compared by theirs
         model, policy = config.model, self.dtype_policy
         self.config = config
         self._classes = _Untracked(_named_classes(classes))
@@ -183,7 +183,7 @@ class PolarMask(tf_keras.Model):
         if sample_weight is not None:
             raise InputError("sample_weight: there is no such weight in the losses; leave it out")
         prepared = y if isinstance(y, step.Prepared) else step.prepare(self, x, y)
-        prepared.losses = self._losses(y_pred, prepared.targets, prepared.normalizers)
+        prepared.losses = self._loss_terms(y_pred, prepared.targets, prepared.normalizers)
         if prepared is not y:
             self._update_metrics(prepared.losses)
         total = self._weighted_sum(prepared.losses)
@@ -200,7 +200,7 @@ class PolarMask(tf_keras.Model):
             # Mean metrics average over replicas, and each replica holds only its share of the sum.
             metric.update_state(value * replicas)
 
-    def _losses(self, outputs, encoded, normalizers):
+    def _loss_terms(self, outputs, encoded, normalizers):
         """Those of self.loss_names: sums over this replica's (part's) images, divided by counts over all replicas.
 
         Rows of `encoded` with a negative centerness are padding.

@@ -38,15 +38,10 @@ def gradients(model, images, instances) -> tuple[list, list]:
     parts = model.config.train.accumulate
     size = images.shape[0] // parts if parts > 1 else None
     # XLA compiles for every shape: the positives, whose number differs from step to step, are padded to the most there are.
-    rows = _most_positives(model, size or images.shape[0], instances) if model.xla else None
+    rows = most_positives(model, size or images.shape[0], instances) if model.xla else None
 
     def of_part(images, encoded, normalizers):
-        mine = Prepared(encoded, normalizers, 1 / parts)
-        with tf.GradientTape() as tape:
-            loss = model.compute_loss(images, mine, model(images, training=True))
-            if hasattr(model.optimizer, "get_scaled_loss"):
-                loss = model.optimizer.get_scaled_loss(loss)
-        return tape.gradient(loss, model.trainable_variables, unconnected_gradients="zero"), mine.losses
+        return part_gradients(model, images, Prepared(encoded, normalizers, 1 / parts))
 
     function = tf.function(of_part, jit_compile=True) if model.xla else of_part
 
@@ -70,6 +65,15 @@ def gradients(model, images, instances) -> tuple[list, list]:
     if hasattr(model.optimizer, "get_unscaled_gradients"):
         found = model.optimizer.get_unscaled_gradients(found)
     return found, losses
+
+
+def part_gradients(model, images, prepared: Prepared) -> tuple[list, list]:
+    """Gradients (scaled, in float16) and losses of some of a step's images."""
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(images, prepared, model(images, training=True))
+        if hasattr(model.optimizer, "get_scaled_loss"):
+            loss = model.optimizer.get_scaled_loss(loss)
+    return tape.gradient(loss, model.trainable_variables, unconnected_gradients="zero"), prepared.losses
 
 
 def size_of(images) -> tuple:
@@ -99,7 +103,7 @@ def _normalizers(model, images, encoded) -> list:
     return [positives + seen, weight, positives, *([weight] if "box" in model.loss_names else [])]
 
 
-def _most_positives(model, images: int, instances) -> int:
+def most_positives(model, images: int, instances) -> int:
     """The most positives that so many images can have: every instance has ceil(2 radius)^2 a level at most."""
     each = math.ceil(2 * model.config.targets.radius) ** 2
     return images * instances["classes"].shape[1] * len(model.ray_units) * each

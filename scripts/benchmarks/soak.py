@@ -1,7 +1,8 @@
-"""Good and bad requests, mixed, from several clients at once over REST and gRPC; see scripts/soak.
+"""Good and bad requests, mixed, from several clients at once over REST and gRPC; see scripts/benchmarks/soak.
 
 Every answer must be what the SavedModel, opened in this process, says of the same request: the same numbers, or the same
-refusal (HTTP 400, INVALID_ARGUMENT). The server is tests/serving_server.py in a process of its own, whose memory is watched.
+refusal (HTTP 400, INVALID_ARGUMENT). The server is tests/helpers/serving_server.py in a process of its own, whose memory is
+watched.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import tensorflow as tf
 from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-SERVER = Path(__file__).resolve().parents[1] / "tests/serving_server.py"
+SERVER = Path(__file__).resolve().parents[2] / "tests/helpers/serving_server.py"
 TOLERANCE = 1e-5  # of scores, and of coordinates relative to the image
 GROWTH = 0.03  # of the server's memory from the second quarter of the time to the last
 SIZES = [(1, 1), (1, 700), (64, 96), (97, 33), (240, 320), (480, 640), (333, 500), (700, 2)]

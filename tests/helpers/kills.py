@@ -1,5 +1,5 @@
 """Kills a training at random moments, starts it again with the same command until it is done, and compares with one that
-was left alone. The tests kill a few times; `scripts/soak_training N` kills N times."""
+was left alone. The tests kill a few times; `scripts/benchmarks/soak_training N` kills N times."""
 
 import argparse
 import csv
@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import training
-
+from helpers import training
 from polarmask_tf import cli
 from polarmask_tf.weights import runs
 

@@ -1,6 +1,6 @@
 """A small server that answers as TF Serving does, over REST and gRPC, in front of an exported model: tests and the soak use it.
 
-    python tests/serving_server.py exported/polarmask --rest 8501 --grpc 8500
+    python tests/helpers/serving_server.py exported/polarmask --rest 8501 --grpc 8500
 
 The SavedModel is loaded into a session, with the tag "serve", and run by the tensor names of its signatures: the way TF
 Serving runs it. What is answered, errors and their codes included, follows TF Serving's documentation of its REST API and its

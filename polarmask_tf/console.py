@@ -1,0 +1,67 @@
+"""What a command prints: it never ends the command, and no file's control characters reach the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import typing
+
+# How progress bars move; the rest of a text stays where it is written.
+_MOVES = re.compile(r"(?:[\r\n\b]|\x1b\[A)*")
+# C0 and C1 without line end and tab, and what changes the direction of writing.
+_CONTROLS = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS if chr(code) not in "\n\t"}
+
+
+class _Stream:
+    """A text stream that takes everything: what cannot be written, the disk full or the reader gone, is dropped."""
+
+    def __init__(self, stream: typing.TextIO):
+        self._stream = stream
+        self.error: OSError | None = None  # why something was dropped
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal's encoding lacks
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        moves = _MOVES.match(text).end()
+        self._try(self._stream.write, text[:moves] + text[moves:].translate(_ESCAPES))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        try:
+            function(*args)
+        except OSError as error:
+            self.error = self.error or error
+            with contextlib.suppress(OSError):  # what is still in its buffer would fail again when Python ends
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+
+@contextlib.contextmanager
+def tolerant() -> typing.Iterator[None]:
+    """sys.stdout and sys.stderr as above while a command runs; a closed one, or a closed stdin, is the null device."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, which the next file to be opened would have got
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as null:
+        sys.stdout, sys.stderr = out, err = [_Stream(stream or null) for stream in before]
+        try:
+            yield
+        finally:
+            out.flush()
+            if out.error and not isinstance(out.error, BrokenPipeError):  # a reader that goes away, like `head`, means to
+                print(f"polarmask: warning: stdout cannot be written: {out.error.strerror}", file=err)
+            err.flush()
+            sys.stdout, sys.stderr = before

@@ -1,0 +1,128 @@
+"""files.py: one process at a time writes into a directory, and the next one is told whom it waits for."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from polarmask_tf import files
+from polarmask_tf.errors import InputError
+
+HOLD = """
+import sys
+from polarmask_tf import files
+with files.lock(sys.argv[1], "train"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of tmp_path / "run" until its stdin ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_told_who_holds_the_directory(holder, tmp_path):
+    with pytest.raises(InputError) as error, files.lock(tmp_path / "run", "convert"):
+        pytest.fail("two hold it")
+    said = f"{tmp_path / 'run'}: in use by polarmask train (process {holder.pid} on {socket.gethostname()}, since 20"
+    assert str(error.value).startswith(said) and "choose another --out" in str(error.value)
+    assert "\n" not in str(error.value)
+    holder.communicate("")
+    with files.lock(tmp_path / "run", "convert"):
+        pass
+    assert not (tmp_path / "run").exists()  # made by the first, which left it empty
+
+
+def test_any_death_releases_it(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / "run" / files.LOCK).exists()
+    with files.lock(tmp_path / "run", "convert"):
+        assert json.loads((tmp_path / "run" / files.LOCK).read_text())["pid"] == os.getpid()
+    assert list((tmp_path / "run").iterdir()) == []  # not made here: kept
+
+
+def test_one_process_cannot_hold_it_twice(tmp_path):
+    me = rf"polarmask predict \(process {os.getpid()} on"
+    with files.lock(tmp_path, "predict"), pytest.raises(InputError, match=me), files.lock(tmp_path, "train"):
+        pytest.fail("two hold it")
+    with files.lock(tmp_path, "predict"):
+        pass
+
+
+def test_what_was_made_for_nothing_is_removed_and_what_was_written_is_kept(tmp_path):
+    with pytest.raises(KeyError), files.lock(tmp_path / "a" / "b", "train"):
+        raise KeyError
+    assert not (tmp_path / "a" / "b").exists()
+    with files.lock(tmp_path / "c", "train"):
+        (tmp_path / "c" / "kept").write_text("")
+    assert os.listdir(tmp_path / "c") == ["kept"]
+
+
+def test_a_file_removed_between_opening_and_locking_locks_nothing(tmp_path, monkeypatch):
+    take, calls = files._take, []
+
+    def slow(file, directory):
+        calls.append(file)
+        if len(calls) == 1:  # the holder before ends just now
+            (directory / files.LOCK).unlink()
+        take(file, directory)
+
+    monkeypatch.setattr(files, "_take", slow)
+    with files.lock(tmp_path, "train"):
+        monkeypatch.setattr(files, "_take", take)
+        with pytest.raises(InputError, match="in use"), files.lock(tmp_path, "train"):
+            pytest.fail("two hold it")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff\0", b"[" * 3000, b'{"purpose": "\x1b[2J"}'])
+def test_what_the_file_says_is_not_trusted(tmp_path, text):
+    with files.lock(tmp_path, "train"):
+        (tmp_path / files.LOCK).write_bytes(text)
+        with pytest.raises(InputError, match="in use by another process") as error, files.lock(tmp_path, "train"):
+            pass
+        assert str(error.value).isprintable()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def without(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", without)
+    with files.lock(tmp_path, "train"):
+        pass
+    assert f"warning: {tmp_path}: no locks on this file system (No locks available)" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_locked_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / files.LOCK).symlink_to(tmp_path / "file")  # would be truncated
+    (tmp_path / "taken" / files.LOCK).mkdir(parents=True)
+    for name in ("file", "linked", "taken"):
+        with pytest.raises(InputError, match=f"{name}: cannot be ") as error, files.lock(tmp_path / name, "train"):
+            pass
+        assert "\n" not in str(error.value)
+
+
+def test_text_for_a_message_is_one_printable_line():
+    assert files.one_line("a\nb\x1b[31m\u202e") == "a?b?[31m?"
+    assert len(files.one_line("x" * 10_000)) == 193 and files.one_line("ö" * 200) == "ö" * 200

@@ -1,0 +1,476 @@
+"""What Keras promises of a model: files, clones, callbacks, compile and fit; and the front door of the package."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import polarmask_tf as pm
+from polarmask_tf import config as configs
+from polarmask_tf.config import BackboneConfig, FPNConfig, HeadConfig
+from polarmask_tf.errors import InputError
+from polarmask_tf.modeling.backbones.resnet import Block, ResNet
+from polarmask_tf.modeling.fpn import FPN
+from polarmask_tf.modeling.head import PolarHead
+from polarmask_tf.modeling.layers import Conv, GroupedConv2D, SeparableConv
+from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.ops import targets
+from polarmask_tf.weights import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("data.size=[64,64]", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1", "model.rays=8")
+NARROW = (*SMALL, "model.backbone.width=16")
+PAPER = (*NARROW, "data.fit=letterbox", "model.backbone.blocks=[1,1,2,1]", "model.backbone.weights=''")
+FAMILIES = {
+    "shapes": ("shapes", NARROW),
+    "shapes, box branch": ("shapes", (*NARROW, "model.head.box=true")),
+    "shapes, head without norm": ("shapes", (*NARROW, "model.head.norm=none", "model.head.convs=2")),
+    "edge": ("edge", (*NARROW, "model.head.convs=2")),
+    "edge, box branch": ("edge", (*NARROW, "model.head.box=true", "model.head.conv=separable", "model.fpn.conv=separable")),
+    "nuclei": ("nuclei", (*NARROW, "data.crop=[]")),
+    "paper": ("paper_1x", PAPER),
+    "released": ("released_r50_1x", (*PAPER, "model.head.convs=2")),
+    "ResNeXt": ("table1e_x101", (*PAPER, "model.backbone.groups=4", "model.backbone.group_width=4")),
+    "GroupNorm, sync": ("shapes", (*NARROW, "model.backbone.norm=group", "model.normalization=image")),
+    "MobileNetV2": ("edge_mobilenetv2", (*SMALL, "model.backbone.multiplier=0.35")),
+    "MobileNetV4": ("edge_mobilenetv4", SMALL),
+    "EfficientNet": ("edge_efficientnet", SMALL),
+}
+CLASSES = ["a", "b", "c"]
+
+
+def make(name="shapes", overrides=NARROW, **options):
+    return PolarMask.from_config_name(name, CLASSES, overrides, **options)
+
+
+def randomize(model, seed=0):
+    rng = np.random.default_rng(seed)
+    for variable in model.variables:
+        if variable.dtype.is_floating:
+            variable.assign(rng.uniform(0.05, 0.2, variable.shape))
+    return model
+
+
+def images(count=2, size=(64, 64), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *size, 3), np.uint8)
+
+
+def assert_equal_models(found, expected):
+    """The same variables with the same values, and equal outputs: nothing was left out."""
+    assert len(found.variables) == len(expected.variables)
+    for a, b in zip(found.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.name)
+    x = images()
+    outputs, wanted = found(x), expected(x)
+    assert list(outputs) == list(wanted)
+    tf.nest.map_structure(np.testing.assert_array_equal, dict(outputs), dict(wanted))
+
+
+def batch(count=2, size=(64, 64), levels=(3, 4)):
+    """Images with one square object each."""
+    side = np.float32(40)
+    corners = np.float32([[10, 10], [10 + side, 10], [10 + side, 10 + side], [10, 10 + side]])
+    edges = np.concatenate([corners, np.roll(corners, -1, 0)], 1)
+    locations = sum(-(-size[0] // 2**n) * -(-size[1] // 2**n) for n in levels)
+    instances = {
+        "boxes": np.tile(np.float32([10, 10, 50, 50]), (count, 1, 1)),
+        "centers": np.full((count, 1, 2), 30, np.float32),
+        "classes": np.ones((count, 1), np.int32),
+        "edges": np.tile(edges, (count, 1, 1, 1)),
+        "window": np.tile(np.float32([size[1], size[0]]), (count, 1)),
+        "ignore": np.zeros((count, locations), bool),
+    }
+    return images(count, size), instances
+
+
+def dataset(count=2, repeat=3, **options):
+    return tf.data.Dataset.from_tensors(batch(count, **options)).repeat(repeat)
+
+
+# ---- files
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return randomize(make(*FAMILIES[request.param]))
+
+
+def test_every_way_of_saving_gives_the_same_model_back(family, tmp_path):
+    again = lambda: type(family).from_config(family.get_config())  # noqa: E731
+    family.save(tmp_path / "whole.keras")
+    assert_equal_models(tf_keras.models.load_model(tmp_path / "whole.keras"), family)
+    assert_equal_models(pm.load_model(str(tmp_path / "whole.keras")), family)
+    for name in ("w.weights.h5", "w.h5", "checkpoint"):
+        family.save_weights(tmp_path / name)
+        other = again()
+        other.load_weights(tmp_path / name)
+        assert_equal_parts(other, family)
+    family.save(tmp_path / "saved_model")
+    assert_equal_models(tf_keras.models.load_model(tmp_path / "saved_model"), family)
+    clone = tf_keras.models.clone_model(family)
+    clone.set_weights(family.get_weights())
+    assert_equal_models(clone, family)
+    assert clone.classes == family.classes and clone.config == family.config
+    # As in Model Garden's checkpoints, the parts have their names at the root.
+    path = tf.train.Checkpoint(family).write(str(tmp_path / "garden"))
+    other = again()
+    tf.train.Checkpoint(backbone=other.backbone, decoder=other.decoder, head=other.head).read(path).expect_partial()
+    assert_equal_parts(other, family)
+
+
+def test_a_compiled_model_comes_back_compiled(tmp_path):
+    model = make()
+    model.compile(pm.make_optimizer(model.config), jit_compile=True)
+    model.save(tmp_path / "m.keras")
+    other = tf_keras.models.load_model(tmp_path / "m.keras")
+    assert other.xla and type(other.optimizer) is type(model.optimizer)
+    for step in (0, 7, 800):
+        assert float(other.optimizer._learning_rate(step)) == pytest.approx(float(model.optimizer._learning_rate(step)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Conv(4, 3, 2, bias=True, groups=2),
+        Conv(4, 1, 2, init=tf_keras.initializers.RandomNormal(stddev=0.01)),
+        SeparableConv(4, 3, 2),
+        GroupedConv2D(4, 3, groups=2),
+        Block(BackboneConfig(width=4), 1, 2, True),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_come_back_from_their_config(layer):
+    other = type(layer).from_config(layer.get_config())
+    assert other.get_config() == layer.get_config()
+    x = tf.constant(np.random.default_rng(0).normal(size=(1, 8, 8, 4)), tf.float32)
+    layer(x), other(x)
+    other.set_weights(randomize(layer).get_weights())
+    np.testing.assert_array_equal(other(x), layer(x))
+
+
+def test_parts_come_back_from_their_config():
+    features = {level: tf.ones([1, 64 >> int(level), 64 >> int(level), 8]) for level in "2345"}
+    for part, given in (
+        (FPN(FPNConfig(channels=8, levels=(3, 4, 5, 6))), features),
+        (PolarHead(HeadConfig(channels=8, norm="batch"), (2, 3, 4, 5), 2, 8), features),
+        (ResNet(BackboneConfig(width=16)), tf.ones([1, 64, 64, 3])),
+    ):
+        other = type(part).from_config(part.get_config())
+        part(given), other(given)
+        other.set_weights(randomize(part).get_weights())
+        tf.nest.map_structure(np.testing.assert_array_equal, part(given), other(given))
+
+
+def test_a_run_that_was_made_before_keras_files_is_read(tmp_path):
+    model = runs.load_run(ROOT / "tests" / "old_run")
+    model.save(tmp_path / "m.keras")
+    assert_equal_models(pm.load_model(tmp_path / "m.keras"), model)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 and then nothing"])
+def test_a_file_that_is_no_keras_file_is_refused(tmp_path, content):
+    (tmp_path / "m.keras").write_bytes(content)
+    with pytest.raises(InputError, match=r"m\.keras"):
+        pm.load_model(tmp_path / "m.keras")
+    with pytest.raises(InputError, match="no such file"):
+        pm.load_model(tmp_path / "none.keras")
+
+
+def test_another_keras_model_is_refused(tmp_path):
+    tf_keras.Sequential([tf_keras.layers.Dense(1, input_shape=(2,))]).save(tmp_path / "m.keras")
+    with pytest.raises(InputError, match="holds a Sequential"):
+        pm.load_model(tmp_path / "m.keras")
+
+
+# ---- compile and fit
+
+
+def test_a_model_fits_at_once_and_summarises(capsys):
+    model = make()
+    model.summary()
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("backbone", "decoder", "head")) and "loss" not in text
+    model.compile("adam", steps_per_execution=2)
+    before = [v.numpy() for v in model.trainable_variables]
+    history = model.fit(dataset(repeat=4), epochs=2, validation_data=dataset(repeat=1), verbose=0).history
+    assert set(history) == {f"{way}{name}" for way in ("", "val_") for name in ("loss", "class", "ray", "centerness")}
+    assert history["loss"][1] < history["loss"][0] and np.isfinite(history["val_loss"]).all()
+    still = [b.name for a, b in zip(before, model.trainable_variables, strict=True) if (a == b.numpy()).all()]
+    assert still == ["scale4:0"]  # no object is assigned to P4
+    arrays = batch()
+    assert np.isfinite(model.fit(*arrays, batch_size=2, verbose=0).history["loss"]).all()
+    assert model.predict(arrays[0], verbose=0)["3"]["ray_logits"].shape == (2, 8, 8, 8)
+
+
+def test_keras_own_callbacks(tmp_path):
+    model = make()
+    model.compile("adam")
+    callbacks = [
+        tf_keras.callbacks.ModelCheckpoint(str(tmp_path / "best.keras"), save_best_only=True, monitor="loss"),
+        tf_keras.callbacks.ModelCheckpoint(str(tmp_path / "epoch{epoch}.weights.h5"), save_weights_only=True),
+        tf_keras.callbacks.BackupAndRestore(str(tmp_path / "backup"), delete_checkpoint=False),
+    ]
+    model.fit(dataset(), epochs=2, callbacks=callbacks, verbose=0)
+    assert_equal_parts(pm.load_model(tmp_path / "best.keras"), model)
+    other = make()
+    other.load_weights(tmp_path / "epoch2.weights.h5")
+    assert_equal_parts(other, model)
+    # A training that was interrupted after two epochs goes on with the third.
+    other = make()
+    other.compile("adam")
+    seen = []
+    watch = tf_keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    other.fit(dataset(), epochs=3, callbacks=[tf_keras.callbacks.BackupAndRestore(str(tmp_path / "backup")), watch], verbose=0)
+    assert seen == [2]
+
+
+def assert_equal_parts(found, expected):
+    """But for the state of metrics."""
+    for part in ("backbone", "decoder", "head"):
+        for a, b in zip(getattr(found, part).variables, getattr(expected, part).variables, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=a.name)
+
+
+def test_the_best_weights_are_restored():
+    model = make()
+    model.compile(tf_keras.optimizers.SGD(1.0, global_clipnorm=1000.0))  # it gets worse
+    kept = {}
+    keep = tf_keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: kept.setdefault(epoch, model.get_weights()))
+    stop = tf_keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
+    model.fit(dataset(repeat=1), validation_data=dataset(repeat=1), epochs=8, callbacks=[keep, stop], verbose=0)
+    assert len(kept) < 8
+    before = kept[stop.best_epoch]
+    for a, b in zip(before, model.get_weights(), strict=True):
+        if a.size > 1:  # not the state of metrics
+            np.testing.assert_array_equal(a, b)
+
+
+def test_compile_by_xla_is_the_same_switch_as_the_configs():
+    plain, compiled = make(), make()
+    compiled.set_weights(plain.get_weights())
+    plain.compile(tf_keras.optimizers.SGD(0.1))
+    compiled.compile(tf_keras.optimizers.SGD(0.1), jit_compile=True)
+    for model in (plain, compiled):
+        model.fit(dataset(repeat=2), verbose=0)
+    for a, b in zip(plain.trainable_variables, compiled.trainable_variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    graph = compiled.train_tf_function
+    assert graph is not None and compiled.xla and not plain.xla
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", tf_keras.mixed_precision.Policy("mixed_bfloat16")])
+def test_a_policy_reaches_every_layer_and_the_global_one_stays(dtype):
+    model = make("shapes", (*NARROW, "model.head.box=true"), dtype=dtype)
+    wanted = getattr(dtype, "name", dtype)
+    policies = {layer.dtype_policy.name for layer in model.submodules if isinstance(layer, Conv | SeparableConv)}
+    policies |= {layer.dtype_policy.name for layer in model.submodules if isinstance(layer, tf_keras.layers.Conv2D)}
+    assert policies == {wanted} and tf_keras.mixed_precision.global_policy().name == "float32"
+    assert model.backbone(tf.zeros([1, 32, 32, 3], model.compute_dtype))["3"].dtype == model.compute_dtype
+    assert all(value.dtype == tf.float32 for value in tf.nest.flatten(model(images())))
+    assert all(variable.dtype == tf.float32 for variable in model.trainable_variables)
+    assert type(model).from_config(model.get_config()).dtype_policy.name == wanted
+
+
+def test_the_callers_policy_is_taken_and_kept():
+    tf_keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        assert make().compute_dtype == "bfloat16"
+        assert tf_keras.mixed_precision.global_policy().name == "mixed_bfloat16"
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+
+
+# ---- one loss
+
+
+def test_what_fit_trains_is_compute_loss():
+    class Doubled(PolarMask):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+            return 2 * super().compute_loss(x, y, y_pred, sample_weight)
+
+    config = configs.load("shapes", NARROW)
+    plain, doubled = PolarMask(config, CLASSES), Doubled(config, CLASSES)
+    doubled.set_weights(plain.get_weights())
+    start = [v.numpy() for v in plain.trainable_variables]
+    for model in (plain, doubled):
+        model.compile(tf_keras.optimizers.SGD(0.01))
+        model.fit(dataset(repeat=1), verbose=0)
+    moved = [
+        (a.numpy() - s, b.numpy() - s)
+        for a, b, s in zip(*(m.trainable_variables for m in (plain, doubled)), start, strict=True)
+    ]
+    one, two = (np.concatenate([pair[i].ravel() for pair in moved]) for i in (0, 1))
+    np.testing.assert_allclose(two, 2 * one, atol=1e-3 * np.abs(one).max())
+
+
+def test_evaluate_reports_compute_loss():
+    model = make()
+    model.compile("sgd")
+    x, y = batch()
+    y = {name: tf.constant(value) for name, value in y.items()}
+    expected = float(model.compute_loss(tf.constant(x), y, model(x)))
+    reported = model.evaluate(dataset(repeat=1), verbose=0, return_dict=True)
+    assert reported["loss"] == pytest.approx(expected, rel=1e-5)
+    assert reported["loss"] == pytest.approx(reported["class"] + reported["ray"] + reported["centerness"], rel=1e-5)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("argument", [{"loss": "mse"}, {"metrics": ["mae"]}, {"loss_weights": [1.0]}, {"weighted_metrics": []}])
+def test_losses_and_metrics_are_refused_by_name(argument):
+    with pytest.raises(InputError, match=f"{next(iter(argument))}.*config.loss"):
+        make().compile("sgd", **argument)
+
+
+def test_weights_of_classes_and_samples_are_refused():
+    model = make()
+    model.compile("sgd")
+    x, y = batch()
+    for argument in ({"class_weight": {0: 1.0}}, {"sample_weight": np.ones(2)}):
+        with pytest.raises(InputError, match=f"{next(iter(argument))}.*config.loss"):
+            model.fit(x, y, **argument)
+    weighted = tf.data.Dataset.from_tensors((x, y, np.ones(2, np.float32)))
+    with pytest.raises(InputError, match="sample weights"):
+        model.fit(weighted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: {k: v for k, v in y.items() if k != "edges"}, "without 'edges'.*make_instances"),
+        (lambda y: {**y, "boxes": y["boxes"].astype(np.float64)}, "'boxes' is float64.*float32"),
+        (lambda y: {**y, "classes": y["classes"][..., None]}, "'classes' is int32"),
+        (
+            lambda y: {**y, "ignore": y["ignore"][:, 1:]},
+            r"'ignore' has 79 locations, images of 64 x 64 have 80 at",
+        ),
+        (lambda y: y["boxes"], "instances a dict"),
+    ],
+)
+def test_other_data_are_refused_in_one_line(change, message):
+    model = make()
+    model.compile("sgd")
+    x, y = batch()
+    with pytest.raises(InputError, match=message) as error:
+        model.fit(tf.data.Dataset.from_tensors((x, change(y))), verbose=0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_that_the_pyramid_cannot_halve_is_refused():
+    with pytest.raises(InputError, match=r"\[1, 130, 130, 3\].*multiples of 32.*load_predictor"):
+        make()(np.zeros((1, 130, 130, 3), np.uint8))
+
+
+def test_the_documented_instances_are_what_the_pipeline_gives(tmp_path):
+    pm.draw_shapes(tmp_path, train=4, val=0, size=64, progress=False)
+    pm.convert_coco(tmp_path / "train/annotations.json", tmp_path / "train/images", tmp_path / "data", progress=False)
+    config = configs.load("shapes", ["data.size=[64,64]", "data.batch=2"])
+    x, y = next(iter(pm.training_data(tmp_path / "data", config)))
+    assert list(y) == list(targets.INSTANCES)
+    targets.check_batch((x, y), config.model.fpn.levels)
+
+
+# ---- a backbone of one's own
+
+
+def functional(levels):
+    x = inputs = tf_keras.Input((None, None, 3))
+    features = {}
+    for level in range(1, 6):
+        x = tf_keras.layers.Conv2D(8, 3, 2, "same", activation="relu", kernel_regularizer=tf_keras.regularizers.L2(0.1))(x)
+        if level in levels:
+            features[str(level)] = x
+    return tf_keras.Model(inputs, features)
+
+
+@pytest.mark.parametrize(("levels", "pyramid"), [((3, 4), (3, 4)), ((2, 3), (2, 3, 4)), ((4, 5), (4, 5, 6))])
+def test_any_keras_model_is_a_backbone(levels, pyramid, tmp_path):
+    overrides = (*NARROW, f"model.fpn.levels={list(pyramid)}", "targets.ranges=[]")
+    model = make("shapes", overrides, backbone=functional(levels))
+    assert list(model(images())) == list(map(str, pyramid)) and model.stride == 2 ** max(levels)
+    model.compile("adam")
+    logs = model.fit(dataset(levels=pyramid), verbose=0).history
+    parts = sum(logs[name][0] for name in ("class", "ray", "centerness"))
+    assert logs["loss"][0] == pytest.approx(parts, rel=1e-5)  # regularisation is trained, and is none of these
+    randomize(model)
+    model.save(tmp_path / "m.keras")
+    assert_equal_models(tf_keras.models.load_model(tmp_path / "m.keras"), model)
+
+
+def test_regularisation_of_a_backbone_counts_once_whatever_the_parts():
+    gradients = []
+    for parts in (1, 2):
+        overrides = (*NARROW, f"train.accumulate={parts}", "data.batch=2")
+        tf_keras.utils.set_random_seed(1)
+        model = make("shapes", overrides, backbone=functional((3, 4, 5)))
+        model.compile(tf_keras.optimizers.SGD(1e-3))
+        before = model.backbone.get_weights()[0]
+        model.fit(dataset(repeat=1), verbose=0)
+        gradients.append(before - model.backbone.get_weights()[0])
+    np.testing.assert_allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_a_function_is_a_backbone_that_is_saved_by_weights_alone(tmp_path):
+    inner = functional((3, 4, 5))
+    model = make(backbone=lambda x: {int(level): feature for level, feature in inner(x).items()})
+    assert list(model(images())) == ["3", "4"]
+    with pytest.raises(InputError, match=r"no Keras model.*save_weights"):
+        model.save(tmp_path / "m.keras")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [(functional((4, 5)), "begin at 3.*gives .4, 5."), (lambda x: x, "is needed"), (lambda x: {"3": x[0]}, "is needed")],
+)
+def test_backbones_that_do_not_fit_are_refused(backbone, message):
+    with pytest.raises(InputError, match=message):
+        make(backbone=backbone)
+
+
+@pytest.mark.parametrize("classes", [0, []])
+def test_a_model_needs_classes(classes):
+    with pytest.raises(InputError, match="at least one"):
+        PolarMask(configs.load("shapes"), classes)
+
+
+# ---- the front door
+
+
+def test_the_front_door_loads_no_tensorflow_until_it_is_used():
+    code = "import sys, polarmask_tf; dir(polarmask_tf); polarmask_tf.load_config('edge'); print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_no_module_hides_a_name_of_the_front_door():
+    for module in pkgutil.walk_packages(pm.__path__, "polarmask_tf."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in pm.__all__:
+        assert callable(getattr(pm, name)), name
+    assert set(pm.__all__) == set(pm._FRONT_DOOR) and set(pm.__all__) <= set(dir(pm))
+    with pytest.raises(AttributeError, match="no attribute 'PolarMusk'"):
+        _ = pm.PolarMusk
+    with pytest.raises(InputError, match="no config file"):
+        pm.load_config("none")
+    with pytest.raises(InputError):
+        pm.load_predictor("none")
+    with pytest.raises(InputError):
+        pm.training_data("none", pm.load_config("shapes"))
+
+
+def test_the_example_that_a_keras_person_would_write(tmp_path):
+    script = ROOT / "docs" / "examples" / "keras_fit.py"
+    assert len(script.read_text().splitlines()) <= 40
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "2"], capture_output=True, text=True, cwd=ROOT, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "detections" in done.stdout and (tmp_path / "result.png").is_file() and (tmp_path / "best.keras").is_file()
