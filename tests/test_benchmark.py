@@ -1,6 +1,5 @@
 """`polarmask benchmark CONFIG` runs, and counts what it says it counts; the numbers themselves belong to no test."""
 
-import json
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ from polarmask_tf.files import format_table
 from polarmask_tf.inference.predictor import network_input
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.tools import benchmark
+from polarmask_tf.weights import runs
 
 SMALL = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1", "data.size=[64,96]"]
 
@@ -79,13 +79,10 @@ def test_a_table_is_as_wide_as_its_cells():
 
 def test_a_run_directory_brings_its_weights_and_its_threshold(tmp_path):
     settings = config.load("shapes", SMALL)
-    (tmp_path / "config.yaml").write_text(config.dump(settings))
-    (tmp_path / "dataset.json").write_text(json.dumps({"classes": [{"name": "a", "category_id": 3}]}))
     model = PolarMask(settings, 1)
     model.head.centerness.conv.bias.assign([5.0])
-    tf.train.CheckpointManager(
-        tf.train.Checkpoint(model=model), str(tmp_path / "checkpoints"), max_to_keep=1, checkpoint_name="step"
-    ).save(1)
+    runs.write_run(tmp_path, settings, {"classes": [{"name": "a", "category_id": 3}]})
+    runs.save(model, tmp_path, 1, weights_only=True)
     loaded, options = benchmark._model(tmp_path)
     assert loaded.num_classes == 1 and loaded.head.centerness.conv.bias.numpy() == [5.0] and options == {}
     rows = benchmark.benchmark_models([tmp_path], repeats=1)
