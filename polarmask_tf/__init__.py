@@ -32,7 +32,7 @@ _FRONT_DOOR = {
     "load_predictor": ("inference.predictor", "load_predictor"),
     "read_image": ("inference.predictor", "read_image"),
     "evaluate": ("inference.evaluate", "evaluate"),
-    "export_model": ("export.export", "export"),
+    "export_model": ("export.export", "export_model"),
     "draw_shapes": ("tools.shapes", "make_shapes"),
 }
 
@@ -42,7 +42,7 @@ if typing.TYPE_CHECKING:
     from polarmask_tf.data.instances import instances_spec, make_instances
     from polarmask_tf.data.pipeline import training_data, validation_data
     from polarmask_tf.errors import InputError
-    from polarmask_tf.export.export import export as export_model
+    from polarmask_tf.export.export import export_model
     from polarmask_tf.inference.evaluate import evaluate
     from polarmask_tf.inference.predictor import load_predictor, read_image
     from polarmask_tf.modeling.polarmask import PolarMask

@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     add = command("inspect", inspect, "what an exported .tflite file or SavedModel takes, gives and knows about itself")
     add("model", type=Path, help=".tflite file or SavedModel directory")
 
-    add = command("benchmark", benchmark, "inference time of configs, runs and exported files; cost of a training step")
+    add = command("benchmark", benchmark, "inference time of configs, runs and exported files; what a training step costs")
     text = """timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`:
         images/s of input, step and both"""
     add("models", nargs="*", metavar="CONFIG|RUN|FILE", help=text)
@@ -252,7 +252,7 @@ def export(args):
         export.export_for_serving(args.run, args.out, **options, **_options(args, "name", "contract", "max_pixels"))
     else:
         options |= {"precisions": args.precision, **_options(args, "images", "raw", "data", "max_ap_drop")}
-        export.export(args.run, args.out, **options)
+        export.export_model(args.run, args.out, **options)
 
 
 def import_weights(args):
@@ -271,9 +271,9 @@ def upper_bound(args):
 
 def summary(args):
     settings = _settings(args, args.config)
-    from polarmask_tf.tools.summary import run
+    from polarmask_tf.tools.summary import print_summary
 
-    run(settings, args.classes)
+    print_summary(settings, args.classes)
 
 
 def inspect(args):

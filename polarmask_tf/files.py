@@ -1,4 +1,4 @@
-"""Files that nobody ever sees half written, directories that one process writes at a time, CSV, and why something failed."""
+"""Writing: files of which nobody ever sees a half, directories that one process writes at a time, tables, and why it failed."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from polarmask_tf import lite
 from polarmask_tf.data import records
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import graph, parity, serving, tflite
-from polarmask_tf.files import atomic_write, io_error_text, make_directory
+from polarmask_tf.files import atomic_write, io_error_text, lock
 from polarmask_tf.inference.evaluate import evaluate
 from polarmask_tf.inference.predictor import load_predictor, network_input, run_predictor
 from polarmask_tf.modeling.polarmask import PolarMask
@@ -74,15 +74,14 @@ def export_model(
     if raw:
         tflite.check_raw(model)
     graph.check_saved_model_path(out / "saved_model")
-    make_directory(out)
-    atomic_write(out / "lite.py", Path(lite.__file__).read_bytes())
-
     jobs = {"saved_model": graph.export_saved_model}
     for precision, ends in itertools.product(precisions, (False, True) if raw else (False,)):
         prepared = functools.partial(_prepare, model, calibration)
         job = functools.partial(tflite.export_tflite, precision=precision, raw=ends, images=prepared)
         jobs[tflite.file_name(precision, ends)] = job
-    written = {name: _write(job, model, out / name) for name, job in jobs.items()}
+    with lock(out, "export"):
+        atomic_write(out / "lite.py", Path(lite.__file__).read_bytes())
+        written = {name: _write(job, model, out / name) for name, job in jobs.items()}
     fit = tflite.file_fit(own)
     if fit != own.fit:
         height, width = model.input_size

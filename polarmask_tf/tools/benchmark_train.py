@@ -13,7 +13,8 @@ import tensorflow as tf
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.data.convert import convert
-from polarmask_tf.files import format_table
+from polarmask_tf.errors import InputError
+from polarmask_tf.files import format_table, io_error_text
 from polarmask_tf.tools.benchmark import as_jpeg, device_name, in_turns, synthetic_picture
 from polarmask_tf.training import replicas
 from polarmask_tf.training.train import build, check_layout
@@ -50,21 +51,23 @@ def benchmark_training(config: Config, strategy: tf.distribute.Strategy, *, step
         def on_devices(dataset):
             return iter(strategy.distribute_datasets_from_function(lambda _: dataset) if count > 1 else dataset)
 
-        step, local = model.make_train_function(), count // workers
-        kept = tf.nest.map_structure(lambda *values: tf.stack(values), *batches.take(local))
-        alone, repeated, both = (
-            iter(batches),
-            on_devices(tf.data.Dataset.from_tensor_slices(kept).repeat()),
-            on_devices(batches),
-        )
-        rows = []
-        for what, call in (
-            ("input pipeline", lambda: [next(alone) for _ in range(local)]),
-            ("step", lambda: finished(step(repeated))),
-            ("both", lambda: finished(step(both))),
-        ):
-            wall, cpu = np.median(in_turns([call], steps), axis=0)[0].tolist()
-            rows.append({"what": what, "images_per_second": 1e3 * config.data.batch / wall, "step_ms": wall, "cpu_ms": cpu})
+        step, local, rows = model.make_train_function(), count // workers, []
+        try:
+            kept = tf.nest.map_structure(lambda *values: tf.stack(values), *batches.take(local))
+            alone, both = iter(batches), on_devices(batches)
+            repeated = on_devices(tf.data.Dataset.from_tensor_slices(kept).repeat())
+            for what, call in (
+                ("input pipeline", lambda: [next(alone) for _ in range(local)]),
+                ("step", lambda: finished(step(repeated))),
+                ("both", lambda: finished(step(both))),
+            ):
+                wall, cpu = np.median(in_turns([call], steps), axis=0)[0].tolist()
+                speed = 1e3 * config.data.batch / wall
+                rows.append({"what": what, "images_per_second": speed, "step_ms": wall, "cpu_ms": cpu})
+        except tf.errors.OpError as error:
+            place = {"seed": config.train.seed, "step": 0, "worker": worker, "workers": workers}
+            why = pipeline.explain(error, info, config, **place)
+            raise why or InputError(f"the step failed: {io_error_text(error)}") from None
     return rows
 
 
