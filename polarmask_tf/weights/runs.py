@@ -119,11 +119,14 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
             f"{run}: holds a training with {key}={old[key]}, now {new[key]}{more}; choose another --out, or --restart"
         )
     with contextlib.suppress(*UNREADABLE), readable_by_tensorflow(checkpoints(run)[0]) as path:
-        names = list(tf.train.load_checkpoint(path).get_variable_to_shape_map())
-        if earlier.is_earlier(names):
-            raise InputError(f"{run}: was trained by an earlier version, which this one cannot resume: give it to --start")
-        if not any(name.startswith("optimizer/") for name in names):
-            raise InputError(f"{run}: holds weights alone, which no training can resume: give it to --start")
+        _check_resumable(run, tf.train.load_checkpoint(path).get_variable_to_shape_map())
+
+
+def _check_resumable(run: Path, names) -> None:
+    if earlier.is_earlier(names):
+        raise InputError(f"{run}: was trained by an earlier version, which this one cannot resume: give it to --start")
+    if not any(name.startswith("optimizer/") for name in names):
+        raise InputError(f"{run}: holds weights alone, which no training can resume: give it to --start")
 
 
 def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
@@ -291,7 +294,7 @@ def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | Non
     for path in paths:
         try:
             with readable_by_tensorflow(path) as readable:
-                _restore(model, readable, training)
+                _restore(model, run, readable, training)
             return path
         except UNREADABLE as e:
             reason = " ".join(str(e).split())[:200]
@@ -301,9 +304,11 @@ def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | Non
     return None
 
 
-def _restore(model: PolarMask, path: str, training: bool) -> None:
+def _restore(model: PolarMask, run: Path, path: str, training: bool) -> None:
     reader = tf.train.load_checkpoint(path)
     names = list(reader.get_variable_to_shape_map())
+    if training:
+        _check_resumable(run, names)
     for name in names:
         if training or not name.startswith("optimizer/"):
             reader.get_tensor(name)  # compares its checksum
