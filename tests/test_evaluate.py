@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from helpers.polygons import brute_raster, polar_star
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import evaluate as evaluation
 from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results, format_table, polygons_to_rle
@@ -20,21 +21,6 @@ from polarmask_tf.inference.results import Detections
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 1, "name": "dog"}, {"id": 17, "name": "unseen"}]
 NAMES = ["AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL"]
-
-
-def star(rng, x, y, radius, rays=36):
-    angle = 2 * np.pi * np.arange(rays) / rays
-    return (x, y) + np.stack([np.cos(angle), np.sin(angle)], -1) * rng.uniform(0.5, 1, (rays, 1)) * radius
-
-
-def brute_raster(polygon, height, width):
-    """Pixels whose center is inside by the even-odd rule: crossings of a ray towards +x, edge by edge."""
-    y, x = np.mgrid[:height, :width] + 0.5
-    inside = np.zeros((height, width), bool)
-    for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
-        if y1 != y2:
-            inside ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) / (y2 - y1) * (x2 - x1))
-    return inside
 
 
 def test_rle_of_a_square_worked_by_hand():
@@ -47,7 +33,7 @@ def test_rle_of_a_square_worked_by_hand():
 
 def test_rles_match_a_brute_force_raster():
     rng = np.random.default_rng(0)
-    polygons = [star(rng, *rng.uniform((-10, -10), (170, 110)), rng.uniform(15, 60)) for _ in range(20)]  # some leave
+    polygons = [polar_star(rng, *rng.uniform((-10, -10), (170, 110)), rng.uniform(15, 60)) for _ in range(20)]  # some leave
     for polygon, rle in zip(polygons, polygons_to_rle(polygons, 100, 160), strict=True):
         mask, expected = coco_mask.decode(rle).astype(bool), brute_raster(polygon, 100, 160)
         edges = np.concatenate([np.linspace(a, b, 200) for a, b in zip(polygon, np.roll(polygon, -1, 0), strict=True)])
@@ -107,7 +93,7 @@ def scene(seed=0, images=12, height=300, width=320):
         truth["images"].append({"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width})
         for _ in range(rng.integers(0, 9)):
             radius = rng.choice([10, 40, 120]) * rng.uniform(0.6, 1.2)
-            polygon = star(rng, *rng.uniform((0, 0), (width, height)), radius).clip(0, (width, height))
+            polygon = polar_star(rng, *rng.uniform((0, 0), (width, height)), radius).clip(0, (width, height))
             rle = polygons_to_rle([polygon], height, width)[0]
             kind = rng.integers(3)
             segmentation = [polygon.ravel().tolist()] if kind == 0 else rle if kind == 1 else uncompressed(rle)
@@ -315,7 +301,7 @@ def records(monkeypatch):
     for image_id in range(10, 20):
         truth["images"].append({"id": image_id, "file_name": f"{image_id}.png", "height": 100, "width": 120})
         for _ in range(image_id % 4):
-            polygon = star(rng, *rng.uniform((30, 30), (90, 70)), 25)
+            polygon = polar_star(rng, *rng.uniform((30, 30), (90, 70)), 25)
             rings = [polygon.ravel().tolist()]
             entry = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": 3, "segmentation": rings}
             truth["annotations"].append({**entry, "area": 900.0, "iscrowd": 0, "bbox": [0, 0, 1, 1]})

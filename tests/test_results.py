@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from helpers.polygons import brute_raster, polar_star
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import visualize
 from polarmask_tf.inference.predictor import Predictor, load_predictor
 from polarmask_tf.inference.results import Detections
-from test_evaluate import brute_raster, star
 
 CLASSES = [{"name": "circle", "category_id": 7}, {"name": "star", "category_id": 3}]
 
@@ -22,7 +22,9 @@ CLASSES = [{"name": "circle", "category_id": 7}, {"name": "star", "category_id":
 def stars(count, height=60, width=80, rays=12, **more):
     """Made-up detections of alternating classes, by descending score."""
     rng = np.random.default_rng(count)
-    polygons = np.float32([star(rng, *rng.uniform((20, 20), (60, 40)), 18, rays) for _ in range(count)]).reshape(-1, rays, 2)
+    polygons = np.float32([polar_star(rng, *rng.uniform((20, 20), (60, 40)), 18, rays) for _ in range(count)]).reshape(
+        -1, rays, 2
+    )
     boxes = np.concatenate([polygons.min(axis=1), polygons.max(axis=1)], -1) if count else np.zeros((0, 4), np.float32)
     scores = np.linspace(0.98, 0.2, count, dtype=np.float32)
     return Detections(scores, np.arange(count, dtype=np.int32) % 2, boxes, polygons, CLASSES, (height, width), **more)

@@ -90,3 +90,10 @@ def test_what_is_skipped_fails_in_ci_alone(run, tmp_path):
     assert sorted(failed(out)) == ["test_a.py::test_tool", "test_b.py", "test_c.py::test_two", "test_d.py::test_mark"]
     for reason in ("no hammer here", "no_such_package", "no nails", "no wood here"):
         assert reason in out
+
+
+def test_no_file_of_tests_imports_another():
+    for path in (ROOT / "tests").glob("**/*.py"):
+        assert not re.search(r"^\s*(?:import|from) test_", path.read_text(), re.M), (
+            f"{path}: tests/helpers/ is for what is shared"
+        )
