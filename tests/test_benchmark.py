@@ -1,45 +1,25 @@
-"""`polarmask benchmark` runs, and counts what it says it counts; the numbers themselves belong to no test."""
+"""`polarmask benchmark CONFIG` runs, and counts what it says it counts; the numbers themselves belong to no test."""
 
-import json
 import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from polarmask_tf import config
+from polarmask_tf import cli, config
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import format_table
 from polarmask_tf.inference.predictor import network_input
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.tools import benchmark
-
-
-@pytest.mark.parametrize(
-    ("part", "arguments", "units"),
-    [
-        (benchmark._targets, (1,), ["ms", "ms"]),
-        (benchmark._pipeline, (1,), ["images/s/core", "images/s/core", "ms"]),
-        (benchmark._convert, (6,), ["images/s/core", "images/s/core"]),
-        (benchmark._rle, (1,), ["ms"]),
-        (benchmark._evaluation, (4, 3), ["times"]),
-    ],
-)
-def test_every_part_gives_rows(part, arguments, units):
-    rows = part(*arguments)
-    assert [row["unit"] for row in rows] == units
-    assert all(row["value"] > 0 and row["what"] for row in rows)
-
-
-def test_the_scene_has_about_as_many_positives_as_the_released_codes():
-    assert "111 positives" in benchmark._targets(1)[0]["what"]  # 108 there
-
+from polarmask_tf.weights import runs
 
 SMALL = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1", "data.size=[64,96]"]
 
 
 def test_every_model_gives_its_network_alone_and_with_post_processing():
     settings = config.load("shapes", SMALL)
-    rows = benchmark.run_models([settings, config.load("shapes", [*SMALL, "data.fit=short_side"])], repeats=3)
+    rows = benchmark.benchmark_models([settings, config.load("shapes", [*SMALL, "data.fit=short_side"])], repeats=3)
     assert [(row["model"], row["what"]) for row in rows] == [
         (f"config {i}", what) for i in (1, 2) for what in ("network", "network and post-processing")
     ]
@@ -64,41 +44,48 @@ def test_a_picture_is_scaled_as_the_config_says():
     assert filled("short_side", [400, 1333]) == ((416, 544), (400, 533))
 
 
-def test_models_take_turns_and_the_median_counts(monkeypatch):
+def test_models_take_turns_with_every_picture(monkeypatch):
+    seen = []
+    tf.config.run_functions_eagerly(True)
+    try:
+        model = PolarMask(config.load("shapes", SMALL), 80)
+        monkeypatch.setattr(benchmark, "_model", lambda source: (model, {"score_threshold": 0.0}))
+        monkeypatch.setattr(model, "detect", lambda x, **options: seen.append(("both", int(x[0, 0, 0, 0]), options)))
+        monkeypatch.setattr(model, "call", lambda x, training: seen.append(("network", int(x[0, 0, 0, 0]), training)) or x)
+        pictures = [np.full((64, 96, 3), value, np.uint8) for value in (1, 2)]
+        rows = benchmark.benchmark_models(["a config"], pictures, repeats=3)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    turns = [(what, picture, option) for picture in (1, 2, 1, 2, 1, 2, 1) for what, option in CALLS.items()]
+    assert seen == turns  # four turns that do not count, and three that do
+    assert [row["what"] for row in rows] == ["network", "network and post-processing"]
+
+
+CALLS = {"network": False, "both": {"score_threshold": 0.0}}
+
+
+def test_turns_give_the_time_of_each_call_by_the_clock_and_of_the_processor():
     calls = []
-
-    def timed(function, x):
-        calls.append((id(function), int(x[0, 0, 0, 0])))
-        turn = len(calls) - 9  # after two for warming up, for two functions, with two pictures
-        return (float([50, 51, 1, 2, 9, 90][turn]), 3.0) if turn >= 0 else (1e6, 1e6)
-
-    monkeypatch.setattr(benchmark, "_wall_and_cpu", timed)
-    pictures = [np.full((64, 96, 3), value, np.uint8) for value in (1, 2)]
-    rows = benchmark.run_models([config.load("shapes", SMALL)], pictures, repeats=3)
-    one, two = calls[8][0], calls[9][0]
-    assert one != two
-    assert calls[8:] == [(one, 1), (two, 1), (one, 2), (two, 2), (one, 1), (two, 1)]
-    assert [row["wall_ms"] for row in rows] == [9, 51] and rows[0]["cpu_ms"] == 3
+    times = benchmark.in_turns([lambda: calls.append("a"), lambda: (calls.append("b"), time.sleep(0.1))], 2, warm_up=1)
+    assert calls == ["a", "b"] * 3 and times.shape == (2, 2, 2)
+    assert (times[:, 1, 0] >= 100).all() and (times[:, 1, 1] < 50).all() and (times >= 0).all()
 
 
-def test_time_is_wall_time_and_cpu_time():
-    wall, cpu = benchmark._wall_and_cpu(lambda seconds: time.sleep(seconds), 0.1)
-    assert 100 <= wall < 1000 and cpu < 50
+def test_a_table_is_as_wide_as_its_cells():
+    rows = [{"name": "a", "ms": 1.25, "n": 3}, {"name": "longer", "ms": 100.0, "n": "-"}]
+    lines = format_table(rows, {"name": "", "n": "", "ms": ".1f"}).splitlines()
+    assert lines == ["name    n     ms", "a       3    1.2", "longer  -  100.0"]
 
 
 def test_a_run_directory_brings_its_weights_and_its_threshold(tmp_path):
     settings = config.load("shapes", SMALL)
-    (tmp_path / "config.yaml").write_text(config.dump(settings))
-    (tmp_path / "dataset.json").write_text(json.dumps({"classes": [{"name": "a", "category_id": 3}]}))
     model = PolarMask(settings, 1)
-    model.build((None, 64, 96, 3))
     model.head.centerness.conv.bias.assign([5.0])
-    tf.train.CheckpointManager(
-        tf.train.Checkpoint(model=model), str(tmp_path / "checkpoints"), max_to_keep=1, checkpoint_name="step"
-    ).save(1)
+    runs.write_run(tmp_path, settings, {"classes": [{"name": "a", "category_id": 3}]})
+    runs.save(model, tmp_path, 1, weights_only=True)
     loaded, options = benchmark._model(tmp_path)
     assert loaded.num_classes == 1 and loaded.head.centerness.conv.bias.numpy() == [5.0] and options == {}
-    rows = benchmark.run_models([tmp_path], repeats=1)
+    rows = benchmark.benchmark_models([tmp_path], repeats=1)
     assert rows[0]["model"] == str(tmp_path) and (rows[0]["height"], rows[0]["width"]) == (64, 96)
 
 
@@ -109,3 +96,13 @@ def test_a_config_is_found_by_name_and_something_else_refused(tmp_path):
         benchmark._model("nonesuch")
     with pytest.raises(InputError, match="not a run directory"):
         benchmark._model(tmp_path)
+
+
+def test_without_anything_to_time_it_says_what_to_give(tmp_path, capsys):
+    assert cli.main(["benchmark"]) == 2
+    assert cli.main(["benchmark", "shapes", "--csv", str(tmp_path / "no" / "rows.csv")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert (
+        len(errors) == 2 and "name configs, runs or .tflite files" in errors[0] and "scripts/benchmarks/steps.py" in errors[0]
+    )
+    assert "there is no directory" in errors[1]

@@ -69,19 +69,18 @@ def models(tmp_path_factory):
     tf_keras.utils.set_random_seed(0)
     options = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", f"data.size=[{HEIGHT},{WIDTH}]"]
     options += ["postprocess.score_threshold=0.05", "postprocess.pre_nms_top_k=60", "postprocess.nms_iou_threshold=0.6"]
-    model = PolarMask(config.load("shapes", [*options, "postprocess.max_detections=40"]), len(LABELS))
-    model.build((None, HEIGHT, WIDTH, 3))
+    classes = [{"name": name, "category_id": number} for number, name in enumerate(LABELS)]
+    model = PolarMask(config.load("shapes", [*options, "postprocess.max_detections=40"]), classes)
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         if variable.name.startswith("head/"):
             # No bias of -log(99) on the classes: half of the places have something.
             kept = 0 if "classes/conv/bias" in variable.name else 1
             variable.assign(kept * variable + rng.normal(0, 0.15, variable.shape) * ("kernel" in variable.name))
-    classes = [{"name": name, "category_id": number} for number, name in enumerate(LABELS)]
     folder = tmp_path_factory.mktemp("models")
-    tflite.export_tflite(model, classes, folder / "fp32.tflite")
+    tflite.export_tflite(model, folder / "fp32.tflite")
     seen = [noise(HEIGHT, WIDTH, seed) for seed in range(4)]
-    tflite.export_tflite(model, classes, folder / "int8.tflite", precision="int8", images=lambda: seen)
+    tflite.export_tflite(model, folder / "int8.tflite", precision="int8", images=lambda: seen)
     return {name: folder / f"{name}.tflite" for name in ("fp32", "int8")}
 
 

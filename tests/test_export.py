@@ -2,14 +2,13 @@
 
 import io
 import json
-import types
 
 import numpy as np
 import pytest
 import tf_keras
 from PIL import Image
 
-from helpers.exports import CLASSES, RADIUS, expected_scale, fake_model, hexagon_around_brightest, spot
+from helpers.exports import RADIUS, expected_scale, fake_model, hexagon_around_brightest, spot
 from polarmask_tf import config as configs
 from polarmask_tf import lite
 from polarmask_tf.export import export, graph, parity, tflite
@@ -51,8 +50,8 @@ def three(request, tmp_path_factory):
     model = fake_model(fit, (48, 90) if fit == "short_side" else (64, 96))
     folder = tmp_path_factory.mktemp(fit)
     paths = [
-        graph.export_saved_model(model, CLASSES, folder / "saved_model"),
-        tflite.export_tflite(model, CLASSES, folder / "model.tflite"),
+        graph.export_saved_model(model, folder / "saved_model"),
+        tflite.export_tflite(model, folder / "model.tflite"),
     ]
     return fit, {"run": run_predictor(model), **{path.name: load_predictor(path) for path in paths}}, paths
 
@@ -132,7 +131,6 @@ def short_side_export(tmp_path_factory):
     config = configs.load("shapes", overrides)
     tf_keras.utils.set_random_seed(0)
     model = PolarMask(config, 1)
-    model.build((None, *configs.input_size(config.data), 3))
     rng = np.random.default_rng(0)
     for variable in model.head.variables:  # weights of its start give every location nearly the same score
         variable.assign(variable + rng.normal(0, 0.1, variable.shape))
@@ -170,11 +168,11 @@ def short_side_export(tmp_path_factory):
         "skipped": {},
     }
     (folder / "data" / "dataset.json").write_text(json.dumps(content))
-    rows = export.export(folder / "run", folder / "out")
+    rows = export.export_model(folder / "run", folder / "out")
     return folder, rows, images
 
 
-def test_a_network_finds_the_same_lying_and_standing(short_side_export):
+def test_a_network_finds_the_same_in_landscape_and_portrait(short_side_export):
     folder, _, images = short_side_export
     run, exported = load_predictor(folder / "run"), load_predictor(folder / "out" / "saved_model")
     assert run.input_size == exported.input_size == (64, 96)
@@ -204,11 +202,9 @@ def test_export_compares_each_on_images_resized_as_it_does(short_side_export, ca
     assert rows["model.tflite"]["detections"] == sum(len(found.scores) for found in keras(images)) > 20
     assert rows["model.tflite"]["pixels"] < 1e-2
     assert lite.PolarMaskLite(folder / "out" / "model.tflite").metadata["input"]["resize"] == "letterbox"
-    export.export(folder / "run", folder / "again", images=folder / "data")
+    export.export_model(folder / "run", folder / "again", images=folder / "data")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warnings == [
-        "warning: model.tflite fits every image into 64 x 96: a standing one gets smaller in it than in training"
-    ]
+    assert warnings == ["warning: model.tflite fits every image into 64 x 96: a portrait one gets smaller than in training"]
 
 
 def detections(*rows):
@@ -228,13 +224,14 @@ def test_compare_matches_by_class_and_overlap():
     assert row["score"] == pytest.approx(0.05, abs=1e-6) and row["pixels"] == pytest.approx(3)
     nothing = parity.compare(lambda images: [a], lambda images: [detections()], [image])
     assert (nothing["detections"], nothing["matched"]) == (3, 0)
-    assert "saved_model" in parity.format_table({"saved_model": row})
+    assert "saved_model" in parity.format_rows({"saved_model": row})
 
 
 def test_metadata_says_what_a_user_needs():
     from polarmask_tf import __version__, config
+    from polarmask_tf.modeling.polarmask import PolarMask
 
-    model = types.SimpleNamespace(config=config.load("shapes"))
-    found = graph.metadata(model, [{"name": "cat", "category_id": 17}])
+    model = PolarMask(config.load("shapes"), [{"name": "cat", "category_id": 17}])
+    found = graph.metadata(model)
     assert found["version"] == __version__ and found["classes"] == [{"name": "cat", "category_id": 17}]
     assert (found["input"]["height"], found["input"]["width"], found["rays"]) == (128, 128, 36)

@@ -84,7 +84,6 @@ def test_a_checkpoint_of_model_garden_gives_equal_features(kind, multiplier, tmp
     prefix = save_as_model_garden_does(network, tmp_path)
     expected = network(images())
     model = PolarMask(small_config(type=kind, multiplier=multiplier), CLASSES)
-    model.build((None, 64, 64, 3))
     for weights in (prefix, str(tmp_path), f"{prefix}.index"):
         model.backbone.set_weights([np.zeros_like(w) for w in model.backbone.get_weights()])
         config = small_config(type=kind, multiplier=multiplier, weights=weights)
@@ -96,7 +95,6 @@ def test_a_mobile_backbone_learns(tmp_path):
     prefix = save_as_model_garden_does(mobilenet(), tmp_path)
     config = small_config(weights=prefix, norm="frozen", freeze_at=2)
     model = PolarMask(config, CLASSES)
-    model.build((None, 64, 64, 3))
     pretrained.initialize(model.backbone, config.model)
     pictures, instances = random_images(1, 2), instances_of(random_scenes(0, [3, 2]), (64, 64))
     loss, gradients = loss_and_gradients(model, pictures, instances)
@@ -199,7 +197,6 @@ def test_a_mobile_backbone_runs_in_tflite_with_builtins():
     config = small_config(type="MobileNetV3Small", multiplier=0.5)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=(64, 64)))
     model = PolarMask(config, CLASSES)
-    model.build((None, 64, 64, 3))
     interpreter = litert.Interpreter(model_content=tflite.convert(model))
     found = interpreter.get_signature_runner()(images=random_images(0, 1).numpy())
     expected = model.detect(random_images(0, 1))

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import config as configs
-from polarmask_tf.inference.evaluate import coco_metrics, detections_to_results
+from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results
 from polarmask_tf.inference.predictor import Detections
 from polarmask_tf.ops import geometry
 
@@ -111,7 +111,7 @@ def test_pasted_by_model_garden_a_mask_is_the_polygon(low, high, least, least_v2
         assert np.mean([iou(a, b) for a, b in zip(pasted, truth, strict=True)]) > floor
 
 
-def fixed_model(fit, size, tables, scores, classes, box_branch=False):
+def fixed_model(fit, size, tables, scores, labels, box_branch=False):
     """What the exporter uses of a model that finds tables[i] (polygons [N, n, 2] relative to the canvas, NaN past the last)
     in image i: the number that stands in the first pixel's red and green."""
     config = configs.Config()
@@ -125,7 +125,7 @@ def fixed_model(fit, size, tables, scores, classes, box_branch=False):
     outputs = {
         "num_detections": valid.sum(1).astype(np.int32),
         "detection_scores": (scores * valid).astype(np.float32),
-        "detection_classes": (classes * valid).astype(np.int32),
+        "detection_classes": (labels * valid).astype(np.int32),
         "detection_boxes": boxes.astype(np.float32),
         "detection_polygons": polygons,
     }
@@ -135,7 +135,10 @@ def fixed_model(fit, size, tables, scores, classes, box_branch=False):
         number = number[:, 0] + 256 * number[:, 1]
         return {name: tf.gather(tf.constant(value), number) for name, value in outputs.items()}
 
-    return types.SimpleNamespace(config=config, variables=[], detect=detect)
+    names = [{"name": f"c{i}", "category_id": i + 1} for i in range(int(np.max(labels)) + 1)]
+    return types.SimpleNamespace(
+        config=config, classes=names, input_size=configs.input_size(config.data), variables=[], detect=detect
+    )
 
 
 def numbered(number, height, width):
@@ -145,9 +148,8 @@ def numbered(number, height, width):
     return file.getvalue()
 
 
-def exported(model, folder, classes=1, **options):
-    names = [{"name": f"c{i}", "category_id": i + 1} for i in range(classes)]
-    path = serving.export_serving(model, names, folder, name="m", contract="model_garden", **options)
+def exported(model, folder, **options):
+    path = serving.export_serving(model, folder, name="m", contract="model_garden", **options)
     return tf.saved_model.load(str(path))
 
 
@@ -157,7 +159,7 @@ def test_outputs_are_named_shaped_and_placed_as_model_gardens(tmp_path):
     table = np.full((1, 3, 4, 2), np.nan)
     table[0, 0] = square
     model = fixed_model("letterbox", (64, 96), table, np.array([[0.8, 0.5, 0.4]]), np.array([[4, 2, 1]]))
-    loaded = exported(model, tmp_path, classes=5, mask_size=14)
+    loaded = exported(model, tmp_path, mask_size=14)
     contents = [numbered(0, *size) for size in ((100, 80), (64, 96), (33, 200))]
     found = loaded.signatures["model_garden_image_bytes"](inputs=tf.constant(contents))
     assert {name: (value.dtype, value.shape.as_list()) for name, value in found.items()} == {
@@ -228,7 +230,7 @@ def compare(images, annotations, detections, classes, size, tmp_path):
         found = Detections(np.float32(score), np.int32(label), np.float32(boxes), np.float32(polygons))
         results += detections_to_results(found, image["id"], classes, height, width)
     model = fixed_model("letterbox", size, tables, scores, labels)
-    path = serving.export_serving(model, classes, tmp_path, name="m", contract="model_garden")
+    path = serving.export_serving(model, tmp_path, name="m", contract="model_garden")
     signature = tf.saved_model.load(str(path)).signatures["model_garden_image_bytes"]
     contents = [numbered(row, image["height"], image["width"]) for row, image in enumerate(images)]
     found = [signature(inputs=tf.constant([content])) for content in contents]

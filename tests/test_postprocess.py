@@ -29,7 +29,9 @@ def random_outputs(rng, scale=2.0):
     }
 
 
-def slow_detect(outputs, *, score_threshold=0.05, candidates=1000, nms_iou=0.5, max_detections=100, multi_label=True):
+def slow_detect(
+    outputs, *, score_threshold=0.05, pre_nms_top_k=1000, nms_iou_threshold=0.5, max_detections=100, multi_label=True
+):
     """List of (score, class, polygon in pixels), and how near any decision was to going the other way."""
     found, margin = [], 1.0
     for level in sorted(outputs):
@@ -44,15 +46,15 @@ def slow_detect(outputs, *, score_threshold=0.05, candidates=1000, nms_iou=0.5, 
             for c in range(CLASSES) if multi_label else [int(np.argmax(classes[i, j]))]:
                 of_level.append((scores[c], c, polygon))
         of_level.sort(key=lambda d: -d[0])
-        found += of_level[:candidates]
+        found += of_level[:pre_nms_top_k]
     found = sorted((d for d in found if d[0] > score_threshold), key=lambda d: -d[0])
     scores = np.array([d[0] for d in found])
     margin = min([margin, *np.abs(scores - score_threshold), *np.abs(np.diff(scores)) * 100])
     kept = []
     for detection in found:
         overlaps = [box_iou(detection[2], other[2]) for other in kept if other[1] == detection[1]]
-        margin = min([margin, *(abs(o - nms_iou) for o in overlaps)])
-        if len(kept) < max_detections and all(o <= nms_iou for o in overlaps):
+        margin = min([margin, *(abs(o - nms_iou_threshold) for o in overlaps)])
+        if len(kept) < max_detections and all(o <= nms_iou_threshold for o in overlaps):
             kept.append(detection)
     return kept, margin
 
@@ -340,11 +342,11 @@ def test_detect_equals_the_released_post_processing(shared, nms, equal):
     turn = (9 - np.arange(36)) % 36
     outputs = {}
     for index in range(5):
-        maps = {name: golden[f"in/{name}{index}"][0].transpose(1, 2, 0) for name in ("cls", "ctr", "ray_logits", "bbox")}
+        maps = {name: golden[f"in/{name}{index}"][0].transpose(1, 2, 0) for name in ("cls", "ctr", "rays", "bbox")}
         outputs[3 + index] = {
             "class_logits": maps["cls"],
             "centerness_logits": maps["ctr"],
-            "ray_logits": np.log(maps["ray_logits"])[..., turn],
+            "ray_logits": np.log(maps["rays"])[..., turn],
         }
         if nms == "box":
             outputs[3 + index]["ltrb_logits"] = np.log(maps["bbox"])

@@ -19,6 +19,7 @@ from PIL import Image
 
 from helpers.exports import CLASSES, RADIUS, expected_scale, fake_model, spot
 from polarmask_tf import config as configs
+from polarmask_tf import files
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.predictor import load_predictor, run_predictor
 
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
 def load(folder, fit):
     model = fake_model(fit, (48, 90) if fit == "short_side" else (64, 96))
     contract = "model_garden" if fit == "letterbox" else None
-    return Model(serving.export_serving(model, CLASSES, folder, name=fit, contract=contract, max_pixels=MAX_PIXELS))
+    return Model(serving.export_serving(model, folder, name=fit, contract=contract, max_pixels=MAX_PIXELS))
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +483,7 @@ def test_what_lies_in_a_version(letterbox):
     assert letterbox.path.name == "1" and letterbox.path.parent.name == "letterbox"
     assert sorted(path.name for path in letterbox.path.parent.iterdir()) == ["1"]
     extra = letterbox.path / "assets.extra"
-    assert {"graph.pb", "variables", "assets.extra"} <= {path.name for path in letterbox.path.iterdir()}
+    assert {"saved_model.pb", "variables", "assets.extra"} <= {path.name for path in letterbox.path.iterdir()}
     assert (extra / "labels.txt").read_text() == "sun\nmoon\n"
     description = json.loads((extra / "metadata.json").read_text())
     assert description["classes"] == CLASSES
@@ -495,7 +496,7 @@ def test_what_lies_in_a_version(letterbox):
 
 def quick_save(module, path, signatures):
     serving.Path(path).mkdir()
-    (serving.Path(path) / "graph.pb").write_bytes(b"")
+    (serving.Path(path) / "saved_model.pb").write_bytes(b"")
 
 
 def test_a_version_is_never_overwritten_and_appears_only_whole(tmp_path, monkeypatch):
@@ -503,19 +504,19 @@ def test_a_version_is_never_overwritten_and_appears_only_whole(tmp_path, monkeyp
     monkeypatch.setattr(tf.saved_model, "save", quick_save)
     (tmp_path / "m" / "7").mkdir(parents=True)
     (tmp_path / "m" / "old").mkdir()
-    assert serving.export_serving(model, CLASSES, tmp_path, name="m") == tmp_path / "m" / "8"
-    assert serving.export_serving(model, CLASSES, tmp_path, name="m") == tmp_path / "m" / "9"
-    assert serving.export_serving(model, CLASSES, tmp_path, name="n") == tmp_path / "n" / "1"
+    assert serving.export_serving(model, tmp_path, name="m") == tmp_path / "m" / "8"
+    assert serving.export_serving(model, tmp_path, name="m") == tmp_path / "m" / "9"
+    assert serving.export_serving(model, tmp_path, name="n") == tmp_path / "n" / "1"
     seen = []
 
     def full_disk(module, path, signatures):
         quick_save(module, path, signatures)
         seen.extend(other.name for other in (tmp_path / "m").iterdir())
-        raise tf.errors.ResourceExhaustedError(None, None, "No space left\non device")
+        raise tf.errors.ResourceExhaustedError(None, None, "{{node Save}} x/model; No space left on device\nmore lines")
 
     monkeypatch.setattr(tf.saved_model, "save", full_disk)
     with pytest.raises(InputError, match=r"/m: cannot be written: No space left on device$"):
-        serving.export_serving(model, CLASSES, tmp_path, name="m")
+        serving.export_serving(model, tmp_path, name="m")
     assert sorted(name for name in seen if name.isdecimal()) == ["7", "8", "9"]  # what TF Serving looks at
     assert {path.name for path in (tmp_path / "m").iterdir()} == {"7", "8", "9", "old"}
 
@@ -525,7 +526,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
 
     def error(**options):
         with pytest.raises(InputError) as raised:
-            serving.export_serving(model, CLASSES, tmp_path / "out", **{"name": "m", **options})
+            serving.export_serving(model, tmp_path / "out", **{"name": "m", **options})
         return str(raised.value)
 
     for name in ("", "a/b", "..", "1", "a b", "-x"):
@@ -558,13 +559,11 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
         "postprocess.score_threshold=0.001",
     ]
     config = configs.load("shapes", overrides)
-    model = PolarMask(config, 2)
-    model.build((None, 64, 96, 3))
+    model = PolarMask(config, CLASSES)
     rng = np.random.default_rng(0)
     for variable in model.head.variables:
         variable.assign(variable + rng.normal(0, 0.1, variable.shape))
-    model.classes = [dict(entry) for entry in CLASSES]  # Keras wraps what it is given in place
-    path = serving.export_serving(model, model.classes, tmp_path, name="net")
+    path = serving.export_serving(model, tmp_path, name="net")
     served, keras = Model(path), run_predictor(model)
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((64, 96), (96, 64), (64, 64), (32, 96))]
     found = served("serving_default", [encoded(image) for image in images])
@@ -576,7 +575,7 @@ def test_a_network_finds_what_it_finds_in_keras(tmp_path):
         assert np.abs(polygons - expected.polygons).max(axis=(1, 2)).mean() < 0.05
     again = load_predictor(path)  # `polarmask predict out/net/1` takes the signature `images`
     np.testing.assert_allclose(again(images)[0].scores, keras(images)[0].scores, atol=1e-5)
-    size = graph.metadata(model, model.classes)["input"]
+    size = graph.metadata(model)["input"]
     assert again.input_size == (size["height"], size["width"]) == (64, 96)
 
 
@@ -586,16 +585,16 @@ def test_the_benchmark_measures_what_it_says(monkeypatch):
             return tf.cast(images, tf.float32)
 
     model = Network(**vars(fake_model("letterbox", (64, 96))))
-    rows = benchmark._signatures(model, CLASSES, batches=[2], repeats=2)
+    rows = benchmark._signatures(model, batches=[2], repeats=2)
     assert all(row["value"] > 0 or row["unit"] == "%" for row in rows)
     values = {(row["what"], row["batch"], row["unit"]): row["value"] for row in rows}
     assert values["serving_default", 2, "images/s"] == pytest.approx(2e3 / values["serving_default", 2, "ms"])
     assert values["decoding and resizing", 2, "CPU ms"] < 2 * values["serving_default", 2, "CPU ms"]
-    monkeypatch.setattr(serving, "resident", partial(next, itertools.count(100, 2)))  # 2 MB a request
-    rows = benchmark._memory(model, CLASSES, requests=30)
+    monkeypatch.setattr(benchmark, "resident", partial(next, itertools.count(100, 2)))  # 2 MB a request
+    rows = benchmark._memory(model, requests=30)
     assert [(row["value"], row["unit"]) for row in rows] == [(2 * (15 - 3), "MB"), (2 * (30 - 15), "MB")]
     named = [{"model": "m", "device": "d, 2 cores", "threads": 1, **row} for row in rows]
-    lines = benchmark.format_csv(named).splitlines()
+    lines = files.format_csv(named, benchmark.COLUMNS).splitlines()
     assert lines[0] == "model,device,threads,what,batch,value,unit" and lines[1].startswith('m,"d, 2 cores",1,"memory that')
     with pytest.raises(InputError, match="no config file 'none'"):
         benchmark.run("none", threads=[1])

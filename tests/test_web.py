@@ -117,14 +117,13 @@ def make_model(path, *overrides, raw=False, precision="fp32"):
         ],
     )
     tf_keras.utils.set_random_seed(0)
-    model = PolarMask(options, len(CLASSES))
-    model.build((None, HEIGHT, WIDTH, 3))
+    model = PolarMask(options, CLASSES)
     rng = np.random.default_rng(0)
     for variable in model.variables:
         if "kernel" in variable.name or "conv/bias" in variable.name:
             more = 2.5 if "classes/conv/bias" in variable.name else 0  # else all scores are low
             variable.assign(variable + rng.normal(more, 0.1, variable.shape))
-    return tflite.export_tflite(model, CLASSES, path, precision, raw=raw)
+    return tflite.export_tflite(model, path, precision, raw=raw)
 
 
 def picture(height, width, seed=0):

@@ -124,14 +124,8 @@ def examine(content: tf.Tensor, max_pixels: int) -> tuple[tf.Tensor, tf.Tensor]:
 
     content, width, height, problem = tf.switch_case(_kind(header), [jpeg, png, gif, bmp, webp, other])
     pixels = tf.cast(width, tf.float64) * tf.cast(height, tf.float64)  # of a made-up header: more than int64 holds
-    too_many = tf.strings.join(
-        [
-            tf.strings.as_string(width),
-            " x ",
-            tf.strings.as_string(height),
-            f" pixels (width x height), the limit set at export is {max_pixels}",
-        ]
-    )
+    limit = f"pixels (width x height), the limit set at export is {max_pixels}"
+    too_many = tf.strings.format(f"{{}} x {{}} {limit}", (width, height))
     for wrong, why in ((pixels > max_pixels, too_many), (tf.equal(pixels, 0), "an image without pixels")):
         problem = tf.where(tf.equal(problem, "") & wrong, why, problem)
     return content, problem
@@ -166,7 +160,7 @@ def _jpeg_problem(content):
     # A scan's header: the marker FF DA, its length in two bytes, which is 6 + 2 n, and n components.
     scans = (data[:-4] == 0xFF) & (data[1:-3] == 0xDA) & (data[2:-2] == 0) & (data[3:-1] == 2 * data[4:] + 6)
     scans = tf.math.count_nonzero(scans)
-    return tf.where(scans > MAX_SCANS, tf.strings.join(["a JPEG of ", tf.strings.as_string(scans), " scans"]), "")
+    return tf.where(scans > MAX_SCANS, tf.strings.format("a JPEG of {} scans", scans), "")
 
 
 def _first_frame(content):

@@ -1,83 +1,90 @@
-"""A SavedModel from uint8 images of any size to polygons, and the function that both exports are made of."""
+"""A SavedModel from uint8 images of any size to polygons, and what both exports are made of."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
+import typing
 from pathlib import Path
 
 import tensorflow as tf
 
 from polarmask_tf import __version__
-from polarmask_tf.config import input_size
-from polarmask_tf.data import transforms
+from polarmask_tf.errors import InputError
+from polarmask_tf.files import io_error_text
 from polarmask_tf.modeling.polarmask import PolarMask
 
-OUTPUTS = ("num_detections", "detection_scores", "detection_classes", "detection_boxes", "detection_polygons")
 
-
-def metadata(model: PolarMask, classes: list[dict], resize: str | None = None) -> dict:
+def metadata(model: PolarMask, resize: str | None = None) -> dict:
     """What a user of an exported file needs to know, stored with it as metadata.json; `resize` defaults to data.fit."""
-    height, width = input_size(model.config.data)
+    height, width = model.input_size
+    config = model.config
     return {
         "format": "polarmask_tf/1",
         "version": __version__,
-        "classes": [dict(entry) for entry in classes],  # not what Keras makes of a model's attributes
+        "classes": model.classes,
         "input": {
             "height": height,
             "width": width,
             "layout": "NHWC, RGB, uint8, 0..255, pixels as decoded (no EXIF rotation)",
-            "resize": resize or model.config.data.fit,
+            "resize": resize or config.data.fit,
         },
         "output": "detection_boxes are ymin, xmin, ymax, xmax and detection_polygons x, y, relative to the image passed in",
-        "rays": model.config.model.rays,
+        "rays": config.model.rays,
         "angles": (
             "the polygon is the box: lower right, lower left, upper left, upper right"
-            if model.config.model.rays == 4
+            if config.model.rays == 4
             else "point k of a polygon lies at 360 k / rays degrees from +x towards +y (down), seen from its center"
         ),
-        "max_detections": model.config.postprocess.max_detections,
+        "max_detections": config.postprocess.max_detections,
     }
 
 
 def resize(images: tf.Tensor, size: tuple[int, int], fit: str) -> tuple[tf.Tensor, tf.Tensor]:
     """uint8 [B, h, w, 3] to what the network takes, [B, H, W, 3]: scaled as DataConfig.fit says, padded with zeros.
 
-    H and W are `size`; with short_side the scaled image's own sides in multiples of 32. Returns the canvas, uint8, and
-    the part of its width and height that the images fill, float32 [2], in (0, 1].
+    H and W are `size`; with short_side the scaled image's own sides in multiples of 32. Returns the padded images, uint8, and
+    the part of their width and height that the images fill, float32 [2], in (0, 1].
     """
     # In double precision the same sides as lite.letterbox finds: one rounded otherwise is another picture.
     source = tf.cast(tf.shape(images)[1:3], tf.float64)
-    scaled = tf.maximum(tf.round(source * transforms.factors(source, size, fit)), 1.0)
-    whole = tf.math.ceil(scaled / 32) * 32 if fit == "short_side" else tf.constant(size, tf.float64)
-    placed = tf.raw_ops.ScaleAndTranslate(
+    factors = tf.constant(size, tf.float64) / source
+    if fit == "letterbox":
+        factors = tf.reduce_min(factors)
+    elif fit == "short_side":
+        factors = tf.minimum(size[0] / tf.reduce_min(source), size[1] / tf.reduce_max(source))
+    resized = tf.maximum(tf.round(source * factors), 1.0)
+    canvas = tf.math.ceil(resized / 32) * 32 if fit == "short_side" else tf.constant(size, tf.float64)
+    padded = tf.raw_ops.ScaleAndTranslate(
         images=images,
-        size=tf.cast(whole, tf.int32),
-        scale=tf.cast(scaled / source, tf.float32),
+        size=tf.cast(canvas, tf.int32),
+        scale=tf.cast(resized / source, tf.float32),
         translation=tf.zeros(2),
         kernel_type="triangle",
         antialias=True,
     )
-    placed = tf.ensure_shape(placed, [None, *((None, None) if fit == "short_side" else size), 3])
-    return tf.cast(tf.clip_by_value(tf.round(placed), 0.0, 255.0), tf.uint8), tf.cast((scaled / whole)[::-1], tf.float32)
+    padded = tf.ensure_shape(padded, [None, *((None, None) if fit == "short_side" else size), 3])
+    return tf.cast(tf.clip_by_value(tf.round(padded), 0.0, 255.0), tf.uint8), tf.cast((resized / canvas)[::-1], tf.float32)
 
 
-def detect(model: PolarMask, placed: tf.Tensor, filled: tf.Tensor) -> dict:
-    """Detections in images that `resize` placed, relative to the images themselves.
+def detect(model: PolarMask, padded: tf.Tensor, filled: tf.Tensor) -> dict:
+    """Detections in images that `resize` padded, relative to the images themselves.
 
-    `filled` is the part of the canvas' width and height that they fill, float32 [2], or [B, 2] where they differ.
+    `filled` is the part of width and height that they fill, float32 [2], or [B, 2] where they differ.
     """
-    found = model.detect(placed)
+    found = model.detect(padded)
     filled = tf.reshape(filled, [-1, 1, 2])
-    # From the canvas to the image; what reached into the padding is cut at the image's border.
+    # From the padded image to the image; what reached into the padding is cut at the image's border.
     polygons = tf.clip_by_value(found["detection_polygons"] / filled[:, tf.newaxis], 0.0, 1.0)
     boxes = tf.clip_by_value(found["detection_boxes"] / tf.tile(filled[..., ::-1], [1, 1, 2]), 0.0, 1.0)
     return {**found, "detection_boxes": boxes, "detection_polygons": polygons}
 
 
-class Serving(tf.Module):
-    """What is saved: the variables, and one function that closes over the model (a Keras model hung on it would be saved,
-    with its training functions, as well)."""
+class DetectionModule(tf.Module):
+    """What is saved: the variables, and one function that closes over the model (a Keras model that belonged to it would be
+    saved, with its training functions, as well)."""
 
     def __init__(self, model: PolarMask):
         super().__init__()
@@ -85,23 +92,52 @@ class Serving(tf.Module):
         data = model.config.data
 
         @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
-        def run(images):
+        def detect_images(images):
             return detect(model, *resize(images, data.size, data.fit))
 
-        self.run = run
+        self.detect = detect_images
 
 
-def export_saved_model(model: PolarMask, classes: list[dict], out: Path) -> Path:
+def export_saved_model(model: PolarMask, out: Path) -> Path:
     """Writes the SavedModel directory `out` (replacing an older one) and returns it.
 
-    Signature serving_default: `images` uint8 [B, any, any, 3] RGB, to the outputs of exports/README.md.
+    Signature serving_default: `images` uint8 [B, any, any, 3] RGB, to the outputs of exports/README.md. Raises InputError if
+    it cannot be written, or if something else lies there.
     """
-    beside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    serving = Serving(model)
-    tf.saved_model.save(serving, str(beside), signatures={"serving_default": serving.run})
-    (beside / "assets.extra").mkdir()
-    (beside / "assets.extra" / "metadata.json").write_text(json.dumps(metadata(model, classes), indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    check_saved_model_path(out)
+    module = DetectionModule(model)
+    with saving(module, {"serving_default": module.detect}, metadata(model), out.parent) as written:
+        if out.exists():
+            out.rename(written.with_name("older"))  # one of the two stands until the other does
+        written.rename(out)
     return out
+
+
+def check_saved_model_path(out: Path) -> None:
+    """InputError where TensorFlow would not load a SavedModel from, and where what is no SavedModel would be replaced."""
+    if set(str(out)) & set("[\\"):
+        raise InputError(f"{out}: TensorFlow loads no SavedModel from a path with [ or \\ in it; choose another directory")
+    if out.exists() and not (out / "saved_model.pb").is_file():
+        raise InputError(f"{out}: in the way, and no SavedModel that could be replaced; move it, or choose another directory")
+
+
+@contextlib.contextmanager
+def saving(module: tf.Module, signatures: dict, description: dict, folder: Path) -> typing.Iterator[Path]:
+    """Within it, a SavedModel with metadata.json in a temporary directory of `folder`, to be renamed to where it belongs.
+
+    Raises InputError if it cannot be written.
+    """
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+        written = temporary / "model"  # with the permissions that are usual here, which the temporary directory has not
+        tf.saved_model.save(module, str(written), signatures=signatures)
+        (written / "assets.extra").mkdir()
+        (written / "assets.extra" / "metadata.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        yield written
+    except (OSError, tf.errors.OpError) as error:
+        raise InputError(f"{folder}: cannot be written: {io_error_text(error)}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

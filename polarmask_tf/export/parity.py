@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.files import format_table
+from polarmask_tf.inference.coco_metrics import polygons_to_rle
 
 
 def compare(reference: Callable, other: Callable, images: list[np.ndarray]) -> dict:
@@ -44,14 +45,9 @@ def compare(reference: Callable, other: Callable, images: list[np.ndarray]) -> d
     return {"detections": total, "matched": matched, "score": score, "boxes": sides, "pixels": pixels}
 
 
-def format_table(rows: dict[str, dict]) -> str:
+def format_rows(rows: dict[str, dict]) -> str:
     """Rows of `compare`, by name, as text; with their APs, if they have some."""
-    width = max(map(len, ("against Keras", *rows))) + 1
-    measured = all("AP" in row for row in rows.values())
-    head = f"{'against Keras':<{width}}{'detections':>11}{'matched':>9}{'max score diff':>16}{'boxes':>12}{'polygons':>12}"
-    lines = [head + (f"{'mask AP':>9}{'Keras':>8}" if measured else "")]
-    for name, row in rows.items():
-        line = f"{name:<{width}}{row['detections']:>11}{row['matched']:>9}{row['score']:>16.2e}{row['boxes']:>9.3f} px"
-        line += f"{row['pixels']:>9.3f} px"
-        lines.append(line + (f"{row['AP']:>9.4f}{row['keras']:>8.4f}" if measured else ""))
-    return "\n".join(lines)
+    columns = {"against Keras": "", "detections": "", "matched": "", "score": ".2e", "boxes": ".3f", "pixels": ".3f"}
+    if all("AP" in row for row in rows.values()):
+        columns |= {"AP": ".4f", "keras": ".4f"}
+    return format_table([{"against Keras": name, **row} for name, row in rows.items()], columns)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import tensorflow as tf
 from polarmask_tf.config import CONVENTIONS, DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import decode, model_garden
-from polarmask_tf.export.graph import detect, metadata, resize
+from polarmask_tf.export.graph import check_saved_model_path, detect, metadata, resize, saving
 from polarmask_tf.modeling.polarmask import PolarMask
 
 CONTRACTS = ("model_garden",)
@@ -24,7 +22,6 @@ WARM_UP_SIZE = (96, 128)  # height and width of the picture in the warm-up reque
 
 def export_serving(
     model: PolarMask,
-    classes: list[dict],
     out: Path,
     *,
     name: str,
@@ -51,86 +48,71 @@ def export_serving(
     if max_pixels < 1 or mask_size < 1:
         raise InputError("the limit of pixels and the size of masks must be at least 1")
     _protos()
-    description = metadata(model, classes)
-    description["serving"] = {"name": name, "max_pixels": max_pixels, "contract": contract}
-    module = Served(model, json.dumps(description), contract, max_pixels, mask_size)
     folder = out / name
-    beside = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))  # not a number: TF Serving does not look at it
-        whole = beside / "model"
-        tf.saved_model.save(module, str(whole), signatures=module.functions)
-        extra = whole / "assets.extra"
-        extra.mkdir()
-        (extra / "metadata.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-        labels = (" ".join(str(entry["name"]).split()) + "\n" for entry in classes)
-        (extra / "labels.txt").write_text("".join(labels), encoding="utf-8")
-        with tf.io.TFRecordWriter(str(extra / "tf_serving_warmup_requests")) as writer:
+    check_saved_model_path(folder / "new")
+    description = {**metadata(model), "serving": {"name": name, "max_pixels": max_pixels, "contract": contract}}
+    module = ServingModule(model, json.dumps(description), contract, max_pixels, mask_size)
+    with saving(module, module.functions, description, folder) as written:  # not a number: TF Serving does not look at it
+        labels = "".join(" ".join(str(entry["name"]).split()) + "\n" for entry in model.classes)
+        (written / "assets.extra" / "labels.txt").write_text(labels, encoding="utf-8")
+        with tf.io.TFRecordWriter(str(written / "assets.extra" / "tf_serving_warmup_requests")) as writer:
             for record in warm_up(module.functions, name):
                 writer.write(record.SerializeToString())
-        return _publish(whole, folder)
-    except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "message", error)
-        raise InputError(f"{folder}: cannot be written: {' '.join(str(reason).split())}") from None
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
+        return _publish(written, folder)
 
 
 def place_encoded(contents: tf.Tensor, data: DataConfig, max_pixels: int, examples: bool = False):
     """Encoded images, string [B], to what the network takes; see decode.place_batch."""
 
     def place(image):
-        placed, filled = _place(image[tf.newaxis], data)
-        return placed[0], filled
+        padded, filled = _place(image[tf.newaxis], data)
+        return padded[0], filled
 
     return decode.place_batch(contents, place, max_pixels, examples)
 
 
 def _place(images, data):
-    """saved_model.resize, with the height and width filled, in pixels."""
-    placed, filled = resize(images, data.size, data.fit)
-    return placed, tf.round(filled[::-1] * tf.cast(tf.shape(placed)[1:3], tf.float32))
+    """graph.resize, with the height and width filled, in pixels."""
+    padded, filled = resize(images, data.size, data.fit)
+    return padded, tf.round(filled[::-1] * tf.cast(tf.shape(padded)[1:3], tf.float32))
 
 
-class Served(tf.Module):
+class ServingModule(tf.Module):
     """What is saved: the variables and the signatures, which all run one and the same network function."""
 
     def __init__(self, model: PolarMask, description: str, contract: str | None, max_pixels: int, mask_size: int):
         super().__init__()
         self.variables_ = list(model.variables)
-        data = model.config.data
+        data, box_branch = model.config.data, CONVENTIONS[model.config.conventions].box_nms
         size = (None, None) if data.fit == "short_side" else data.size
-        text = tf.TensorSpec([None], tf.string)
-        pixels = tf.TensorSpec([None, None, None, 3], tf.uint8)
+        text, pixels = tf.TensorSpec([None], tf.string), tf.TensorSpec([None, None, None, 3], tf.uint8)
 
         @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.uint8), tf.TensorSpec([None, 2])])
-        def network(placed, filled):
-            return detect(model, placed, filled[:, ::-1] / tf.cast(tf.shape(placed)[2:0:-1], tf.float32))
+        def network(padded, filled):
+            return detect(model, padded, filled[:, ::-1] / tf.cast(tf.shape(padded)[2:0:-1], tf.float32))
 
         network = network.get_concrete_function()
 
         def alone(given):
-            placed, filled, sides = given
-            found = network(placed[tf.newaxis, : sides[0], : sides[1]], filled[tf.newaxis])
+            padded, filled, canvas = given
+            found = network(padded[tf.newaxis, : canvas[0], : canvas[1]], filled[tf.newaxis])
             return {name: value[0] for name, value in found.items()}
 
-        def detections(placed, filled, canvases):
-            """Of each image as if it were sent alone: one does not see the padding to another's canvas."""
+        def detections(padded, filled):
+            """Of each image as if it were sent alone (one does not see the padding to another's canvas), and its canvas."""
             if data.fit != "short_side":
-                return network(placed, filled)
+                return network(padded, filled), tf.broadcast_to(tf.shape(padded)[1:3], tf.shape(filled))
+            canvases = tf.cast(-(-filled // 32) * 32, tf.int32)
             shapes = {name: tf.TensorSpec(value.shape[1:], value.dtype) for name, value in network.structured_outputs.items()}
-            return tf.cond(
-                tf.reduce_all(canvases == tf.shape(placed)[1:3]),
-                lambda: network(placed, filled),
-                lambda: tf.map_fn(alone, (placed, filled, canvases), fn_output_signature=shapes, parallel_iterations=1),
+            found = tf.cond(
+                tf.reduce_all(canvases == tf.shape(padded)[1:3]),
+                lambda: network(padded, filled),
+                lambda: tf.map_fn(alone, (padded, filled, canvases), fn_output_signature=shapes, parallel_iterations=1),
             )
+            return found, canvases
 
-        def own_canvases(placed, filled):
-            sides = tf.cast(-(-filled // 32) * 32, tf.int32)
-            return sides if data.fit == "short_side" else tf.broadcast_to(tf.shape(placed)[1:3], tf.shape(filled))
-
+        # Each gives padded images, heights and widths filled, heights and widths of the images. (As functions of their own,
+        # decoders are in the graph once.)
         @tf.function(input_signature=[text])
         def from_bytes(contents):
             return place_encoded(contents, data, max_pixels)
@@ -142,17 +124,16 @@ class Served(tf.Module):
         def from_images(images):
             sides = tf.shape(images)[1:3]
             with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(sides > 0), ["images without pixels"])]):
-                placed, filled = _place(tf.identity(images), data)
+                padded, filled = _place(tf.identity(images), data)
             many = [tf.shape(images)[0], 1]
-            return placed, tf.tile(filled[tf.newaxis], many), tf.tile(tf.cast(sides, tf.float32)[tf.newaxis], many)
+            return padded, tf.tile(filled[tf.newaxis], many), tf.tile(tf.cast(sides, tf.float32)[tf.newaxis], many)
 
-        def ours(placed, filled, _):
-            return detections(placed, filled, own_canvases(placed, filled))
+        def ours(padded, filled, _):
+            return detections(padded, filled)[0]
 
-        def theirs(placed, filled, sizes):
-            sides = own_canvases(placed, filled)
-            branch = CONVENTIONS[model.config.conventions].box_nms
-            return model_garden.outputs(detections(placed, filled, sides), sizes, filled, sides, mask_size, branch)
+        def theirs(padded, filled, sizes):
+            found, canvases = detections(padded, filled)
+            return model_garden.outputs(found, sizes, filled, canvases, mask_size, box_branch)
 
         def signature(spec, name, read, answer):
             return tf.function(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -14,15 +15,18 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from polarmask_tf.config import DataConfig, input_size
+from polarmask_tf.config import DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import quantize
 from polarmask_tf.export.graph import metadata
+from polarmask_tf.files import replacing
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops import geometry
 
 # float32; float16 weights, computed in float32; 8-bit weights alone; 8 bits but for what needs float, see quantize.py.
 PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
+# What a raw file calls the head's outputs: P3_classes, ...
+RAW_NAMES = {"class_logits": "classes", "centerness_logits": "centerness", "ray_logits": "rays"}
 
 
 def file_name(precision: str = "fp32", raw: bool = False) -> str:
@@ -30,9 +34,33 @@ def file_name(precision: str = "fp32", raw: bool = False) -> str:
     return "_".join(["model", *([precision] if precision != "fp32" else []), *(["raw"] if raw else [])]) + ".tflite"
 
 
-def fit(data: DataConfig) -> str:
+def file_fit(data: DataConfig) -> str:
     """How an image meets the file's one fixed size: data.fit, but letterbox for short_side, which has no one size."""
     return "letterbox" if data.fit == "short_side" else data.fit
+
+
+def check_raw(model: PolarMask) -> None:
+    """InputError for a model whose raw outputs nothing would make polygons of."""
+    config = model.config
+    if config.model.head.box or config.conventions != "paper" or config.model.rays == 4:
+        raise InputError("--raw: lite.py assembles rays alone; not with model.head.box, conventions: released or model.rays: 4")
+
+
+class TFLiteModule(tf.Module):
+    """What is converted: detections in one image, or, if `raw`, the head's outputs."""
+
+    def __init__(self, model: PolarMask, raw: bool = False):
+        super().__init__()
+        self.variables_ = list(model.variables)
+
+        @tf.function(input_signature=[tf.TensorSpec([1, *model.input_size, 3], tf.uint8, "images")])
+        def run(images):
+            if not raw:
+                return model.detect(images)
+            outputs = model(images, training=False)
+            return {f"P{level}_{RAW_NAMES[name]}": value for level, maps in outputs.items() for name, value in maps.items()}
+
+        self.run = run
 
 
 def convert(
@@ -44,29 +72,15 @@ def convert(
       precision: one of PRECISIONS.
       raw: ends at the head's outputs, float32 logits: P3_classes [1, h, w, C], P3_centerness, P3_rays, and so on by level.
       images: for int8: gives uint8 [H, W, 3] as the network takes them, on which ranges are measured.
+
+    Raises InputError for a raw file of a model that check_raw refuses.
     """
-    if raw and (model.config.model.head.box or model.config.conventions != "paper" or model.config.model.rays == 4):
-        raise InputError("--raw: lite.py assembles rays alone; not with model.head.box, conventions: released or model.rays: 4")
-
-    def outputs(x):
-        if not raw:
-            return model.detect(x)
-        levels = model(x, training=False)
-        return {f"P{level}_{name}": value for level, maps in levels.items() for name, value in maps.items()}
-
-    class Edge(tf.Module):
-        def __init__(self):
-            super().__init__()
-            self.variables_ = list(model.variables)
-
-        @tf.function(input_signature=[tf.TensorSpec([1, *input_size(model.config.data), 3], tf.uint8, "images")])
-        def detect(self, images):
-            return outputs(images)
-
-    edge = Edge()
+    if raw:
+        check_raw(model)
+    module = TFLiteModule(model, raw)
     # Names of inputs and outputs survive conversion only by way of a SavedModel with a signature.
     with tempfile.TemporaryDirectory() as folder, _without_native_log():
-        tf.saved_model.save(edge, folder, signatures={"serving_default": edge.detect})
+        tf.saved_model.save(module, folder, signatures={"serving_default": module.run})
         if precision == "int8":
             return quantize.int8(folder, images)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
@@ -92,17 +106,24 @@ def _without_native_log():
         os.close(kept)
 
 
-def export_tflite(model: PolarMask, classes: list[dict], out: Path, precision: str = "fp32", *, raw=False, images=None) -> Path:
-    """Writes the file `out`, with metadata.json zipped onto its end (runtimes ignore it), and returns it; see `convert`."""
-    described = {**metadata(model, classes, fit(model.config.data)), "precision": precision}
+def export_tflite(model: PolarMask, out: Path, precision: str = "fp32", *, raw: bool = False, images=None) -> Path:
+    """Writes the file `out`, with metadata.json zipped onto its end (runtimes ignore it), and returns it; see `convert`.
+
+    Raises InputError if it cannot be written.
+    """
+    content = convert(model, precision, raw=raw, images=images)
+    described = {
+        **metadata(model, file_fit(model.config.data)),
+        "precision": precision,
+        "flatbuffer_bytes": len(content),  # what comes before the zip file
+        "flatbuffer_sha256": hashlib.sha256(content).hexdigest(),
+    }
     if raw:
         described |= {"output": "the head's logits by level; lite.py makes polygons of them", "raw": _assembling(model)}
-    content = convert(model, precision, raw=raw, images=images)
-    beside = out.with_name(out.name + ".tmp")
-    beside.write_bytes(content)
-    with zipfile.ZipFile(beside, "a") as archive:
-        archive.writestr("metadata.json", json.dumps(described, indent=1))
-    os.replace(beside, out)
+    with replacing(out) as part:
+        part.write_bytes(content)
+        with zipfile.ZipFile(part, "a") as archive:
+            archive.writestr("metadata.json", json.dumps(described, indent=1))
     return out
 
 
@@ -110,7 +131,7 @@ def _assembling(model: PolarMask) -> dict:
     """What lite.assemble needs to know."""
     options = model.config.postprocess
     return {
-        "ray_units": {str(level): unit for level, unit in model.ray_units.items()},
+        "ray_units": model.ray_units,
         "ray_limit": geometry.MAX_RAY_LOGIT,
         "score_threshold": options.score_threshold,
         "candidates": options.pre_nms_top_k,

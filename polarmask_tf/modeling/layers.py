@@ -6,7 +6,6 @@ import tensorflow as tf
 import tf_keras
 
 PACKAGE = "polarmask_tf"  # under which Keras' own files know our layers and models
-_THIN = 16
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
@@ -31,13 +30,13 @@ class Conv(tf_keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         pad = stride > 1 and kernel > 1
-        self.stride, self.thin = stride, False
+        self.stride = stride
         self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if pad else None
         make = tf_keras.layers.Conv2D if groups == 1 else GroupedConv2D
         self.conv = make(
             filters,
             kernel,
-            stride,
+            stride if pad else 1,
             "valid" if pad else "same",
             use_bias=bias,
             kernel_initializer=init,
@@ -47,19 +46,12 @@ class Conv(tf_keras.layers.Layer):
             name="conv",
         )
 
-    def build(self, input_shape):
-        # oneDNN's gradient of a strided 1x1 convolution of fewer than 16 channels writes outside its memory on processors
-        # with AVX-512 (TensorFlow 2.20, batch 1, several threads): there, the pixels are chosen first. Shipped networks are
-        # wider, and their exported graphs keep the one operation.
-        self.thin = self.stride > 1 and self.pad is None and input_shape[-1] < _THIN
-        if self.thin:
-            self.conv.strides = (1, 1)
-        super().build(input_shape)
-
     def call(self, x):
-        if self.thin:
-            x = x[:, :: self.stride, :: self.stride]
-        return self.conv(x if self.pad is None else self.pad(x))
+        if self.pad is not None:
+            x = self.pad(x)
+        elif self.stride > 1:
+            x = every(x, self.stride)
+        return self.conv(x)
 
     def get_config(self):
         conv = self.conv
@@ -73,6 +65,22 @@ class Conv(tf_keras.layers.Layer):
             "bias_init": tf_keras.initializers.serialize(conv.bias_initializer),
             "groups": conv.groups,
         }
+
+
+def every(x: tf.Tensor, stride: int) -> tf.Tensor:
+    """x[:, ::stride, ::stride] of [B, H, W, C]: what a 1x1 convolution of that stride sees.
+
+    Chosen before a convolution of stride 1, since strided ones are wrong in places: oneDNN's gradient of one with fewer than
+    16 channels writes outside its memory (TensorFlow 2.20, AVX-512, batch 1, several threads), and LiteRT's GPU delegate
+    ignores the stride in 8 bits.
+    """
+    _, height, width, channels = x.shape
+    if None in (height, width) or height % stride or width % stride:
+        return x[:, ::stride, ::stride]
+    # Whole runs of channels are copied so, where LiteRT would copy number by number.
+    blocks = tf.reshape(x, [-1, stride, width // stride, stride * channels])
+    chosen = tf.slice(blocks, [0, 0, 0, 0], [-1, 1, width // stride, channels])
+    return tf.reshape(chosen, [-1, height // stride, width // stride, channels])
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
@@ -170,6 +178,30 @@ def _gradients_by_group(x, kernel, dy, strides, padding):
     return tf.concat(dxs, 3), tf.concat(dkernels, 3)
 
 
+@tf_keras.saving.register_keras_serializable(PACKAGE)
+class GroupNormalization(tf_keras.layers.GroupNormalization):
+    """tf_keras' own, with the same variables and numbers, for [B, H, W, C], in float32 within.
+
+    No tensor has more than four dimensions, which is all that LiteRT's GPU and NPU delegates take. Sums and products, since its
+    8-bit kernels are slow at means and squares.
+    """
+
+    def call(self, x):
+        values = tf.cast(x, tf.float32)
+        centered = values - self._group_mean(values)
+        factor = tf.cast(self.gamma, tf.float32) * tf.math.rsqrt(self._group_mean(centered * centered) + self.epsilon)
+        return tf.cast(centered * factor + tf.cast(self.beta, tf.float32), x.dtype)
+
+    def _group_mean(self, values):
+        """[B, H, W, C] to [B, 1, 1, C]: of each channel its group's mean."""
+        _, height, width, channels = values.shape
+        size = tf.shape(values)
+        count = (height or size[1]) * (width or size[2]) * (channels // self.groups)
+        sums = tf.reshape(tf.reduce_sum(values, [1, 2], keepdims=True), [-1, 1, self.groups, channels // self.groups])
+        means = tf.reduce_sum(sums, axis=3, keepdims=True) * (1.0 / tf.cast(count, tf.float32))
+        return tf.reshape(tf.tile(means, [1, 1, 1, channels // self.groups]), [-1, 1, 1, channels])
+
+
 def norm(kind: str, channels: int, **kwargs) -> tf_keras.layers.Layer:
     """A norm with epsilon 1e-5, or nothing ("none"); `kwargs` (name, dtype) go to the layer.
 
@@ -184,5 +216,5 @@ def norm(kind: str, channels: int, **kwargs) -> tf_keras.layers.Layer:
         )
     if kind == "group":
         groups = max(g for g in range(1, max(1, min(32, channels // 8)) + 1) if channels % g == 0)
-        return tf_keras.layers.GroupNormalization(groups, epsilon=1e-5, **kwargs)
+        return GroupNormalization(groups, epsilon=1e-5, **kwargs)
     return tf_keras.layers.Activation("linear", **kwargs)

@@ -55,16 +55,17 @@ def detect(
             scores, classes, where = _above(maps, pre_nms_top_k, score_threshold, centerness_offset)
         else:
             scores, classes, where = _best(maps, pre_nms_top_k, multi_label, centerness_offset)
-        logits = [
-            tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where)
+        # Lengths before the levels are joined: by a column of units LiteRT's GPU delegate multiplies as if all were the first.
+        lengths = [
+            geometry.rays_from_logits(tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where), ray_units[level])
             for name in ("ray_logits", "ltrb_logits")
             if name in maps
         ]
         centers = tf.gather(geometry.locations(height, width, 2 ** int(level)), where)
-        levels.append((scores, classes, centers, tf.fill([tf.shape(where)[0], 1], ray_units[level]), *logits))
+        levels.append((scores, classes, centers, *lengths))
     # All levels at once: in a .tflite file the number of operations is what small ones cost.
-    scores, classes, centers, units, *logits = (tf.concat(parts, axis=0) for parts in zip(*levels, strict=True))
-    rays, boxes = _decode(centers, [geometry.rays_from_logits(part, units) for part in logits], box_nms)
+    scores, classes, centers, *lengths = (tf.concat(parts, axis=0) for parts in zip(*levels, strict=True))
+    rays, boxes = _decode(centers, lengths, box_nms)
     boxes = tf.clip_by_value(boxes, 0.0, tf.tile(limit, [2]) - pixel)
     # Class-aware NMS in one call: boxes of different classes are moved where they cannot overlap.
     apart = boxes + tf.expand_dims(tf.cast(classes, tf.float32) * (tf.reduce_max(limit) + 1.0), 1)
@@ -112,10 +113,10 @@ def _best(maps: dict, top_k: int, multi_label: bool, offset: float):
     if not multi_label:
         # The largest logit has the largest score: one sigmoid a location. Which class it is, only the best need to know.
         scores = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * centerness
-        scores, where = tf.math.top_k(scores, _at_most(top_k, scores))
+        scores, where = _top(scores, top_k)
         return scores, tf.argmax(tf.gather(logits, where), axis=-1, output_type=tf.int32), where
     scores = tf.reshape(tf.sigmoid(logits) * tf.expand_dims(centerness, 1), [-1])
-    scores, index = tf.math.top_k(scores, _at_most(top_k, scores))
+    scores, index = _top(scores, top_k)
     num_classes = logits.shape[-1]
     return scores, index % num_classes, index // num_classes
 
@@ -135,6 +136,16 @@ def _flat(maps: dict, offset: float):
     """Class logits [L, C] and centerness + offset [L] of a level."""
     logits = tf.reshape(tf.cast(maps["class_logits"], tf.float32), [-1, maps["class_logits"].shape[-1]])
     return logits, tf.sigmoid(tf.reshape(tf.cast(maps["centerness_logits"], tf.float32), [-1])) + offset
+
+
+def _top(scores: tf.Tensor, k: int):
+    """The k highest scores and their indices; all of them, as they are, where there are no more."""
+    count = scores.shape[0]
+    if count is not None and count <= k:
+        return scores, tf.range(count)
+    if count is not None:  # LiteRT's GPU delegate sorts wrongly where the number is no multiple of 4
+        scores = tf.pad(scores, [[0, -count % 4]], constant_values=-1.0)
+    return tf.math.top_k(scores, _at_most(k, scores))
 
 
 def _at_most(k: int, x: tf.Tensor):

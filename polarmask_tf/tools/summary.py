@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from polarmask_tf.config import CONVENTIONS, Config, DataConfig
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import format_table
 from polarmask_tf.inference.predictor import network_input
 from polarmask_tf.modeling.polarmask import PolarMask
 
@@ -29,14 +30,15 @@ _FREE = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN", "Res
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall", "While", "StatelessWhile", "If", "StatelessIf"}
 
 
-def run(config: Config, num_classes: int = 80) -> list[dict]:
+def print_summary(config: Config, num_classes: int = 80) -> list[dict]:
     """Prints the table of `summarize` with what its columns mean; returns its rows."""
     height, width = input_size(config.data)
     rows = summarize(config, num_classes, (height, width))
+    columns = {"part": "", "parameters": ",", "trainable": ",", "multiply_adds": ","}
     print(f"one image, input {height} x {width}, {num_classes} classes, {config.model.rays} rays")
-    print(format_table(rows))
+    print(format_table(rows, columns | {"weights_mb": ".1f", "activations_mb": ".1f"}))
     print(
-        "trainable: learned by gradient; the rest is frozen or running statistics. multiply-adds: of convolutions and matrix\n"
+        "trainable: learned by gradient; the rest is frozen or running statistics. multiply_adds: of convolutions and matrix\n"
         "products; of post-processing those that turn candidates into polygons. weights, activations: float32, MB = 10^6 B.\n"
         "activations: all tensors that one forward pass makes. A training step keeps at most so much for the gradient, times\n"
         "images a step (gradients and optimizer come on top); inference frees most of it as it goes."
@@ -53,7 +55,7 @@ def summarize(config: Config, num_classes: int = 80, size: tuple[int, int] | Non
     """Rows {"part", "parameters", "trainable", "multiply_adds", "weights_mb", "activations_mb"} of PARTS and their "total".
 
     For one image of `size` (height and width, multiples of 32; by default input_size of the config). Normalisation of the
-    image counts with the backbone. MB are 10^6 bytes of float32; see `run` for what the columns mean.
+    image counts with the backbone. MB are 10^6 bytes of float32; see print_summary for what the columns mean.
     """
     size = size or input_size(config.data)
     if any(side < 32 or side % 32 for side in size):
@@ -137,14 +139,3 @@ def _decoding(config: Config, num_classes: int, size) -> int:
         locations = math.prod(-(-side // 2**level) for side in size)
         candidates += min(options.pre_nms_top_k, locations * (num_classes if pairs else 1))
     return 2 * config.model.rays * candidates
-
-
-def format_table(rows: list[dict]) -> str:
-    """The rows as text."""
-    lines = [f"{'part':<18} {'parameters':>12} {'trainable':>12} {'multiply-adds':>14} {'weights':>10} {'activations':>12}"]
-    for row in rows:
-        lines.append(
-            f"{row['part']:<18} {row['parameters'] / 1e6:10.3f} M {row['trainable'] / 1e6:10.3f} M "
-            f"{row['multiply_adds'] / 1e6:12,.1f} M {row['weights_mb']:7.1f} MB {row['activations_mb']:9.1f} MB"
-        )
-    return "\n".join(lines)

@@ -47,6 +47,7 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     run = Path(run)
     config, classes = read_run(run)
     config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
+    configs.check(config.postprocess, "postprocess.")
     model = PolarMask(config, classes)
     if not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")

@@ -1,13 +1,12 @@
 """Writes exports/edge_pairs.csv: edge files beside what they replace and beside themselves with four rays, in turns.
 
-    python scripts/edge_pairs.py [--yolo FOLDER] [--csv FILE]
+    python scripts/benchmarks/edge_pairs.py [--yolo FOLDER] [--csv FILE]
 
-One thread, CPU time, weights of chance, everything from pixels to polygons (or boxes, or masks) in each file; of YOLO11n-seg,
+One thread, CPU time, random weights, everything from pixels to polygons (or boxes, or masks) in each file; of YOLO11n-seg,
 whose files yolo11n_seg.py writes into FOLDER, the network alone.
 """
 
 import argparse
-import csv
 import functools
 import statistics
 import sys
@@ -15,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 import tensorflow as tf
-from edge_table import CLASSES, make, pictures
+from edge_table import EXPORTS, make, pictures
 
 from polarmask_tf.export import tflite
-from polarmask_tf.tools import benchmark_files
+from polarmask_tf.files import atomic_write, format_csv
+from polarmask_tf.tools import benchmark
 
 # What one would build without polar masks: MobileNetV2, FPN-lite and a separable head of 4 x 128 channels, boxes alone.
 BOXES = (
@@ -36,7 +36,7 @@ BOXES = (
 def export(folder: Path, precision: str, size: int, detections: int, name: str, *settings: str) -> bytes:
     file = folder / "model.tflite"
     model = make(name, size, detections, *settings)
-    tflite.export_tflite(model, CLASSES, file, precision, images=functools.partial(pictures, size))
+    tflite.export_tflite(model, file, precision, images=functools.partial(pictures, size))
     return file.read_bytes()
 
 
@@ -88,32 +88,26 @@ def pairs(folder: Path, yolo: Path | None):
 
 
 def compare(files: tuple[bytes, bytes], size: int, repeats: int) -> dict:
-    picture = benchmark_files.synthetic_picture(size, size)
-    runners = [benchmark_files.Runner(content, picture, threads=1) for content in files]
-    turns = [[runner()[1] for runner in runners] for _ in range(repeats + benchmark_files.WARM_UP)][benchmark_files.WARM_UP :]
-    first, second = (statistics.median(times) for times in zip(*turns, strict=True))
-    return {"first_ms": first, "second_ms": second, "first/second": statistics.median(a / b for a, b in turns)}
+    picture = benchmark.synthetic_picture(size, size)
+    runners = [benchmark.FileRunner(content, picture, threads=1) for content in files]
+    first, second = benchmark.in_turns(runners, repeats, benchmark.WARM_UP)[..., 1].T
+    numbers = {"first_ms": first, "second_ms": second, "first/second": first / second}
+    return {name: statistics.median(values.tolist()) for name, values in numbers.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--yolo", type=Path, metavar="FOLDER", help="beside YOLO11n-seg too: what yolo11n_seg.py wrote")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).resolve().parents[1] / "exports" / "edge_pairs.csv")
+    parser.add_argument("--csv", type=Path, default=EXPORTS / "edge_pairs.csv")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for what, size, detections, precision, *files in pairs(Path(folder), args.yolo):
             times = compare(files, size, args.repeats if size < 512 else max(1, args.repeats // 5))
-            rows.append(
-                {"what": what, "size": size, "detections": detections, "precision": precision}
-                | {key: round(value, 4) for key, value in times.items()}
-            )
-            print(*rows[-1].values(), sep=", ", flush=True)
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            rows.append({"what": what, "size": size, "detections": detections, "precision": precision, **times})
+            print(*(f"{x:.4g}" if isinstance(x, float) else x for x in rows[-1].values()), sep=", ", flush=True)
+    atomic_write(args.csv, format_csv(rows))
     return 0
 
 

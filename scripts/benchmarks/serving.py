@@ -4,29 +4,26 @@
     python scripts/benchmarks/serving.py table1e_r50 data.fit=letterbox data.size=[512,512] --model-garden
 
 prints CSV. Weights are random where a config is named instead of a run; the score threshold is 0 then, so that all
-detections are filled. The pictures are made up.
+detections are filled. The pictures are synthetic.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
-import io
 import json
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 import typing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import format_csv
 
 COLUMNS = ("model", "device", "threads", "what", "batch", "value", "unit")
 HEIGHT, WIDTH = 480, 640  # of the picture
@@ -66,15 +63,6 @@ def run_model_garden(source: str, overrides: typing.Sequence[str] = (), *, repea
     return _in_a_process("model_garden", source, overrides, 1, {"repeats": repeats})
 
 
-def format_csv(rows: list[dict]) -> str:
-    """The rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "value": f"{row['value']:.4g}"} for row in rows)
-    return text.getvalue()
-
-
 def _in_a_process(what: str, source: str, overrides, threads: int, options: dict) -> list[dict]:
     task = json.dumps([what, str(source), list(overrides), threads, options])
     command = [sys.executable, __file__, "--task", task]
@@ -92,8 +80,8 @@ def _task(what: str, source: str, overrides: list, threads: int, options: dict) 
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
-    model, classes = _model(source, overrides)
-    rows = {"signatures": _signatures, "memory": _memory, "model_garden": _model_garden}[what](model, classes, **options)
+    model = _model(source, overrides)
+    rows = {"signatures": _signatures, "memory": _memory, "model_garden": _model_garden}[what](model, **options)
     shared = {"model": " ".join([Path(source).name, *overrides]), "device": device_name(), "threads": threads}
     return [{**shared, **row} for row in rows]
 
@@ -106,47 +94,23 @@ def _model(source: str, overrides: list):
     if Path(source).is_dir():
         if overrides:
             raise InputError(f"{source}: a run has its own settings, which cannot be changed here")
-        model = load_run(Path(source))
-        return model, model.classes
-    model = PolarMask(config.load(source, [*overrides, "postprocess.score_threshold=0.0"]), 80)
-    return model, [{"name": f"class {i}", "category_id": i + 1} for i in range(80)]
+        return load_run(Path(source))
+    return PolarMask(config.load(source, [*overrides, "postprocess.score_threshold=0.0"]), 80)
 
 
-def _exported(model, classes, folder: str):
+def _exported(model, folder: str):
     import tensorflow as tf
 
     from polarmask_tf.export.serving import export_serving
 
-    return tf.saved_model.load(str(export_serving(model, classes, Path(folder), name="model", contract="model_garden")))
-
-
-def _picture(rng, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth colours and some noise, which make a JPEG as large as a photograph's."""
-    small = rng.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
-    smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    return np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return tf.saved_model.load(str(export_serving(model, Path(folder), name="model", contract="model_garden")))
 
 
 def _in_turns(cases: dict, repeats: int) -> dict:
-    """Milliseconds of each call, [repeats, 2] by name: by the clock, and of all threads together.
+    """Milliseconds of each call, [repeats, 2] by name; shares are made of the second, see benchmark.in_turns."""
+    from polarmask_tf.tools.benchmark import in_turns
 
-    The second is what shares are made of: others who use the machine change it less. A first call of each does not count.
-    """
-    for function in cases.values():
-        function()
-    times = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, function in cases.items():
-            began = np.array([time.perf_counter(), time.process_time()])
-            function()
-            times[name].append(1e3 * (np.array([time.perf_counter(), time.process_time()]) - began))
-    return {name: np.array(values) for name, values in times.items()}
+    return dict(zip(cases, np.moveaxis(in_turns([*cases.values()], repeats, warm_up=1), 1, 0), strict=True))
 
 
 def _time_rows(times: dict, batch: int) -> list[dict]:
@@ -158,15 +122,16 @@ def _time_rows(times: dict, batch: int) -> list[dict]:
     return rows
 
 
-def _signatures(model, classes, batches: list, repeats: int) -> list[dict]:
+def _signatures(model, batches: list, repeats: int) -> list[dict]:
     import tensorflow as tf
 
     from polarmask_tf.export import model_garden
     from polarmask_tf.export.serving import place_encoded
     from polarmask_tf.inference.predictor import network_input
+    from polarmask_tf.tools.benchmark import as_jpeg, synthetic_picture
 
-    image = _picture(np.random.default_rng(0))
-    content = _jpeg(image)
+    image = synthetic_picture(HEIGHT, WIDTH)
+    content = as_jpeg(image)
     feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[content]))
     example = tf.train.Example(features=tf.train.Features(feature={"image/encoded": feature})).SerializeToString()
     canvas = network_input(image, model.config.data)[0]
@@ -181,7 +146,7 @@ def _signatures(model, classes, batches: list, repeats: int) -> list[dict]:
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        loaded = _exported(model, classes, folder)
+        loaded = _exported(model, folder)
         ask = loaded.signatures
         for batch in batches:
             contents, examples = tf.constant([content] * batch), tf.constant([example] * batch)
@@ -214,17 +179,19 @@ def _signatures(model, classes, batches: list, repeats: int) -> list[dict]:
     return rows
 
 
-def _memory(model, classes, requests: int) -> list[dict]:
+def _memory(model, requests: int) -> list[dict]:
     """Megabytes that requests add once a tenth of them has warmed everything up; each is a picture of another size."""
     import tensorflow as tf
 
+    from polarmask_tf.tools.benchmark import as_jpeg, synthetic_picture
+
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        loaded = _exported(model, classes, folder)
+        loaded = _exported(model, folder)
         used = []
-        for _ in range(requests):
-            image = _picture(rng, *rng.integers(32, 800, 2))
-            loaded.signatures["serving_default"](image_bytes=tf.constant([_jpeg(image)]))
+        for number in range(requests):
+            image = synthetic_picture(*rng.integers(32, 800, 2), seed=number)
+            loaded.signatures["serving_default"](image_bytes=tf.constant([as_jpeg(image)]))
             loaded.signatures["images"](images=tf.constant(image[np.newaxis]))
             used.append(resident())
     rows = []
@@ -242,21 +209,21 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
-def _model_garden(model, classes, repeats: int) -> list[dict]:
+def _model_garden(model, repeats: int) -> list[dict]:
     import tensorflow as tf
     from official.core import exp_factory
     from official.vision.configs import maskrcnn  # noqa: F401, registers the experiment
     from official.vision.serving import detection
 
-    from polarmask_tf.config import input_size
+    from polarmask_tf.tools.benchmark import synthetic_picture
 
-    size = list(input_size(model.config.data))
+    size = list(model.input_size)
     params = exp_factory.get_exp_config("maskrcnn_resnetfpn_coco")
     params.task.model.input_size = [*size, 3]
     theirs = detection.DetectionModule(params, batch_size=1, input_image_size=size, input_type="image_tensor")
-    image = tf.constant(_picture(np.random.default_rng(0))[np.newaxis])
+    image = tf.constant(synthetic_picture(HEIGHT, WIDTH)[np.newaxis])
     with tempfile.TemporaryDirectory() as folder:
-        ours = _exported(model, classes, str(Path(folder) / "ours"))
+        ours = _exported(model, str(Path(folder) / "ours"))
         path = str(Path(folder) / "theirs")
         tf.saved_model.save(theirs, path, theirs.get_inference_signatures({"image_tensor": "serving_default"}))
         loaded = tf.saved_model.load(path)
@@ -305,7 +272,7 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(format_csv(rows), end="")
+    print(format_csv(rows, COLUMNS), end="")
     return 0
 
 

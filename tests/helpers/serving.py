@@ -4,13 +4,14 @@ import contextlib
 import http.server
 import io
 import json
+import socket
 import threading
 import time
 
 import numpy as np
 from PIL import Image
 
-from helpers.exports import CLASSES, fake_model, metadata
+from helpers.exports import fake_model, metadata
 
 MAX_PIXELS = 100_000
 
@@ -19,7 +20,7 @@ def make_model(folder):
     """A served model's directory: the serving export of what marks the brightest pixel with hexagons, at 64 x 96."""
     from polarmask_tf.export.serving import export_serving
 
-    return export_serving(fake_model("letterbox", (64, 96)), CLASSES, folder, name="polarmask", max_pixels=MAX_PIXELS).parent
+    return export_serving(fake_model("letterbox", (64, 96)), folder, name="polarmask", max_pixels=MAX_PIXELS).parent
 
 
 @contextlib.contextmanager
@@ -52,6 +53,43 @@ def scripted(*answers):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def hostile(serve):
+    """The address of a server that calls serve(socket) when it has read a request's beginning."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def talk(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            serve(connection)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def sends(first, again, pause=0.0):
+    """serve for `hostile`: `first`, then `again` for ever (for as long as anybody listens)."""
+
+    def serve(connection):
+        connection.sendall(first)
+        while True:
+            connection.sendall(again)
+            time.sleep(pause)
+
+    return serve
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def encoded(image, kind="PNG", mode="RGB", **options):
