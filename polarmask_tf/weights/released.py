@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from polarmask_tf import config as configs
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import pretrained, runs
@@ -55,7 +55,7 @@ def import_weights(
         raise InputError(f"{run}: exists already; choose another --out")
     tensors = read_tensors(checkpoint)
     tensors = {_renamed(key): value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
-    classes = records.load_dataset_info(data).classes if data else COCO_CLASSES
+    classes = dataset.load(data).classes if data else COCO_CLASSES
     _check_kind(checkpoint, tensors, config, len(classes))
     model = PolarMask(config, classes)
     left = _assign(checkpoint, tensors, model)
