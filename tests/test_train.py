@@ -16,12 +16,12 @@ import tensorflow as tf
 
 from helpers import training
 from polarmask_tf import cli, config
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import dataset, pipeline, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.evaluate import evaluate
 from polarmask_tf.inference.predict import predict
 from polarmask_tf.inference.predictor import Detections, load_predictor
-from polarmask_tf.training import callbacks
+from polarmask_tf.training import callbacks, directory
 from polarmask_tf.training import log as logs
 from polarmask_tf.training import train as train_module
 from polarmask_tf.weights import runs
@@ -390,7 +390,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, se
     assert str(saved) in error and f"the newest checkpoint is of step {first - 1} " in error
 
     settings = config.load("shapes", [*TINY, f"data.train={data / 'train'}", *settings])
-    batches = pipeline.training_batches(records.load_dataset_info(data / "train"), settings, seed=settings.train.seed)
+    batches = pipeline.training_batches(dataset.load(data / "train"), settings, seed=settings.train.seed)
     images, instances = list(batches.take(first))[-1]
     with np.load(saved) as file:
         assert set(file.files) == {"images", *instances} and file["images"].std() > 0
@@ -405,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, se
     assert int(model.detect(images)["num_detections"].shape[0]) == 4
 
     assert list((run / "plugins" / "profile").glob("*/*"))  # though the training did not come to its step 8
-    runs.create_or_check(settings, records.load_dataset_info(data / "train"), run, restart=True)
+    directory.create_or_check(settings, dataset.load(data / "train"), run, restart=True)
     assert not saved.exists() and not (run / "plugins").exists()
 
 

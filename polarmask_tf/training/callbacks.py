@@ -20,7 +20,7 @@ from polarmask_tf.inference import visualize
 from polarmask_tf.inference.evaluate import evaluate
 from polarmask_tf.inference.predict import cell
 from polarmask_tf.inference.predictor import read_image, run_predictor
-from polarmask_tf.training import replicas
+from polarmask_tf.training import directory, replicas
 from polarmask_tf.training.log import APS, Log, Stepwise, ap_history, patience_exhausted, read_metrics, rounded
 from polarmask_tf.training.watchdog import WORKER_LOST_ERRORS
 from polarmask_tf.weights import runs
@@ -67,7 +67,7 @@ class Checkpoints(Stepwise):
             replicas.average_batch_norm(self.model)
             save(self.model, self.run, step, self.strategy, known=self.known)
             if replicas.is_chief(self.strategy):
-                runs.remove_set_aside(self.run)
+                directory.remove_set_aside(self.run)
 
 
 def is_evaluated(train: TrainConfig, step: int) -> bool:

@@ -7,7 +7,7 @@ import sys
 
 from polarmask_tf import config as configs
 from polarmask_tf.config import Config
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.ops import targets
 from polarmask_tf.weights.state_dict import summarize
@@ -30,25 +30,21 @@ def check_layout(config: Config, replicas: int) -> None:
         )
 
 
-def check_data(config: Config) -> records.DatasetInfo:
+def check_data(config: Config) -> dataset.DatasetInfo:
     """What data.train says about itself. InputError if it, or data.val where that is set, cannot be used."""
     data = config.data
     if not data.train:
         raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
-    info = records.load_dataset_info(data.train)
-    if not _objects(info):
-        raise InputError(
-            f"{data.train}: no object to learn from, only {info.num_images} images and {info.num_crowd} crowd regions; "
-            "see what `polarmask convert` says about the annotations"
-        )
+    info = dataset.load(data.train)
+    dataset.require_objects(info)
     if data.val:
         _check_validation(info, config)
     return info
 
 
-def _check_validation(info: records.DatasetInfo, config: Config) -> None:
+def _check_validation(info: dataset.DatasetInfo, config: Config) -> None:
     train, path = config.data.train, config.data.val
-    val = records.load_dataset_info(path)
+    val = dataset.load(path)
     differences = [
         f"class {number} is {_named(theirs)}, in training {_named(ours)}"
         for number, (ours, theirs) in enumerate(itertools.zip_longest(info.classes, val.classes))
@@ -69,35 +65,24 @@ def _check_validation(info: records.DatasetInfo, config: Config) -> None:
         )
 
 
-def warn(config: Config, info: records.DatasetInfo) -> None:
+def warn(config: Config, info: dataset.DatasetInfo) -> None:
     """Tells stderr what a training on `info` goes without."""
     size, most = configs.input_size(config.data), config.data.max_instances
     lost = targets.unreachable_levels(config.model.fpn.levels, size, config.targets.ranges)
     if lost:
         names = ", ".join(f"P{level}" for level in lost)
         _tell(f"{names} can get no object in images of {' x '.join(map(str, size))}; shorten model.fpn.levels")
-    if info.max_instances > most:
+    images, objects = dataset.surplus(info, most)
+    if objects:
         _tell(
-            f"{config.data.train}: {_surplus(info, most)} more than data.max_instances ({most}) in one image and are ignored; "
-            f"set data.max_instances={info.max_instances} to learn from all"
+            f"{config.data.train}: {objects} of {info.num_instances - info.num_crowd} objects, in {images} images, exceed "
+            f"data.max_instances ({most}) and are ignored; set data.max_instances={info.max_instances} to learn from all"
         )
     if config.data.val:
-        val = records.load_dataset_info(config.data.val)
-        if not _objects(val):
+        val = dataset.load(config.data.val)
+        if val.num_instances == val.num_crowd:
             regions = f" but {val.num_crowd} crowd regions" if val.num_crowd else ""
             _tell(f"{config.data.val}: no object{regions} in {val.num_images} images: every AP will be -1")
-
-
-def _surplus(info: records.DatasetInfo, most: int) -> str:
-    try:
-        from polarmask_tf.data.dataset import surplus
-    except ImportError:
-        return "some objects are"
-    return f"{surplus(info, most)} of {_objects(info)} objects are"
-
-
-def _objects(info: records.DatasetInfo) -> int:
-    return info.num_instances - info.num_crowd
 
 
 def _named(entry: dict | None) -> str:

@@ -17,7 +17,7 @@ from polarmask_tf.data import pipeline
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import lock
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.training import checks, optimizers, replicas
+from polarmask_tf.training import checks, directory, optimizers, replicas
 from polarmask_tf.training.callbacks import Checkpoints, Evaluation, Profile, is_evaluation_missing
 from polarmask_tf.training.checks import check_layout
 from polarmask_tf.training.log import Log, NotFinite, ap_history, patience_exhausted
@@ -63,14 +63,14 @@ def train(
     check_layout(config, strategy.num_replicas_in_sync)
     chief = replicas.is_chief(strategy)
     if chief:
-        runs.check(config, info, run, restart)
+        directory.check(config, info, run, restart)
         checks.warn(config, info)
     with contextlib.ExitStack() as stack:
         with worker_watchdog(strategy):
             with strategy.scope():
                 model = build(config, info.classes)
             if restart or not runs.checkpoints(run):
-                _start(model, start and runs.where_it_is(Path(start), run), chief)
+                _start(model, start and directory.where_it_is(Path(start), run), chief)
             replicas.assert_equal(strategy, 0, "")  # until all have read what the chief may now move
             if chief:
                 stack.enter_context(lock(run, "train"))
@@ -94,7 +94,7 @@ def train(
 def _prepare(config: Config, info, run: Path, restart: bool) -> None:
     """The chief's part before all look for a checkpoint."""
     had_begun = (run / "metrics.csv").is_file()
-    runs.create_or_check(config, info, run, restart)
+    directory.create_or_check(config, info, run, restart)
     if had_begun and not runs.checkpoints(run):
         why = "--restart" if restart else "no checkpoint yet"
         print(f"{run}: {why}: starting from step 0{runs.kept_aside(run)}")
@@ -179,7 +179,7 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
                 f"{run}: {e} at step {e.step}; {newest}{saved}. Look at that batch, or start over with a lower "
                 "train.learning_rate"
             ) from None
-        except tf.errors.OpError as e:
+        except (tf.errors.OpError, UnicodeDecodeError) as e:
             if workers > 1 and isinstance(e, WORKER_LOST_ERRORS):
                 raise  # the watchdog says whom we lost
             explained = pipeline.explain(e, info, config, seed=config.train.seed, step=log.step, worker=worker, workers=workers)

@@ -15,25 +15,16 @@ from pathlib import Path
 
 import tensorflow as tf
 import tf_keras
-import yaml
 
 from polarmask_tf import config as configs
 from polarmask_tf.config import Config
-from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write, io_error_text, make_directory, readable_by_tensorflow
+from polarmask_tf.data import dataset
+from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.files import atomic_write, io_error_text, make_directory, read_file, readable_by_tensorflow
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import earlier
 from polarmask_tf.weights.state_dict import without_numbers
 
-# What may differ when a training goes on: how long it lasts, what is watched, how the same numbers are computed.
-MAY_CHANGE = (
-    "train.steps",
-    "train.checkpoint_every",
-    "train.evaluate_every",
-    "train.patience",
-    "train.jit_compile",
-    "data.damaged",
-)
 UNFINISHED = "unfinished"  # where in checkpoints/ the next one is written
 SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, until a new checkpoint stands
 
@@ -67,7 +58,7 @@ def load_model(path: str | os.PathLike, **overrides) -> PolarMask:
     try:
         model = tf_keras.models.load_model(path)
     except Exception as error:  # zip, HDF5, JSON and Keras errors are of a dozen classes
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise InputError(f"{path}: damaged, or not a .keras file that PolarMask.save wrote ({reason})") from None
     if not isinstance(model, PolarMask):
         raise InputError(f"{path}: holds a {type(model).__name__}, not a PolarMask")
@@ -80,70 +71,15 @@ def read_run(run: Path) -> tuple[Config, list]:
     """Config and classes of a run directory, without loading weights."""
     if not (run / "config.yaml").is_file() or not (run / "dataset.json").is_file():
         raise InputError(f"{run}: not a run directory (config.yaml and dataset.json are expected in it)")
+    file = run / "dataset.json"
     try:
-        entries = json.loads((run / "dataset.json").read_bytes())["classes"]
-        classes = [{"name": str(entry["name"]), "category_id": int(entry["category_id"])} for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{run / 'dataset.json'}: damaged; copy dataset.json from the training data") from None
+        content = json.loads(read_file(file, 2**20 * 100))
+        classes = dataset.parse_classes(content.get("classes") if isinstance(content, dict) else None)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {io_error_text(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({error}); copy dataset.json from the training data") from None
     return configs.load_saved(run / "config.yaml"), classes
-
-
-def check(config: Config, info, run: Path, restart: bool) -> None:
-    """InputError if `run` is no place for this training, or holds another one. Lengthening a training is allowed."""
-    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        what = "cannot be written into" if existing.is_dir() else "is a file"
-        raise InputError(f"{run}: {existing} {what}; choose another --out")
-    file = run / "config.yaml"
-    if not file.exists():
-        if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
-            raise InputError(f"{run}: exists and is not a run directory; choose another --out")
-        return
-    # A run that ended before its first checkpoint, of missing weights for example, holds nothing to protect.
-    if restart or not checkpoints(run):
-        if not _is_dumped(file):
-            raise InputError(f"{file}: would be overwritten; move it out of {run} and give it by --config")
-        return
-    before, classes = read_run(run)
-    if classes != info.classes:
-        raise InputError(
-            f"{run}: was trained on {len(classes)} classes, and {config.data.train} has {len(info.classes)}, or others; "
-            "choose another --out, or --restart"
-        )
-    old, new = (_flatten(configs.to_dict(c)) for c in (before, config))
-    changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
-    if changed:
-        key = changed[0]
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise InputError(
-            f"{run}: holds a training with {key}={old[key]}, now {new[key]}{more}; choose another --out, or --restart"
-        )
-    with contextlib.suppress(*UNREADABLE), readable_by_tensorflow(checkpoints(run)[0]) as path:
-        _check_resumable(run, tf.train.load_checkpoint(path).get_variable_to_shape_map())
-
-
-def _check_resumable(run: Path, names) -> None:
-    if earlier.is_earlier(names):
-        raise InputError(f"{run}: was trained by an earlier version, which this one cannot resume: give it to --start")
-    if not any(name.startswith("optimizer/") for name in names):
-        raise InputError(f"{run}: holds weights alone, which no training can resume: give it to --start")
-
-
-def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
-    """Makes the run directory, or refuses one that belongs to something else, see `check`; the caller has its lock.
-
-    With `restart`, what an earlier training made moves to run/before-restart, where it is a run directory.
-    """
-    check(config, info, run, restart)
-    if checkpoints(run):
-        remove_set_aside(run)  # a checkpoint of the training that was started over stands
-    if restart and (run / "config.yaml").is_file():
-        try:
-            _set_aside(run)
-        except OSError as e:
-            raise InputError(f"{run}: cannot be set aside for --restart: {io_error_text(e)}") from None
-    _tidy(run / "checkpoints", checkpoints(run))
-    write_run(run, config, {"classes": info.classes, "name": info.name, "num_images": info.num_images})
 
 
 def write_run(run: Path, config: Config, dataset: dict) -> None:
@@ -158,58 +94,18 @@ def write_run(run: Path, config: Config, dataset: dict) -> None:
     atomic_write(run / "dataset.json", json.dumps(dataset, indent=1))
 
 
-def _set_aside(run: Path) -> None:
-    """Moves what a training made to run/before-restart; of one that came to no checkpoint, deletes it."""
-    aside = run / SET_ASIDE
-    if checkpoints(run) or checkpoints(run / "best"):
-        make_directory(aside)
-        for name in ("config.yaml", "dataset.json"):
-            if not (aside / name).exists():  # copied: whenever a kill comes, checkpoints are in a run directory
-                atomic_write(aside / name, (run / name).read_bytes())
-    names = ("checkpoints", "best", "metrics.csv", "plugins", "events.out.tfevents.*", "not_finite_step_*.npz")
-    for path in [path for name in names for path in run.glob(name)]:
-        if aside.is_dir() and not (aside / path.name).exists():
-            os.replace(path, aside / path.name)
-        else:
-            _remove([path])
-
-
-def remove_set_aside(run: Path) -> None:
-    """Deletes what --restart has kept."""
-    _remove([run / SET_ASIDE])
-
-
-def where_it_is(path: Path, run: Path) -> Path:
-    """`path`, or where a restart of `run` that came to no checkpoint has put it."""
-    try:
-        aside = run / SET_ASIDE / Path(path).resolve().relative_to(run.resolve())
-    except ValueError:
-        return path
-    return aside if checkpoints(aside) and not checkpoints(path) else path
-
-
 def kept_aside(run: Path) -> str:
     """The end of a line that says where --restart keeps what was there, if it does."""
     aside = run / SET_ASIDE
     return f"; what was there before --restart is in {aside}" if checkpoints(aside) else ""
 
 
-def _is_dumped(file: Path) -> bool:
-    """Whether it is a config.yaml as write_run writes it, now or in an earlier version, and not one that a person wrote."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-        sections = {field.name for field in dataclasses.fields(Config)}
-        return sections <= set(values) and yaml.safe_dump(values, sort_keys=False) == text
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
-        return False
-
-
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def check_resumable(run: Path, names) -> None:
+    """InputError where a checkpoint of these tensors does not hold all that a training goes on from."""
+    if earlier.is_earlier(names):
+        raise InputError(f"{run}: was trained by an earlier version, which this one cannot resume: give it to --start")
+    if not any(name.startswith("optimizer/") for name in names):
+        raise InputError(f"{run}: holds weights alone, which no training can resume: give it to --start")
 
 
 def save(
@@ -254,7 +150,7 @@ def save(
     if known is not None:
         known.add(step)
     # A later one is none that this training went on from: it could not be read.
-    _tidy(folder, [path for path in checkpoints(run) if step_of(path) <= step][:keep], known)
+    tidy(folder, [path for path in checkpoints(run) if step_of(path) <= step][:keep], known)
 
 
 def _refuse_others(run: Path, step: int, known: set[int] | None) -> None:
@@ -266,17 +162,18 @@ def _refuse_others(run: Path, step: int, known: set[int] | None) -> None:
         )
 
 
-def _tidy(folder: Path, keep: list[str], known: set[int] | None = None) -> None:
-    """Deletes what is not to be kept: checkpoints of `known` steps; without it all of them, and what a kill left of others."""
+def tidy(folder: Path, keep: list[str], known: set[int] | None = None) -> None:
+    """Deletes what is not to `keep`: checkpoints of `known` steps; without it all of them, and what a kill left of others."""
     kept = {Path(path).name for path in keep}
     ours = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+(\.index|\.data-.+|_temp)", path.name)]
     if known is not None:
         ours = [path for path in ours if path.stem in {f"step-{step}" for step in known}]
     others = sorted((path for path in ours if path.stem not in kept), reverse=True)  # an index before its data
-    _remove([*([folder / UNFINISHED] if known is None else ()), *others])
+    remove([*([folder / UNFINISHED] if known is None else ()), *others])
 
 
-def _remove(paths) -> None:
+def remove(paths) -> None:
+    """Deletes files and whole directories, where they are there."""
     for path in list(paths):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -297,7 +194,7 @@ def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | Non
                 _restore(model, run, readable, training)
             return path
         except UNREADABLE as e:
-            reason = " ".join(str(e).split())[:200]
+            reason = one_line(e, 200)
             if path == paths[-1]:
                 raise InputError(f"{path}: {_why_unreadable(e)} ({reason})") from None
             print(f"warning: {path} cannot be read, the checkpoint before it is used ({reason})", file=sys.stderr)
@@ -308,7 +205,7 @@ def _restore(model: PolarMask, run: Path, path: str, training: bool) -> None:
     reader = tf.train.load_checkpoint(path)
     names = list(reader.get_variable_to_shape_map())
     if training:
-        _check_resumable(run, names)
+        check_resumable(run, names)
     for name in names:
         if training or not name.startswith("optimizer/"):
             reader.get_tensor(name)  # compares its checksum
