@@ -50,6 +50,7 @@ def test_the_three_rows_and_a_verdict(data, tmp_path, capsys):
         check(capsys.readouterr().out, list(csv.DictReader(file)), 4, 1)
 
 
+@pytest.mark.slow
 def test_two_devices_and_synthetic_pictures(tmp_path):
     done = subprocess.run(
         [

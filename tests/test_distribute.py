@@ -296,6 +296,7 @@ def test_the_cpu_is_split_into_devices():
     assert json.loads(end.out.splitlines()[0]) == ["MirroredStrategy", 0, 1, 2, 4.0]  # two replicas, each with 1 + 1
 
 
+@pytest.mark.slow
 def test_two_workers_by_tf_config_may_finish_at_different_times():
     ports = free_ports(2)
     # A proxy that is not there: what workers say to each other must not go through one.
@@ -307,6 +308,7 @@ def test_two_workers_by_tf_config_may_finish_at_different_times():
         assert lines_of(end.err) == []
 
 
+@pytest.mark.slow
 def test_two_slurm_tasks_and_one_is_killed():
     job = next(job for job in range(1000) if all(_free(12000 + 16 * job + i) for i in range(2)))
     more = {"SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": str(job)}
@@ -316,6 +318,7 @@ def test_two_slurm_tasks_and_one_is_killed():
     assert lines_of(survivor.err) == [_lost(f"127.0.0.1:{12000 + 16 * job + 1}")]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_busy_elsewhere_is_ended_with_the_same_line():
     ports = free_ports(2)
     survivor, killed = run("kill while busy", [{"TF_CONFIG": tf_config(ports, i)} for i in range(2)])
@@ -335,6 +338,7 @@ def _free(port):
         return s.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.slow
 def test_missing_workers_are_named():
     pairs = [free_ports(2), free_ports(2)]  # of each pair only one worker comes: worker 0 of the first, 1 of the second
     ends = run(environments=[{"TF_CONFIG": tf_config(ports, i)} for i, ports in enumerate(pairs)], timeout=5)

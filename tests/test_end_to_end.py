@@ -12,6 +12,8 @@ import pytest
 from polarmask_tf import cli, lite
 from polarmask_tf.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "model.rays=12",

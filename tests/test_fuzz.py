@@ -45,6 +45,7 @@ def test_inputs_depend_on_their_seed_alone(fuzz, tmp_path):
         assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_a_small_run_finds_nothing(tmp_path):
     command = [sys.executable, FOLDER / "fuzz.py", "--count", "150", "--seed", "3", "--kinds", "yaml", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

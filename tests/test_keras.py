@@ -101,6 +101,7 @@ def family(request):
     return randomize(make(*FAMILIES[request.param]))
 
 
+@pytest.mark.slow
 def test_every_way_of_saving_gives_the_same_model_back(family, tmp_path):
     again = lambda: type(family).from_config(family.get_config())  # noqa: E731
     family.save(tmp_path / "whole.keras")
@@ -466,6 +467,7 @@ def test_no_module_hides_a_name_of_the_front_door():
         pm.training_data("none", pm.load_config("shapes"))
 
 
+@pytest.mark.slow
 def test_the_example_that_a_keras_person_would_write(tmp_path):
     script = ROOT / "docs" / "examples" / "keras_fit.py"
     assert len(script.read_text().splitlines()) <= 40

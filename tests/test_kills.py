@@ -55,6 +55,7 @@ def model(config):
     return train.build(config, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["start-up", "steps"])
 def test_kills_at_random_moments_change_nothing(data, started, request, tmp_path, more):
     """Six kills each, or fewer on a machine that is so fast that the training ends before."""
@@ -63,6 +64,7 @@ def test_kills_at_random_moments_change_nothing(data, started, request, tmp_path
     assert kills.differences(run, request.getfixturevalue("alone")) == []
 
 
+@pytest.mark.slow
 def test_a_lost_chief_ends_the_other_and_both_go_on(data, tmp_path):
     settings = (
         "train.deterministic=true",
@@ -162,6 +164,7 @@ def test_a_damaged_checkpoint_is_skipped_with_one_line(model, run, name, trainin
         runs.restore(model, run, training=training)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_the_checkpoint_before(data, alone, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -179,6 +182,7 @@ def test_a_training_goes_on_from_the_checkpoint_before(data, alone, tmp_path):
     assert kills.differences(run, alone) == []
 
 
+@pytest.mark.slow
 def test_no_checkpoint_left_is_one_line(data, alone, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -225,6 +229,7 @@ def test_a_checkpoint_that_could_not_be_read_does_not_outlive_the_next(model, ru
     assert [runs.step_of(path) for path in runs.checkpoints(run)] == [4, 3]
 
 
+@pytest.mark.slow
 def test_a_training_on_a_full_disk_ends_with_one_line(data, alone, model, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -329,6 +334,7 @@ def test_an_interruption_between_the_steps_of_a_profile(tmp_path):
     assert profile.step == 25 and not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_training_gives_the_averages_too(config, alone, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)  # it would last for other tests
     run = tmp_path / "run"

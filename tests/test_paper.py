@@ -9,6 +9,8 @@ import pytest
 from polarmask_tf import cli
 from polarmask_tf.inference.predictor import load_predictor
 
+pytestmark = pytest.mark.slow
+
 NARROW = [
     "model.backbone.blocks=[1,1,1,1]",
     "model.backbone.width=8",

@@ -26,6 +26,8 @@ from polarmask_tf.training import log as logs
 from polarmask_tf.training import train as train_module
 from polarmask_tf.weights import runs
 
+pytestmark = pytest.mark.slow
+
 TINY = (*training.TINY, "model.backbone.width=4")
 QUICK = (  # where nothing hangs on the network: half the time until the first step
     "model.backbone.freeze_at=5",
