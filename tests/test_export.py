@@ -156,7 +156,7 @@ def short_side_export(tmp_path_factory):
                 ),
             )
     content = {
-        "format": records.FORMAT,
+        "format": dataset.FORMAT,
         "name": "val",
         "num_images": len(images),
         "num_instances": 5,
