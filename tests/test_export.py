@@ -11,6 +11,7 @@ from PIL import Image
 from helpers.exports import RADIUS, expected_scale, fake_model, hexagon_around_brightest, spot
 from polarmask_tf import config as configs
 from polarmask_tf import lite
+from polarmask_tf.data import dataset
 from polarmask_tf.export import export, graph, parity, tflite
 from polarmask_tf.inference.predictor import Detections, load_predictor, network_input, run_predictor
 
