@@ -170,7 +170,7 @@ BAD_IMAGES = {
     "malformed image entry (no positive integer 'height')": spoil_image(height=0),
     "malformed image entry (no positive integer 'width')": lambda document: document["images"][1].pop("width"),
     "image that is listed twice": spoil_image(id=1, file_name="good.jpg"),
-    "image of more than 178 megapixels": spoil_image(height=100_000, width=100_000),
+    "image of more than 120 megapixels": spoil_image(height=100_000, width=100_000),
 }
 
 

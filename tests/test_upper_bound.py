@@ -207,7 +207,7 @@ def test_no_picture_has_so_many_pixels(tmp_path, side, kind):
     whole = [[0, 0, side, 0, side, side, 0, side]] if kind == "polygon" else {"size": [side, side], "counts": [0, side * side]}
     document["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": whole}]
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"holds no instance.*image of more than 178 megapixels.*annotation of a skipped"):
+    with pytest.raises(InputError, match=r"holds no instance.*image of more than 120 megapixels.*annotation of a skipped"):
         upper_bound(path, (8,), progress=False)
 
 

@@ -257,7 +257,7 @@ def fault(record: dict, info: DatasetInfo, image=None):
 
 def iter_images(path) -> Iterator[tuple[int, bytes]]:
     """Yields (COCO image id, bytes of the image file) of every image of a converted data set."""
-    for image, features in _iter_records(dataset.load(path)):
+    for image, features in iter_records(dataset.load(path)):
         yield image["id"], _values(features, "image/encoded", bytes)[0]
 
 
@@ -268,7 +268,7 @@ def read_ground_truth(path) -> dict:
     """
     info = dataset.load(path)
     images, annotations = [], []
-    for image, features in _iter_records(info):
+    for image, features in iter_records(info):
         images.append(image)
         annotations += _annotations(features, image, info)
     categories = [{"id": c["category_id"], "name": c["name"]} for c in info.classes]
@@ -301,7 +301,7 @@ def _annotations(features, image, info):
     return annotations
 
 
-def _iter_records(info: DatasetInfo):
+def iter_records(info: DatasetInfo):
     """Yields ({"id", "file_name", "height", "width"}, features) of each record; InputError for a shard that is cut short,
     damaged, of another conversion or not ours."""
     import tensorflow as tf

@@ -11,7 +11,7 @@ from polarmask_tf.data import contours
 from polarmask_tf.data.report import Unusable
 
 # Bounds that no annotation of a real picture meets, so that a few bytes of JSON cannot cost minutes or gigabytes.
-MAX_PIXELS = 178_956_970  # of a picture; Pillow opens no larger one
+MAX_PIXELS = 120_000_000  # of a picture: lite.py reads no larger one
 MAX_VERTICES, MAX_PARTS = 100_000, 10_000  # of one annotation: seconds of simplification, and of merging
 MAX_RUNS = 5_000_000  # of an RLE: 60 bytes each
 RELATIVE = "polygon within the first pixel (are its coordinates fractions of width and height?)"
