@@ -109,7 +109,7 @@ def test_one_graph_for_inputs_of_every_size():
 
 @pytest.fixture(scope="module")
 def short_side_export(tmp_path_factory):
-    """A real network with weights of chance whose images are resized by their shorter side: run directory and exports."""
+    """A real network with random weights whose images are resized by their shorter side: run directory and exports."""
     from polarmask_tf.data import records
     from polarmask_tf.modeling.polarmask import PolarMask
     from polarmask_tf.weights import runs

@@ -70,7 +70,7 @@ def test_batches_hold_one_orientation_and_lose_no_image(info):
         seen = np.bincount(np.concatenate([ids(images) for images, _ in batches]), minlength=11)
         assert seen.min() > 0
         if block == 2048:
-            # 7 lying images in 3 batches, 4 standing ones in 2: 12 epochs of 5 batches, each image once or twice in each.
+            # 7 landscape images in 3 batches, 4 portrait ones in 2: 12 epochs of 5 batches, each image once or twice in each.
             for first in range(0, 60, 5):
                 epoch = [ids(images) for images, _ in batches[first : first + 5]]
                 counts = np.bincount(np.concatenate(epoch), minlength=11)
