@@ -368,6 +368,10 @@ def test_other_data_are_refused_in_one_line(change, message):
 def test_a_size_that_the_pyramid_cannot_halve_is_refused():
     with pytest.raises(InputError, match=r"\[1, 130, 130, 3\].*multiples of 32.*load_predictor"):
         make()(np.zeros((1, 130, 130, 3), np.uint8))
+    model = make()
+    model.compile("sgd")
+    with pytest.raises(InputError, match=r"130, 130, 3\].*multiples of 32"):
+        model.fit(dataset(count=1, size=(130, 130)))
 
 
 def test_the_documented_instances_are_what_the_pipeline_gives(tmp_path):
