@@ -23,8 +23,8 @@ _FRONT_DOOR = {
     "PolarMask": ("modeling.polarmask", "PolarMask"),
     "load_model": ("weights.runs", "load_model"),
     "convert_coco": ("data.convert", "convert"),
-    "training_data": ("data.instances", "training_data"),
-    "validation_data": ("data.instances", "validation_data"),
+    "training_data": ("data.pipeline", "training_data"),
+    "validation_data": ("data.pipeline", "validation_data"),
     "make_instances": ("data.instances", "make_instances"),
     "instances_spec": ("data.instances", "instances_spec"),
     "make_optimizer": ("training.optimizers", "make"),
@@ -39,7 +39,8 @@ _FRONT_DOOR = {
 if typing.TYPE_CHECKING:
     from polarmask_tf.config import load as load_config
     from polarmask_tf.data.convert import convert as convert_coco
-    from polarmask_tf.data.instances import instances_spec, make_instances, training_data, validation_data
+    from polarmask_tf.data.instances import instances_spec, make_instances
+    from polarmask_tf.data.pipeline import training_data, validation_data
     from polarmask_tf.errors import InputError
     from polarmask_tf.export.export import export_model
     from polarmask_tf.inference.evaluate import evaluate

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from polarmask_tf import __version__, console
 from polarmask_tf.errors import InputError, one_line
-from polarmask_tf.files import atomic_write, format_csv
+from polarmask_tf.files import atomic_write, check_writable, format_csv
 
-MODEL = "run directory, SavedModel directory, .tflite file, or a server: http://HOST:8501/v1/models/NAME, grpc://HOST:8500/NAME"
+MODEL = """run or SavedModel directory, .tflite or .keras file, or a server: http://HOST:8501/v1/models/NAME,
+    grpc://HOST:8500/NAME"""
 
 EPILOG = """Each command has its own --help. Typical order: convert, train, evaluate, export, predict.
 Exit codes: 0 done; 2 wrong arguments or input, or a file that cannot be read or written; 130 interrupted (Ctrl-C); 1 an error
@@ -58,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="decode every image instead of checking header and end")
     add("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
     add("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
+    add("--decoded", action="store_true", help="store pixels: training then decodes nothing, and reads more")
+    add("--crowd-as-instances", action="store_true", help="take iscrowd: 1 for single objects, as CVAT means it")
+    add("--allow-outside", action="store_true", help="also image files outside the directory (.., links)")
+    text = "orientation of photos (default: applied only where the JSON has the size of the turned photo)"
+    add("--exif", choices=("apply", "ignore"), help=text)
+    add("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
 
     add = command("train", train, "train a model with model.fit; goes on where an interrupted run stopped")
     add("--config", required=True, **config)
@@ -88,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", **limit)
     add("--truth", type=Path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
     add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
+    add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
+    text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
+    add("--bit-depth", type=int, metavar="BITS", help=text)
 
     add = command("export", export, "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     add("run", type=Path, help="run directory")
@@ -190,7 +200,8 @@ def shapes(args):
 def convert(args):
     from polarmask_tf.data.convert import convert
 
-    options = _options(args, "shards", "processes", "masks", "verify", "strict", "max_edges")
+    names = ("shards", "processes", "masks", "verify", "strict", "max_edges", "decoded", "crowd_as_instances")
+    options = _options(args, *names, "allow_outside", "exif", "bit_depth")
     convert(args.annotations, args.images, args.out, **options)
 
 
@@ -209,22 +220,25 @@ def train(args):
 
 
 def evaluate(args):
-    from polarmask_tf.inference import evaluate
+    from polarmask_tf.inference.coco_metrics import format_table
+    from polarmask_tf.inference.evaluate import evaluate
     from polarmask_tf.inference.predictor import load_predictor
 
+    if args.json:
+        check_writable(args.json)
     most = args.max_detections if args.max_detections != 100 else None
     predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
-    metrics = evaluate.evaluate(predictor, args.data, **_options(args, "max_detections", "per_class", "limit"))
-    print(evaluate.format_table(metrics))
+    metrics = evaluate(predictor, args.data, **_options(args, "max_detections", "per_class", "limit"))
     if args.json:
         atomic_write(args.json, json.dumps(metrics.to_dict(), indent=1))
+    print(format_table(metrics))
 
 
 def predict(args):
     from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor
 
-    options = _options(args, "score_threshold", "truth", "limit", "results_only")
+    options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
     done = predict(load_predictor(args.model), args.images, args.out, **options)
     pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
     print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
@@ -269,8 +283,8 @@ def inspect(args):
 
 
 def benchmark(args):
-    if args.csv and not args.csv.resolve().parent.is_dir():
-        raise InputError(f"--csv {args.csv}: there is no directory {args.csv.parent}")
+    if args.csv:
+        check_writable(args.csv)
     if not args.models:
         raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
     if args.models[0] == "train":

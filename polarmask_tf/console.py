@@ -28,7 +28,8 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        moves = _MOVES.match(text).end()
+        found = _MOVES.match(text)
+        moves = found.end() if found else 0
         self._try(self._stream.write, text[:moves] + text[moves:].translate(_ESCAPES))
         return len(text)
 

@@ -10,17 +10,19 @@ import io
 import json
 import os
 import socket
+import stat
 import sys
+import tempfile
 import typing
 import uuid
 from pathlib import Path
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, one_line
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"  # in a directory that is being written; a directory that holds nothing else counts as empty
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -29,8 +31,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 @contextlib.contextmanager
 def replacing(path: Path) -> typing.Iterator[Path]:
     """A path beside `path` to write to, renamed to it at the end unless an error came between; InputError if that fails."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    part = _beside(path)
     try:
         yield part
         os.replace(part, path)
@@ -45,6 +46,36 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Writes a file that is either the old or the new one; InputError if it cannot."""
     with replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: Path) -> None:
+    """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold."""
+    part = _beside(path)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a directory; name a file in it")
+
+
+def _beside(path: Path) -> Path:
+    """A name that nobody else takes, in the directory of `path`."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+@contextlib.contextmanager
+def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
+    """The path of a checkpoint, or one that leads to the same files by a link: TensorFlow takes what it reads for a pattern."""
+    path = os.path.abspath(path)
+    if not any(character in path for character in "[]*?\\"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
+        yield os.path.join(folder, "link", os.path.basename(path))
 
 
 def make_directory(path: Path) -> None:
@@ -69,14 +100,15 @@ def lock(directory: Path, purpose: str) -> typing.Iterator[None]:
     """
     directory = Path(directory)
     made = not directory.exists()
-    make_directory(directory)
     file = _locked_file(directory, purpose)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            (directory / LOCK).unlink()  # while it is locked: nobody else's
-        os.close(file)
+        try:
+            with contextlib.suppress(OSError):
+                (directory / LOCK).unlink()  # while it is locked: nobody else's
+        finally:  # of a Ctrl-C just now
+            os.close(file)
         if made:
             with contextlib.suppress(OSError):
                 directory.rmdir()
@@ -87,6 +119,7 @@ def _locked_file(directory, purpose):
     path = directory / LOCK
     while True:
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise InputError(f"{directory}: cannot be written: {io_error_text(error)}; choose another --out") from None
@@ -129,17 +162,22 @@ def _holder(file):
         text = "polarmask {purpose} (process {pid} on {host}, since {since})".format(**found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # just being written
         text = "another process"
-    return one_line(text)
+    return one_line(text, 200)
 
 
 def _now():
     return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
-def one_line(text: str, longest: int = 200) -> str:
-    """Text out of a file, for a message: control characters become "?", the middle of a long one "..."."""
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= longest else f"{text[: longest - 70]}...{text[-60:]}"
+def read_file(path: Path, at_most: int) -> bytes:
+    """The bytes of a regular file; OSError for a larger one, and for a pipe or device, which might never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > at_most:
+            raise OSError(errno.EFBIG, f"larger than {at_most:,} bytes", str(path))
+        return file.read(status.st_size)  # not to its end: some files of the system have none
 
 
 def format_csv(rows: typing.Sequence[dict], columns: typing.Sequence[str] | None = None, digits: int = 4) -> str:

@@ -6,7 +6,12 @@ Coordinates are continuous, x right, y down; pixel (0, 0) covers [0, 1) x [0, 1)
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
 import json
+import os
+import stat
 import sys
 import warnings
 import zipfile
@@ -16,23 +21,123 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FOUND = ("scores", "classes", "boxes", "polygons")
+SHOWN = 0.3  # least score of what is printed and drawn
+FITS = ("letterbox", "stretch", "short_side")  # see fit_sizes
+
+# Bounds that no real data meets. What is beyond them is refused in one line, before it costs memory or time.
+MAX_PIXELS = 120_000_000  # of an image, which is decoded whole
+MAX_IMAGE_BYTES = 2**29  # of an image file
+MAX_SCANS = 100  # of a progressive JPEG, each of which takes about as long as a whole picture
+MAX_MODEL_BYTES = 2**31  # of a .tflite file
+MAX_METADATA_BYTES = 2**20
+MAX_CLASSES, MAX_RAYS, MAX_DETECTIONS = 100_000, 3600, 100_000
+
+# Raster formats alone: for others, like PostScript, Pillow runs programs. The commonest first.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "TGA", "PCX", "SGI", "SUN", "DIB", "QOI", "AVIF")
+_T = Image.Transpose
+TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}  # by EXIF orientation
+TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 
 
-def read_image(source):
-    """Path or binary file -> uint8 [height, width, 3] RGB, as decoded: no EXIF rotation, no alpha, 16-bit gray's high byte."""
+def one_line(text, most=300):
+    """What a file, path, server or exception says, fit to be printed: one line, no control characters, at most `most` long."""
+    if isinstance(text, Exception):
+        text = getattr(text, "strerror", None) or str(text) or type(text).__name__
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:most]
+
+
+def check_file(path, most):
+    """Raises ValueError or OSError unless path is a regular file of 1 to `most` bytes: a pipe or a device may never end."""
+    entry = os.stat(path)
+    if not stat.S_ISREG(entry.st_mode):
+        raise ValueError("is a directory" if stat.S_ISDIR(entry.st_mode) else "not a regular file, but a pipe or a device")
+    if not 0 < entry.st_size <= most:  # files of /proc say 0
+        raise ValueError(f"{entry.st_size:,} bytes, and the limit is {most:,}" if entry.st_size else "is empty")
+
+
+def orientation(image):
+    """The EXIF orientation of a PIL.Image, 1 to 8; 1, upright, where there is none that can be read."""
+    with contextlib.suppress(Exception):  # broken EXIF data make Pillow raise nearly any type
+        return value if (value := image.getexif().get(0x0112)) in TURNS else 1
+    return 1
+
+
+def oriented(image):
+    """A PIL.Image as viewers show it: turned and mirrored as its EXIF orientation says."""
+    return image.transpose(TURNS[value]) if (value := orientation(image)) > 1 else image
+
+
+def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
+    """Path, bytes, binary file or PIL.Image -> uint8 [height, width, 3] RGB; no alpha, of several frames the first.
+
+    exif: "ignore", or "apply": turned as the EXIF orientation says, and coordinates are those of the turned image. A TIFF's
+    own orientation is no EXIF data; Pillow always applies it.
+    bit_depth: 8 to 16, the bits that gray pixels of 16 or 32 bits (integers or floats) use, of which the upper 8 are taken:
+    12 for values up to 4095 in 16-bit files. Default: 16, and floats are refused. Nothing changes for 8-bit images.
+    notes: a list to which what is worth knowing is added, in the same words for all images of a kind.
+    Raises ValueError, in one line.
+    """
+    if exif not in ("ignore", "apply") or bit_depth not in (None, *range(8, 17)):
+        raise ValueError(f"exif is {exif!r}, of 'ignore' and 'apply'; bit_depth is {bit_depth!r}, of 8 to 16")
+    notes, is_path = [] if notes is None else notes, isinstance(source, (str, os.PathLike))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow still raises for an image of more than 179 megapixels
-            with Image.open(source) as image:
-                if image.mode == "F":
-                    raise ValueError("floating-point pixels; save it with 8 or 16 bits a channel")
-                if image.mode.startswith("I"):
-                    return np.repeat((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-                return np.array(image.convert("RGB"))
+            warnings.simplefilter("ignore")  # Pillow's opinion of odd EXIF data
+            if is_path:
+                check_file(source, MAX_IMAGE_BYTES)
+                with open(source, "rb") as file:
+                    return _decode(_open(file), exif, bit_depth, notes)
+            if not isinstance(source, Image.Image):
+                source = _open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return _decode(source, exif, bit_depth, notes)
     except Exception as error:  # broken files make Pillow's decoders raise nearly any type
-        reason = f"cannot read the image: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}"
-        reason = "not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else reason
-        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the image'}: {reason}") from None
+        reason = f"cannot read the image: {one_line(error)}"
+        if isinstance(error, (UnidentifiedImageError, KeyError)):  # KeyError: a format that this Pillow does not know
+            reason = f"not an image that can be read: none of {', '.join(FORMATS)}"
+        raise ValueError(f"{one_line(source) if is_path else 'the image'}: {reason}") from None
+
+
+def _open(file):
+    """The PIL.Image of a binary file, of which only the header has been read."""
+    with contextlib.suppress(Image.DecompressionBombError):  # which says less
+        image = Image.open(file, formats=FORMATS)
+        if image.format in ("JPEG", "MPO"):
+            file.seek(0)
+            scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(2**20), b""))
+            if scans > MAX_SCANS:
+                raise ValueError(f"a JPEG of {scans} scans, and the limit is {MAX_SCANS}")
+        return image
+    raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+
+
+def _decode(image, exif, bit_depth, notes):
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, and the limit is {MAX_PIXELS:,} in all; cut it into tiles")
+    gray = image.mode == "F" or image.mode.startswith("I")
+    if bit_depth not in (None, 16) and not gray and ";16" in str(image.tile):
+        raise ValueError("16-bit colors, and a bit depth is of gray alone; save it with 8 bits")
+    if image.mode == "F" and bit_depth is None:
+        raise ValueError("floating-point pixels; give the bits of their range as bit depth, or save it with 8 or 16 bits")
+    image.load()
+    if exif == "apply":
+        image = oriented(image)
+    elif orientation(image) > 1:
+        notes.append("EXIF orientation ignored")
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows, most = max(1, 2**22 // image.width), 0
+    for top in range(0, image.height, rows):  # in strips: a copy of a whole picture is large
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if gray:
+            values = np.asarray(part)
+            low, most = values.min(), max(most, values.max())
+            if not 0 <= low <= values.max() < 2 ** (bit_depth or 16):  # NaN is not
+                raise ValueError(f"pixels from {low:g} to {values.max():g}, beyond the {bit_depth or 16} bits of the bit depth")
+            pixels[top : top + rows] = (values.astype(np.uint16) >> (bit_depth or 16) - 8)[..., np.newaxis]
+        else:
+            pixels[top : top + rows] = part if part.mode == "RGB" else part.convert("RGB")
+    if gray and bit_depth is None and most < 4096:
+        notes.append("gray of at most 12 bits in 16: few gray levels are left; bit depth 12 keeps more")
+    return pixels
 
 
 def check_image(image):
@@ -42,18 +147,111 @@ def check_image(image):
         raise ValueError(f"an image must be a uint8 array [height, width, 3] in RGB with pixels in it, not {got}")
 
 
-def place(image, filled, canvas):
-    """Image resized to `filled` (height, width), top left in zeros of size `canvas`; factors (x, y) back to its pixels."""
-    placed = np.zeros((*canvas, 3), np.uint8)
-    placed[: filled[0], : filled[1]] = Image.fromarray(image).resize(filled[::-1], Image.Resampling.BILINEAR)
-    return placed, (image.shape[1] / filled[1], image.shape[0] / filled[0])
+def fit_sizes(height, width, size, fit="letterbox"):
+    """How an image meets the network: its size after resizing, and that of the canvas it lies on, both (height, width).
+
+    fit: "letterbox" (as large as `size` allows, its ratio kept), "stretch" (exactly `size`), or "short_side" (its ratio kept,
+    shorter side size[0], longer side at most size[1], on a canvas of multiples of 32).
+    """
+    if fit == "short_side":
+        scale = min(size[0] / min(height, width), size[1] / max(height, width))
+    else:
+        scale = min(size[0] / height, size[1] / width)
+    resized = tuple(max(1, round(side * scale)) for side in (height, width))
+    if fit == "short_side":
+        return resized, tuple(-(-side // 32) * 32 for side in resized)
+    return (tuple(size) if fit == "stretch" else resized), tuple(size)
+
+
+def place(image, resized_size, canvas_size):
+    """Image resized to `resized_size`, top left in zeros of `canvas_size`; and the factors (x, y) back to its pixels."""
+    canvas = np.zeros((*canvas_size, 3), np.uint8)
+    resized = Image.fromarray(image).resize(resized_size[::-1], Image.Resampling.BILINEAR)
+    canvas[: resized_size[0], : resized_size[1]] = resized
+    return canvas, (image.shape[1] / resized_size[1], image.shape[0] / resized_size[0])
 
 
 def letterbox(image, height, width, stretch=False):
     """Fit a uint8 [h, w, 3] image into [height, width, 3], its ratio kept, or lost if `stretch`; see `place`."""
-    scale = min(height / image.shape[0], width / image.shape[1])
-    filled = tuple(max(1, round(side * scale)) for side in image.shape[:2])
-    return place(image, (height, width) if stretch else filled, (height, width))
+    return place(image, *fit_sizes(*image.shape[:2], (height, width), "stretch" if stretch else "letterbox"))
+
+
+def read_metadata(path):
+    """metadata.json at the end of a .tflite file, checked; the network must have the checksum that it gives, if any."""
+    check_file(path, MAX_MODEL_BYTES)
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2 * MAX_METADATA_BYTES))
+        end = io.BytesIO(file.read())
+    with zipfile.ZipFile(end) as archive:
+        member = archive.getinfo("metadata.json")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # of others reading has no bound
+            raise ValueError("metadata.json is compressed in another way than deflate")
+        with archive.open(member) as file:
+            text = file.read(MAX_METADATA_BYTES + 1)
+    if max(member.file_size, len(text)) > MAX_METADATA_BYTES:
+        raise ValueError(f"metadata.json is larger than {MAX_METADATA_BYTES:,} bytes")
+    metadata = check_metadata(json.loads(text), "metadata.json")
+    digest = metadata.get("flatbuffer_sha256")
+    if "flatbuffer_sha256" in metadata and flatbuffer_digest(path, metadata["flatbuffer_bytes"]) != digest:
+        raise ValueError("the network is not what the checksum in metadata.json is of")
+    return metadata
+
+
+def flatbuffer_digest(path, size):
+    """SHA-256, in hexadecimal, of a file's first `size` bytes: of a .tflite without the zip behind it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+def check_metadata(metadata, where):
+    """The content of metadata.json, as it is; ValueError that begins with `where` unless all is as the export writes it.
+
+    May be missing: "rays", "max_detections", "raw", "input"."resize" (letterbox) and "bit_depth" (that read_image is to take),
+    and the checksum of a .tflite file, "flatbuffer_bytes" and "flatbuffer_sha256", see flatbuffer_digest.
+    """
+
+    def number(entry, key, least, most, kind=int):
+        if type(entry[key]) not in (int, kind) or not least <= entry[key] <= most:
+            raise ValueError(f"{key} is {one_line(repr(entry[key]), 40)}, not of {least} to {most}")
+
+    try:
+        classes, size, raw = metadata["classes"], metadata["input"], metadata.get("raw")
+        if metadata.get("format", "polarmask_tf/1") != "polarmask_tf/1" or size.get("resize", FITS[0]) not in FITS:
+            raise ValueError("it is of another version")
+        if not all(type(entry["name"]) is str for entry in classes) or not 0 < len(classes) <= MAX_CLASSES:
+            raise ValueError("it names no classes")
+        for entry in classes:
+            number(entry, "category_id", -(2**63), 2**63 - 1)
+        if len({entry["category_id"] for entry in classes}) < len(classes):
+            raise ValueError("a category_id is given twice")
+        for side in ("height", "width"):
+            number(size, side, 1, 2**15)
+        for entry, key, least, most in (
+            (size, "bit_depth", 8, 16),
+            (metadata, "rays", 1, MAX_RAYS),
+            (metadata, "max_detections", 1, MAX_DETECTIONS),
+        ):
+            if key in entry:
+                number(entry, key, least, most)
+        if "flatbuffer_sha256" in metadata:
+            number(metadata, "flatbuffer_bytes", 1, MAX_MODEL_BYTES)
+        if raw is not None:
+            for level in raw["ray_units"]:
+                number({"level": int(level)}, "level", 1, 10)
+                number(raw["ray_units"], level, 0, 2**15, float)
+            number(raw, "candidates", 1, 10**9)
+            number(raw, "max_detections", 1, MAX_DETECTIONS)
+            number(raw, "multi_label", 0, 1, bool)
+            for key, most in (("ray_limit", 50), ("score_threshold", 10), ("nms_iou", 1)):
+                number(raw, key, 0, most, float)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
+        raise ValueError(f"{one_line(where)} is not what `polarmask export` writes: {reason}") from None
+    return metadata
 
 
 def assemble(heads, raw, size):
@@ -83,6 +281,29 @@ def assemble(heads, raw, size):
     return {"num_detections": [len(kept)], **{f"detection_{n}": x[kept][None] for n, x in zip(FOUND, found, strict=True)}}
 
 
+def check_outputs(outputs, metadata, batch=1):
+    """A model's outputs for a batch, as arrays by name; ValueError where they are not as exports/README.md and metadata say."""
+    names = ["num_detections", *(f"detection_{name}" for name in FOUND)]
+    if missing := [name for name in names if name not in outputs]:
+        raise ValueError(f"no output {missing[0]}")
+    whole = ("num_detections", "detection_classes")
+    arrays = {name: np.asarray(outputs[name], np.int32 if name in whole else np.float32) for name in names}
+    count, scores, classes, boxes, polygons = arrays.values()
+    most = scores.shape[-1] if scores.ndim else 0
+    rays = metadata.get("rays", polygons.shape[2] if polygons.ndim == 4 else 0)
+    shapes = [(batch,), (batch, most), (batch, most), (batch, most, 4), (batch, most, rays, 2)]
+    for name, shape in zip(names, shapes, strict=True):
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} is {list(arrays[name].shape)}, expected {list(shape)}")
+    if not ((count >= 0) & (count <= most)).all() or most > metadata.get("max_detections", MAX_DETECTIONS):
+        raise ValueError("more detections than there may be")
+    if not ((classes >= 0) & (classes < len(metadata["classes"]))).all():
+        raise ValueError(f"a class beyond the {len(metadata['classes'])} that metadata.json names")
+    if not all(np.isfinite(array).all() for array in (scores, boxes, polygons)):
+        raise ValueError("a number that is not finite")
+    return arrays
+
+
 def unpack(outputs, row, scale_x, scale_y, height, width):
     """Row `row`'s valid detections, of coordinates times (scale_x, scale_y), clipped to [0, width] x [0, height]."""
     scores, classes, boxes, polygons = (outputs[f"detection_{n}"][row][: int(outputs["num_detections"][row])] for n in FOUND)
@@ -95,30 +316,36 @@ class PolarMaskLite:
     """model(image) -> {"scores" [M] descending, "classes" [M] int, "boxes" [M, 4], "polygons" [M, rays, 2]}.
 
     Boxes are xmin, ymin, xmax, ymax, polygons x, y, in pixels of the image passed in, clipped to it: a uint8 RGB array
-    [h, w, 3] of any size, or a path. labels[classes[i]] is the i-th name. Raises ValueError, in one line.
+    [h, w, 3] of any size, or what read_image takes; then `options` are its. labels[classes[i]] is the i-th name.
+    Raises ValueError, in one line.
     """
 
     def __init__(self, path, threads=1):
         from ai_edge_litert.interpreter import Interpreter
 
         try:
-            with zipfile.ZipFile(path) as archive:
-                self.metadata = json.loads(archive.read("metadata.json"))
+            self.metadata = read_metadata(path)
             self.classes = self.metadata["classes"]
             self.labels = [entry["name"] for entry in self.classes]
-            self.input_size = tuple(int(self.metadata["input"][side]) for side in ("height", "width"))
-            self._stretch = {"letterbox": False, "stretch": True}[self.metadata["input"].get("resize", "letterbox")]
+            self.input_size = self.metadata["input"]["height"], self.metadata["input"]["width"]
+            self._fit = self.metadata["input"].get("resize", FITS[0])
+            if self._fit not in FITS[:2]:
+                raise ValueError(f"metadata.json says {self._fit}, and a .tflite file has one input size")
             self._run = Interpreter(model_path=str(path), num_threads=threads).get_signature_runner("serving_default")
-        except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
-            raise ValueError(f"{path}: no .tflite file with metadata.json, or damaged; export it again: {reason}") from None
+            if (shape := [1, *self.input_size, 3]) != (takes := self._run.get_input_details()["images"]["shape"].tolist()):
+                raise ValueError(f"the network takes {takes}, and metadata.json says {shape}")
+            self(np.zeros(shape[1:], np.uint8))  # a damaged network shows here
+        except Exception as error:  # broken files make zipfile and LiteRT raise nearly any type
+            what = "no .tflite file with metadata.json, or damaged; export it again"
+            raise ValueError(f"{one_line(path)}: {what}: {one_line(error)}") from None
 
-    def __call__(self, image):
-        image = image if isinstance(image, np.ndarray) else read_image(image)
+    def __call__(self, image, **options):
+        options = {"bit_depth": self.metadata["input"].get("bit_depth"), **options}
+        image = image if isinstance(image, np.ndarray) else read_image(image, **options)
         check_image(image)
-        canvas, (x, y) = letterbox(image, *self.input_size, self._stretch)
+        canvas, (x, y) = place(image, *fit_sizes(*image.shape[:2], self.input_size, self._fit))
         outputs, raw = self._run(images=canvas[None]), self.metadata.get("raw")
-        outputs = assemble(outputs, raw, self.input_size) if raw else outputs
+        outputs = check_outputs(assemble(outputs, raw, self.input_size) if raw else outputs, self.metadata)
         return unpack(outputs, 0, canvas.shape[1] * x, canvas.shape[0] * y, *image.shape[:2])
 
 
@@ -127,13 +354,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Polygons in an image, by an exported PolarMask .tflite file.")
     parser.add_argument("model", help="the .tflite file")
     parser.add_argument("image", type=Path, help="any image that Pillow reads, or a folder of images")
-    parser.add_argument("--score", type=float, default=0.3, help="least score to print (default 0.3)")
+    parser.add_argument("--score", type=float, default=SHOWN, help="least score to print (default %(default)s)")
+    parser.add_argument("--exif", choices=("ignore", "apply"), default="ignore", help="turn images as their EXIF data say")
+    parser.add_argument(
+        "--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
+    )
     args = parser.parse_args(argv)
     folder, status, model = args.image.is_dir(), 0, None
     for path in sorted(args.image.iterdir()) if folder else [args.image]:
         try:
             model = model or PolarMaskLite(args.model)
-            found = model(path)
+            found = model(path, exif=args.exif, **({"bit_depth": args.bit_depth} if args.bit_depth else {}))
         except (ImportError, ValueError) as error:  # of a folder the other images are read
             print(f"error: {error}", file=sys.stderr)
             status = 2
@@ -141,7 +372,7 @@ def main(argv=None):
         for score, label, box, polygon in zip(*(found[name] for name in FOUND), strict=True):
             if score >= args.score:
                 numbers = (*(f"{v:.1f}" for v in box), "polygon", *(f"{x:.1f},{y:.1f}" for x, y in polygon))
-                print(*[path.name] * folder, model.labels[label], f"{score:.3f} box", *numbers)
+                print(*[one_line(path.name)] * folder, one_line(model.labels[label]), f"{score:.3f} box", *numbers)
     return status
 
 

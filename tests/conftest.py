@@ -1,4 +1,4 @@
-"""Set before any test imports TensorFlow: quiet start-up, no GPU surprises."""
+"""Set before any test imports TensorFlow: quiet start-up, no GPU surprises. And what CI does not let pass."""
 
 import os
 import signal
@@ -13,8 +13,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # for scripts/benchmarks
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
+NO_SHARED = "no ../shared beside this checkout"  # the one thing that is not everybody's to install
 pytest.register_assert_rewrite("helpers")
 
 # Of two processes that share the files out, neither should begin a long one when the other has none left.
@@ -25,9 +24,28 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+def fail_instead_of_skip(report):
+    """With CI=true nothing is left out without a word: what is missing has to be installed (.ci/run does)."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if NO_SHARED not in reason:
+            report.outcome, report.longrepr = "failed", f"{report.nodeid}: with CI=true this may not be left out: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return fail_instead_of_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return fail_instead_of_skip((yield))
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of real data and golden arrays that sits beside some checkouts; tests that need it skip without it."""
     if not SHARED.is_dir():
-        pytest.skip("no ../shared beside this checkout")
+        pytest.skip(NO_SHARED)
     return SHARED

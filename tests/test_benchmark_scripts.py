@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from benchmarks import growth, steps
 
+from helpers import training
 from polarmask_tf.data import pipeline, records
 from polarmask_tf.tools import benchmark, benchmark_train
-from test_benchmark_train import load
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
 
@@ -61,7 +61,7 @@ def data(tmp_path_factory):
 
 
 def test_a_synthetic_batch_is_like_one_of_the_pipelines(data):
-    settings = load(f"data.train={data}", "data.size=[64,96]")
+    settings = training.load(f"data.train={data}", "data.size=[64,96]")
     info = records.load_dataset_info(data)
     images, instances = next(iter(pipeline.training_batches(info, settings).take(1)))
     made_images, made = growth.synthetic_batch(settings, 7, edges=16)
@@ -80,7 +80,7 @@ def test_a_synthetic_batch_is_like_one_of_the_pipelines(data):
 
 
 def test_a_case_of_growth(monkeypatch):
-    asked, smaller = [], load("data.batch=2", "model.rays=8")
+    asked, smaller = [], training.load("data.batch=2", "model.rays=8")
     monkeypatch.setattr(growth.configs, "load", lambda *args: asked.append(args) or smaller)
     found = growth.one_case(batch=2, instances=3, rays=8)
     assert asked == [("small", ["data.batch=2", "model.rays=8", "data.size=[256,320]"])]
@@ -122,7 +122,7 @@ def test_the_ratio_of_rays_is_of_the_second_to_the_first(monkeypatch):
     built = []
     monkeypatch.setattr(growth, "step", lambda settings, instances: built.append((settings.model.rays, instances)))
     monkeypatch.setattr(benchmark, "in_turns", lambda calls, steps: np.array([[[9, 10], [9, 20]], [[9, 10], [9, 15]]] * steps))
-    assert growth.rays_ratio(load(), rays=(4, 36), steps=3) == pytest.approx(1.75)
+    assert growth.rays_ratio(training.load(), rays=(4, 36), steps=3) == pytest.approx(1.75)
     assert built == [(4, 10), (36, 10)]
     monkeypatch.undo()
-    assert 0.2 < growth.rays_ratio(load("data.batch=1"), rays=(4, 8), steps=3) < 5
+    assert 0.2 < growth.rays_ratio(training.load("data.batch=1"), rays=(4, 8), steps=3) < 5

@@ -14,25 +14,12 @@ from polarmask_tf import cli, config
 from polarmask_tf.errors import InputError
 from polarmask_tf.tools import benchmark_train
 
-TINY = (
-    *training.TINY,
-    "model.backbone.width=4",
-    "model.fpn.levels=[5]",
-    "targets.ranges=[]",
-    "model.backbone.norm=group",
-    "model.backbone.freeze_at=5",
-    "train.optimizer=sgd",
-)
 WHAT = ["input pipeline", "step", "both"]
 
 
 def words(*settings, data=None, arguments=()):
-    sets = [word for item in (*TINY, *settings) for word in ("--set", item)]
+    sets = [word for item in (*training.TINIEST, *settings) for word in ("--set", item)]
     return ["benchmark", "train", "shapes", *sets, *(["--data", str(data)] if data else []), *map(str, arguments)]
-
-
-def load(*settings):
-    return config.load("shapes", [*TINY, *settings])
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +50,7 @@ def test_the_three_rows_and_a_verdict(data, tmp_path, capsys):
         check(capsys.readouterr().out, list(csv.DictReader(file)), 4, 1)
 
 
+@pytest.mark.slow
 def test_two_devices_and_synthetic_pictures(tmp_path):
     done = subprocess.run(
         [
@@ -129,7 +117,7 @@ def test_a_wrong_call_is_one_line(data, tmp_path, capsys, call, message):
 def test_a_batch_that_does_not_fit_the_devices_is_refused():
     strategy = SimpleNamespace(num_replicas_in_sync=2, cluster_resolver=None)
     with pytest.raises(InputError, match=r"data\.batch is 4, 2 on each of 2 devices: not divisible by train\.accumulate"):
-        benchmark_train.benchmark_training(load("train.accumulate=4"), strategy)
+        benchmark_train.benchmark_training(training.load("train.accumulate=4"), strategy)
 
 
 def test_damaged_shards_are_one_line_or_skipped(data, tmp_path, capsys):

@@ -1,9 +1,13 @@
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from polarmask_tf import files, lite
 from polarmask_tf.data import contours, convert, records
 from polarmask_tf.errors import InputError
 
@@ -167,7 +172,8 @@ def raw_records(info):
     return list(tf.data.TFRecordDataset([str(path) for path in info.shard_paths]).as_numpy_iterator())
 
 
-def test_several_processes_write_the_same_bytes_as_one(coco, tmp_path):
+def test_several_processes_write_the_same_bytes_as_one(coco, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert.uuid, "uuid4", lambda: uuid.UUID(int=7))  # all that tells two conversions apart
     one = run(coco, tmp_path / "one/set", shards=3, processes=1)
     two = run(coco, tmp_path / "two/set", shards=3, processes=2)
     for a, b in zip(one.shard_paths, two.shard_paths, strict=True):
@@ -226,9 +232,119 @@ def test_a_rerun_replaces_what_was_there(coco, tmp_path, capsys):
     assert_equals_pycocotools(coco[0], tmp_path / "set")
 
 
+def test_a_set_is_the_old_or_the_new_one_at_every_moment(coco, tmp_path, monkeypatch):
+    """Stopped before each file operation of the end, the directory loads, with the images of one conversion."""
+    out = tmp_path / "set"
+    for stop in range(12):
+        before = run(coco, out, shards=3)
+        calls = []
+
+        def stopped(function, calls=calls, stop=stop):
+            def call(*arguments):
+                calls.append(function)
+                if len(calls) > stop:
+                    raise KeyboardInterrupt
+                return function(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(convert.os, "replace", stopped(os.replace))
+            patch.setattr(Path, "unlink", stopped(Path.unlink))
+            try:
+                run(coco, out, shards=3)
+            except KeyboardInterrupt:
+                ended = False
+            else:
+                ended = True
+        info = records.load_dataset_info(out)
+        assert (info.id != before.id) == (len(calls) > 3 and stop > 3) or ended
+        assert len(records.read_ground_truth(out)["images"]) == 5
+        if ended:
+            break
+    assert ended and stop > 4
+    run(coco, out, shards=3)
+    assert len(os.listdir(out)) == 4  # what was left over is gone
+
+
+def test_shards_of_another_conversion_are_told(coco, tmp_path):
+    first, second = (run(coco, tmp_path / name / "set", shards=2) for name in ("one", "two"))
+    assert first.id != second.id and len(first.id) == 32
+    for features in read_features(first):
+        assert features["image/dataset_id"].bytes_list.value[:] == [first.id.encode()]
+    first.shard_paths[1].write_bytes(second.shard_paths[1].read_bytes())
+    for read in (records.read_ground_truth, lambda path: list(records.iter_images(path))):
+        with pytest.raises(InputError, match=r"set-00001-of-00002\.tfrecord: a record of another conversion than dataset"):
+            read(first.directory)
+
+
+def test_one_conversion_at_a_time_into_a_directory(coco, tmp_path):
+    done, refused = [], []
+
+    def work(number):
+        try:
+            done.append(run(coco, tmp_path / "set", shards=1 + number))
+        except InputError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) + len(refused) == 4 and done
+    assert all(f"in use by polarmask convert (process {os.getpid()} on" in text for text in refused)
+    assert_equals_pycocotools(coco[0], tmp_path / "set")
+    with files.lock(tmp_path / "set", "train"), pytest.raises(InputError, match="in use by polarmask train"):
+        run(coco, tmp_path / "set")
+
+
+def test_decoded_shards_hold_the_pixels(coco, tmp_path):
+    plain, decoded = run(coco, tmp_path / "plain"), run(coco, tmp_path / "decoded", decoded=True)
+    assert_equals_pycocotools(coco[0], tmp_path / "decoded")
+    before, after = (
+        {int(f["image/source_id"].bytes_list.value[0]): f for f in read_features(info)} for info in (plain, decoded)
+    )
+    assert before.keys() == after.keys()
+    for number, features in after.items():
+        assert features["image/format"].bytes_list.value[:] == [b"bmp"]
+        encoded = features["image/encoded"].bytes_list.value[0]
+        assert encoded[:2] == b"BM"
+        pixels = lite.read_image(io.BytesIO(before[number]["image/encoded"].bytes_list.value[0]))
+        np.testing.assert_array_equal(lite.read_image(io.BytesIO(encoded)), pixels)
+        assert {key for key in features if features[key] != before[number][key]} == {
+            "image/encoded",
+            "image/format",
+            "image/dataset_id",
+        }
+
+
+def test_the_room_that_decoded_images_take_is_known_before(coco, tmp_path, monkeypatch):
+    need = 3 * (4 * 60 * 80 + 30 * 40)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
+    with pytest.raises(InputError, match=r"decoded images take 6.12e-05 GB, .* are free; make room"):
+        run(coco, tmp_path / "set", decoded=True)
+    assert not (tmp_path / "set").exists()
+    run(coco, tmp_path / "set")
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=need))
+    run(coco, tmp_path / "set", decoded=True)
+
+
+def test_instances_are_counted_by_image(coco, tmp_path):
+    info = run(coco, tmp_path / "set", shards=2)
+    assert info.instances_per_image == {0: 1, 1: 2, 2: 2}  # crowds apart
+
+
+def test_crowds_may_be_taken_for_instances(coco, tmp_path):
+    info = run(coco, tmp_path / "set", crowd_as_instances=True)
+    assert (info.num_instances, info.num_crowd, info.instances_per_image) == (8, 0, {0: 1, 1: 1, 2: 2, 3: 1})
+    assert info.notes["crowd region taken for a single object, as asked"] == 2
+
+
 def test_shards_never_outnumber_images_and_nonsense_is_refused(coco, tmp_path):
     assert len(run(coco, tmp_path / "set", shards=99).shard_paths) == 5
-    for options in ({"shards": 0}, {"processes": 0}, {"max_edges": 2}):
+    for options in ({"shards": 0}, {"processes": 0}, {"max_edges": 2}, {"exif": "turn"}, {"bit_depth": 7}, {"bit_depth": 17}):
         with pytest.raises(InputError, match=next(iter(options))):
             run(coco, tmp_path / "set", **options)
 

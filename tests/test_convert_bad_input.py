@@ -6,13 +6,14 @@ import io
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from polarmask_tf.data import convert, records
+from polarmask_tf.data import convert, dataset, records
 from polarmask_tf.errors import InputError
 
 SQUARE = [4.0, 4, 12, 4, 12, 12, 4, 12]
@@ -55,14 +56,14 @@ class Case:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
         return convert.convert(file, self.folder, self.out, **({"progress": False, "processes": 1} | options))
 
-    def assert_skips(self, reason, where, capsys, images=3, instances=2, **options):
+    def assert_skips(self, reason, where, capsys, images=3, instances=2, count=1, **options):
         """Counted, named, kept out of the records; fatal under strict."""
         info = self.run(progress=True, **options)
-        assert info.skipped[reason] == 1
+        assert info.skipped[reason] == count
         assert (info.num_images, info.num_instances) == (images, instances)
         truth = records.read_ground_truth(self.out)
         assert (len(truth["images"]), len(truth["annotations"])) == (images, instances)
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if f"skipped 1 x {reason} (" in line]
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if f"skipped {count} x {reason} (" in line]
         assert where in line
         with pytest.raises(InputError, match="leave out --strict") as error:
             self.run(strict=True, **options)
@@ -87,6 +88,16 @@ BAD_ANNOTATIONS = {
         spoil_annotation(segmentation=[[*SQUARE[:-1], value]]) for value in (float("nan"), float("inf"), -float("inf"))
     ],
     "polygon outside the image": [spoil_annotation(segmentation=[[v + shift for v in SQUARE]]) for shift in (-12, 24, 500)],
+    "polygon with an outline longer than the image can hold": [
+        spoil_annotation(segmentation=[[1000 * (-1) ** i if axis else i % 24 for i in range(20) for axis in (0, 1)]]),
+    ],
+    "polygon of more than 100,000 vertices or 10,000 parts": [
+        spoil_annotation(segmentation=[[1, 2] * 100_001]),
+        spoil_annotation(segmentation=[SQUARE] * 10_001),
+    ],
+    "polygon within the first pixel (are its coordinates fractions of width and height?)": [
+        spoil_annotation(segmentation=[[0.1, 0.2, 0.5, 0.2, 0.5, 1.0]])
+    ],
     "polygon with absurd coordinates (beyond ten times the image)": [
         spoil_annotation(segmentation=[[4, 4, 1e9, 4, 4, 12]]),
         spoil_annotation(segmentation=[[-1e300, 4, 12, 4, 4, 12]]),
@@ -106,6 +117,10 @@ BAD_ANNOTATIONS = {
         spoil_annotation(segmentation={"size": [16, 24], "counts": [100, 200]}),
         spoil_annotation(segmentation={"size": [16, 24], "counts": [100, HUGE]}),
         spoil_annotation(segmentation=RLE | {"counts": RLE["counts"] + "1"}),
+    ],
+    "RLE of more than 5,000,000 runs": [
+        spoil_annotation(segmentation={"size": [16, 24], "counts": [384] + [0] * 5_000_000}),
+        spoil_annotation(segmentation=RLE | {"counts": "0" * 5_000_001}),
     ],
     "malformed RLE (broken 'counts')": [
         spoil_annotation(segmentation=RLE | {"counts": text})
@@ -154,7 +169,8 @@ BAD_IMAGES = {
     "malformed image entry (no 'file_name')": spoil_image(file_name=None),
     "malformed image entry (no positive integer 'height')": spoil_image(height=0),
     "malformed image entry (no positive integer 'width')": lambda document: document["images"][1].pop("width"),
-    "duplicate image id": spoil_image(id=1),
+    "image that is listed twice": spoil_image(id=1, file_name="good.jpg"),
+    "image of more than 120 megapixels": spoil_image(height=100_000, width=100_000),
 }
 
 
@@ -206,23 +222,112 @@ def test_missing_files_directories_and_pipes_are_missing_images(case, capsys):
     assert case.run().skipped["unreadable image file"] == 1
 
 
-def test_size_mismatch_and_exif_orientation(case, capsys):
+def test_images_of_one_id_are_all_left_out(case, capsys):
+    """Nobody can tell whose the annotations are."""
+    case.document["images"][1]["id"] = 1
+    case.assert_skips(
+        "duplicate image id", "annotations.json, images[0]: id 1, good.jpg and bad.jpg", capsys, images=1, instances=1, count=2
+    )
+    assert case.run().skipped["annotation of a skipped image"] == 1
+    case.document["images"].append(dict(case.document["images"][2], id=1, file_name="third.png"))
+    assert case.run().skipped["duplicate image id"] == 3
+
+
+def test_size_mismatch(case, capsys):
     case.document["images"][1] |= {"height": 17}
     case.assert_skips("size mismatch", "image 2, bad.jpg", capsys, images=2)
     case.document["images"][1] |= {"height": 24, "width": 16}
     assert case.run().skipped["size mismatch"] == 1
+
+
+def turned(case, orientation, name="bad.jpg"):
+    """Gives image 2 this EXIF orientation."""
     exif = Image.Exif()
-    exif[274] = 6
-    Image.open(case.folder / "good.jpg").save(case.folder / "bad.jpg", exif=exif)
-    case.assert_skips("size mismatch (EXIF orientation)", "image 2, bad.jpg", capsys, images=2)
+    exif[274] = orientation
+    with Image.open(case.folder / "good.jpg") as image:
+        image.save(case.folder / name, exif=exif)
+    case.document["images"][1]["file_name"] = name
+    with Image.open(case.folder / name) as image:
+        return np.asarray(image.convert("RGB")), np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def pixels_of(case, number):
+    (encoded,) = [encoded for image_id, encoded in records.iter_images(case.out) if image_id == number]
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", ["bad.jpg", "other.png", "bad.webp"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_orientation_is_applied_where_only_the_turned_size_is_right(case, orientation, name):
+    stored, upright = turned(case, orientation, name)
+    size = {"height": upright.shape[0], "width": upright.shape[1]}
+    case.document["images"][1] |= size
+    info = case.run()
+    assert info.skipped == {} and info.exif == "auto"
+    if orientation > 4:
+        assert [n for text, n in info.notes.items() if "turned by its EXIF" in text] == [1]
+        assert np.array_equal(pixels_of(case, 2), upright)
+    else:
+        assert [n for text, n in info.notes.items() if "does not tell" in text and "--exif apply" in text] == [1]
+        assert np.array_equal(pixels_of(case, 2), stored)
+    info = case.run(exif="apply")
+    assert info.skipped == {} and info.exif == "apply" and np.array_equal(pixels_of(case, 2), upright)
+    info = case.run(exif="ignore")
+    if orientation > 4:
+        assert info.skipped["size mismatch (EXIF orientation)"] == 1
+    else:
+        assert info.skipped == {} and np.array_equal(pixels_of(case, 2), stored)
 
 
 def test_an_exif_rotated_image_annotated_as_decoded_is_kept_unrotated(case):
-    exif = Image.Exif()
-    exif[274] = 6
-    Image.open(case.folder / "good.jpg").save(case.folder / "bad.jpg", exif=exif)
-    assert case.run().skipped == {}
+    turned(case, 6)
+    info = case.run()
+    assert info.skipped == {} and info.notes["EXIF orientation ignored: annotations fit the image as stored"] == 1
     assert (2, (case.folder / "bad.jpg").read_bytes()) in list(records.iter_images(case.out))
+    assert case.run(exif="apply").skipped["size mismatch (EXIF orientation)"] == 1
+
+
+def test_a_square_photo_turned_by_a_quarter_is_ambiguous(case):
+    with Image.open(case.folder / "good.jpg") as image:
+        image.resize((20, 20)).save(case.folder / "good.jpg")
+    _, upright = turned(case, 6)
+    for image in case.document["images"][:2]:
+        image |= {"height": 20, "width": 20}
+    assert any("--exif apply" in text for text in case.run().notes)
+    assert case.run(exif="apply").skipped == {} and np.array_equal(pixels_of(case, 2), upright)
+
+
+def test_files_outside_the_images_directory_are_left_out_unless_asked_for(case, capsys):
+    secret = case.base / "secret"
+    secret.mkdir()
+    (case.folder / "bad.jpg").rename(secret / "bad.jpg")
+    (case.folder / "link.jpg").symlink_to(secret / "bad.jpg")
+    (case.folder / "loop.jpg").symlink_to("loop.jpg")
+    (case.folder / "inside.jpg").symlink_to("good.jpg")
+    reason = "image outside the images directory (--allow-outside takes such)"
+    for name in ("../secret/bad.jpg", str(secret / "bad.jpg"), "link.jpg", "sub/../../secret/bad.jpg", "/etc/hostname"):
+        case.document["images"][1]["file_name"] = name
+        info = case.run()
+        assert info.skipped == {reason: 1, "annotation of a skipped image": 1}
+        if "hostname" not in name:
+            assert case.run(allow_outside=True).skipped == {}
+    case.assert_skips(reason, "image 2, /etc/hostname", capsys, images=2)
+    case.document["images"][1]["file_name"] = "loop.jpg"
+    assert case.run().num_images == 2
+    for name in ("inside.jpg", "./inside.jpg", "../images/inside.jpg"):
+        case.document["images"][1]["file_name"] = name
+        assert case.run().skipped == {}
+    (case.base / "linked").symlink_to(case.folder)  # the directory itself may be a link
+    case.folder = case.base / "linked"
+    assert case.run().skipped == {}
+
+
+def test_devices_and_endless_files_are_no_json(case):
+    os.mkfifo(case.base / "pipe.json")
+    for path in (case.base / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(InputError, match="cannot be read: not a regular file"):
+            convert.convert(path, case.folder, case.out)
+    assert not case.out.exists()
 
 
 def test_only_verify_finds_damage_in_the_middle(case, capsys):
@@ -261,8 +366,8 @@ def test_what_is_odd_but_usable_is_kept(case, capsys):
 def test_a_file_name_of_several_lines_stays_one_line_of_report(case, capsys):
     case.document["images"][1]["file_name"] = "two\nlines" + "x" * 1000
     case.run(progress=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "two?lines" in lines[1] and all(len(line) < 400 for line in lines)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "note" not in line]
+    assert len(lines) == 3 and "two lines" in lines[1] and all(len(line) < 400 for line in lines)
     with pytest.raises(InputError) as error:
         case.run(strict=True)
     assert "\n" not in str(error.value)
@@ -274,6 +379,96 @@ def test_an_output_name_with_wildcards_is_only_a_name(case):
     (case.out / "se[t]*-00000-of-00001.tfrecord.tmp").write_text("old")
     case.run(shards=1)
     assert sorted(path.name for path in case.out.iterdir()) == ["dataset.json", "se[t]*-00000-of-00001.tfrecord"]
+
+
+def note_of(info, words):
+    """How often the note with these words was made."""
+    (count,) = [count for text, count in info.notes.items() if words in text]
+    return count
+
+
+def test_areas_that_are_not_the_masks_are_told(case, capsys):
+    annotations = case.document["annotations"]
+    annotations[0]["area"], annotations[1]["area"], annotations[2]["area"] = 0, 58, 17  # of 64, 64, 16
+    info = case.run(progress=True)
+    assert note_of(info, "'area' more than 10 % off") == 1
+    said = "APS, APM, APL and the like go by it (first: image 1, good.jpg, annotation 1: 0, the mask has 64)"
+    assert said in capsys.readouterr().out
+    assert records.read_ground_truth(case.out)["annotations"][0]["area"] == 0  # kept as it is
+
+
+def test_odd_classes_are_told(case, capsys):
+    case.document["categories"] += [{"id": 0, "name": "_background_"}, {"id": 9, "name": "thing"}]
+    info = case.run(progress=True)
+    assert len(info.classes) == 3
+    assert note_of(info, "a class named like the background, one of 3 classes") == 1
+    assert note_of(info, "categories of one name") == 1
+    output = capsys.readouterr().out
+    assert "'_background_' has 0 annotations" in output and "'thing' has the ids 5, 9" in output
+
+
+def without_objects(change):
+    def spoil(document):
+        for annotation in document["annotations"]:
+            change(annotation)
+
+    return spoil
+
+
+def as_via(annotation):
+    annotation["image_id"] = str(annotation["image_id"])
+    del annotation["category_id"]
+    annotation["segmentation"] = SQUARE
+
+
+NOTHING_USABLE = {
+    "crowds": (without_objects(lambda a: a.update(iscrowd=1)), "3 annotations are iscrowd: 1.*add --crowd-as-instances"),
+    "boxes": (without_objects(lambda a: a.pop("segmentation")), "boxes without 'segmentation'.*annotate polygons or masks"),
+    "empty": (without_objects(lambda a: a.update(segmentation=[])), "boxes without 'segmentation'"),
+    "fractions": (
+        without_objects(lambda a: a.update(segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.7]])),
+        "between 0 and 1: multiply x by the image's width",
+    ),
+    "via": (without_objects(as_via), r"VGG Image Annotator \(VIA\).*list of lists"),
+    "others": (without_objects(lambda a: a.update(category_id=77)), "see the reasons.*unknown category"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING_USABLE)
+def test_annotations_without_a_usable_object_are_refused_with_the_way_out(case, kind):
+    spoil, said = NOTHING_USABLE[kind]
+    before = case.run()
+    spoil(case.document)
+    with pytest.raises(InputError, match=rf"annotations\.json: no usable object: .*{said}") as error:
+        case.run()
+    assert "\n" not in str(error.value)
+    assert records.load_dataset_info(case.out) == before
+    if kind == "crowds":
+        assert case.run(crowd_as_instances=True).num_crowd == 0
+
+
+def test_a_set_of_background_alone_is_taken_and_told(case, capsys):
+    case.document["annotations"] = []
+    info = case.run(progress=True)
+    assert (info.num_images, info.num_instances, info.max_instances) == (3, 0, 0)
+    assert "images of background alone, which `polarmask train` refuses" in capsys.readouterr().out
+    with pytest.raises(InputError, match="3 images with no object at all: nothing to train on"):
+        dataset.require_objects(info)
+
+
+def test_files_of_other_formats_are_called_by_their_name(case):
+    region = {"shape_attributes": {"name": "polygon", "all_points_x": [1], "all_points_y": [1]}}
+    annotations = [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 1}]}]
+    panoptic = {"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
+    for document, said in (
+        ({"_via_settings": {}, "_via_img_metadata": {}}, r"project of the VGG Image Annotator \(VIA\): export it as COCO"),
+        ({"a.jpg123": {"filename": "a.jpg", "regions": [region]}}, r"annotations of the VGG Image Annotator \(VIA\)"),
+        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
+        (panoptic, r"panoptic COCO file \(segments_info\).*panoptic2detection"),
+        ([{"image_id": 1, "score": 0.5}], "results of a detector"),
+    ):
+        with pytest.raises(InputError, match=said):
+            case.run(json.dumps(document))
 
 
 FATAL = {

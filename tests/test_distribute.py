@@ -1,4 +1,4 @@
-"""polarmask_tf/distribution.py: what is checked before TensorFlow, and real processes over loopback on CPU."""
+"""training/distribution.py and watchdog.py: what is checked before TensorFlow, and real processes over loopback on CPU."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from polarmask_tf.errors import InputError
-from polarmask_tf.training import distribution
+from polarmask_tf.training import distribution, replicas, watchdog
 
 TWO = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
 
@@ -226,10 +226,10 @@ def test_a_taken_port_is_said_at_once(monkeypatch, bound):
 
 def test_without_a_cluster_this_is_the_only_worker():
     strategy = tf.distribute.get_strategy()
-    assert distribution.worker(strategy) == (0, 1) and distribution.is_chief(strategy)
-    with distribution.worker_watchdog(strategy):
+    assert replicas.worker(strategy) == (0, 1) and replicas.is_chief(strategy)
+    with watchdog.worker_watchdog(strategy):
         pass
-    with pytest.raises(ZeroDivisionError), distribution.worker_watchdog(strategy):
+    with pytest.raises(ZeroDivisionError), watchdog.worker_watchdog(strategy):
         raise ZeroDivisionError
 
 
@@ -237,18 +237,18 @@ def test_without_a_cluster_this_is_the_only_worker():
 SCRIPT = """
 import json, os, signal, sys, time
 import tensorflow as tf
-from polarmask_tf import distribute
 from polarmask_tf.errors import InputError
+from polarmask_tf.training import distribution, replicas, watchdog
 
 what, devices, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 distribution.TELL_EVERY = 1 if timeout < 10 else 60
-distribution.GRACE = 2
+watchdog.GRACE = 2
 try:
     strategy = distribution.make(devices=devices, timeout=timeout)
-    index, number = distribution.worker(strategy)
+    index, number = replicas.worker(strategy)
     step = tf.function(lambda x: strategy.reduce("SUM", strategy.run(
         lambda x: tf.distribute.get_replica_context().all_reduce("sum", x * 1.0), (x,)), axis=None))
-    with distribution.worker_watchdog(strategy):
+    with watchdog.worker_watchdog(strategy):
         total = step(tf.constant(index + 1.0))
         print(json.dumps([type(strategy).__name__, index, number, strategy.num_replicas_in_sync, float(total)]), flush=True)
         for _ in range(10000 if what.startswith("kill") else 3):
@@ -258,9 +258,9 @@ try:
                 time.sleep(60)
             step(tf.constant(1.0))
             time.sleep(0.1)
-        if what == "late" and distribution.is_chief(strategy):
+        if what == "late" and replicas.is_chief(strategy):
             time.sleep(1)
-    if what == "late" and distribution.is_chief(strategy):
+    if what == "late" and replicas.is_chief(strategy):
         time.sleep(5)  # longer than a dead worker would go unnoticed
     print("finished")
 except InputError as e:
@@ -296,6 +296,7 @@ def test_the_cpu_is_split_into_devices():
     assert json.loads(end.out.splitlines()[0]) == ["MirroredStrategy", 0, 1, 2, 4.0]  # two replicas, each with 1 + 1
 
 
+@pytest.mark.slow
 def test_two_workers_by_tf_config_may_finish_at_different_times():
     ports = free_ports(2)
     # A proxy that is not there: what workers say to each other must not go through one.
@@ -307,6 +308,7 @@ def test_two_workers_by_tf_config_may_finish_at_different_times():
         assert lines_of(end.err) == []
 
 
+@pytest.mark.slow
 def test_two_slurm_tasks_and_one_is_killed():
     job = next(job for job in range(1000) if all(_free(12000 + 16 * job + i) for i in range(2)))
     more = {"SLURM_NTASKS": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": str(job)}
@@ -316,6 +318,7 @@ def test_two_slurm_tasks_and_one_is_killed():
     assert lines_of(survivor.err) == [_lost(f"127.0.0.1:{12000 + 16 * job + 1}")]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_busy_elsewhere_is_ended_with_the_same_line():
     ports = free_ports(2)
     survivor, killed = run("kill while busy", [{"TF_CONFIG": tf_config(ports, i)} for i in range(2)])
@@ -335,6 +338,7 @@ def _free(port):
         return s.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.slow
 def test_missing_workers_are_named():
     pairs = [free_ports(2), free_ports(2)]  # of each pair only one worker comes: worker 0 of the first, 1 of the second
     ends = run(environments=[{"TF_CONFIG": tf_config(ports, i)} for i, ports in enumerate(pairs)], timeout=5)

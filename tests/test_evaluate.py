@@ -11,28 +11,16 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from helpers.polygons import brute_raster, polar_star
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import evaluate as evaluation
-from polarmask_tf.inference.evaluate import coco_metrics, detections_to_results, evaluate, format_table, polygons_to_rle
-from polarmask_tf.inference.predictor import Detections, Predictor
+from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results, format_table, polygons_to_rle
+from polarmask_tf.inference.evaluate import evaluate
+from polarmask_tf.inference.predictor import Predictor
+from polarmask_tf.inference.results import Detections
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 1, "name": "dog"}, {"id": 17, "name": "unseen"}]
 NAMES = ["AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL"]
-
-
-def star(rng, x, y, radius, rays=36):
-    angle = 2 * np.pi * np.arange(rays) / rays
-    return (x, y) + np.stack([np.cos(angle), np.sin(angle)], -1) * rng.uniform(0.5, 1, (rays, 1)) * radius
-
-
-def brute_raster(polygon, height, width):
-    """Pixels whose center is inside by the even-odd rule: crossings of a ray towards +x, edge by edge."""
-    y, x = np.mgrid[:height, :width] + 0.5
-    inside = np.zeros((height, width), bool)
-    for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
-        if y1 != y2:
-            inside ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) / (y2 - y1) * (x2 - x1))
-    return inside
 
 
 def test_rle_of_a_square_worked_by_hand():
@@ -45,7 +33,7 @@ def test_rle_of_a_square_worked_by_hand():
 
 def test_rles_match_a_brute_force_raster():
     rng = np.random.default_rng(0)
-    polygons = [star(rng, *rng.uniform((-10, -10), (170, 110)), rng.uniform(15, 60)) for _ in range(20)]  # some leave
+    polygons = [polar_star(rng, *rng.uniform((-10, -10), (170, 110)), rng.uniform(15, 60)) for _ in range(20)]  # some leave
     for polygon, rle in zip(polygons, polygons_to_rle(polygons, 100, 160), strict=True):
         mask, expected = coco_mask.decode(rle).astype(bool), brute_raster(polygon, 100, 160)
         edges = np.concatenate([np.linspace(a, b, 200) for a, b in zip(polygon, np.roll(polygon, -1, 0), strict=True)])
@@ -105,7 +93,7 @@ def scene(seed=0, images=12, height=300, width=320):
         truth["images"].append({"id": image_id, "file_name": f"{image_id}.png", "height": height, "width": width})
         for _ in range(rng.integers(0, 9)):
             radius = rng.choice([10, 40, 120]) * rng.uniform(0.6, 1.2)
-            polygon = star(rng, *rng.uniform((0, 0), (width, height)), radius).clip(0, (width, height))
+            polygon = polar_star(rng, *rng.uniform((0, 0), (width, height)), radius).clip(0, (width, height))
             rle = polygons_to_rle([polygon], height, width)[0]
             kind = rng.integers(3)
             segmentation = [polygon.ravel().tolist()] if kind == 0 else rle if kind == 1 else uncompressed(rle)
@@ -232,6 +220,34 @@ def test_nothing_found_and_nothing_to_find():
     assert coco_metrics(dict(truth, images=[], annotations=[]), []).values["AP"] == -1
 
 
+def test_why_all_numbers_are_minus_one_is_said():
+    truth, results = row_of_squares(2)
+    crowds = [dict(annotation, iscrowd=1) for annotation in truth["annotations"]]
+    for annotations, expected in (([], "object to find"), (crowds, "object to find; the 2 annotations are crowd regions")):
+        metrics = coco_metrics(dict(truth, annotations=annotations), results)
+        why = f"-1 stands for nothing to measure: none of the 1 images has an {expected}"
+        assert metrics.why_empty() == why and format_table(metrics).splitlines()[-1] == f" {why}"
+    metrics = coco_metrics(truth, results)
+    assert metrics.values["APL"] == -1 and metrics.why_empty() == "" and len(format_table(metrics).splitlines()) == 12
+
+
+def test_a_json_that_cannot_be_written_is_said_before_the_work(records, tmp_path, monkeypatch, capsys):
+    from polarmask_tf import cli
+    from polarmask_tf.inference import predictor as predictors
+
+    loaded = []
+    monkeypatch.setattr(predictors, "load_predictor", lambda *_, **__: loaded.append(1) or perfect_predictor(records))
+    arguments = ["evaluate", "model", "--data", "data", "--json"]
+    for path, expected in ((tmp_path / "none" / "a.json", "No such file or directory"), (tmp_path, "is a directory")):
+        assert cli.main([*arguments, str(path)]) == 2
+        assert expected in capsys.readouterr().err
+    assert not loaded and not list(tmp_path.iterdir())
+    (tmp_path / "a.json").write_text("older")
+    assert cli.main([*arguments, str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["values"]["AP"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_wrong_input_is_said_in_one_line():
     truth, results = row_of_squares(2)
 
@@ -265,7 +281,7 @@ def perfect_predictor(truth, batch_size=4):
             found = [a for a in truth["annotations"] if a["image_id"] == int(image[0, 0, 0])]
             polygons = np.float32([np.reshape(a["segmentation"][0], (-1, 2)) for a in found]).reshape(len(found), 36, 2)
             scores = 1 - np.arange(len(found)) / 100
-            answers.append(dataclasses.asdict(detections(polygons, scores, [label[a["category_id"]] for a in found])))
+            answers.append(vars(detections(polygons, scores, [label[a["category_id"]] for a in found])))
         return answers
 
     return Predictor("run", classes, (64, 64), batch_size, run)
@@ -285,7 +301,7 @@ def records(monkeypatch):
     for image_id in range(10, 20):
         truth["images"].append({"id": image_id, "file_name": f"{image_id}.png", "height": 100, "width": 120})
         for _ in range(image_id % 4):
-            polygon = star(rng, *rng.uniform((30, 30), (90, 70)), 25)
+            polygon = polar_star(rng, *rng.uniform((30, 30), (90, 70)), 25)
             rings = [polygon.ravel().tolist()]
             entry = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": 3, "segmentation": rings}
             truth["annotations"].append({**entry, "area": 900.0, "iscrowd": 0, "bbox": [0, 0, 1, 1]})
@@ -367,7 +383,7 @@ def test_records_and_source_json_give_equal_numbers(tmp_path):
                 boxes[:, None, 2:] * 0.45 * np.stack([np.cos(angle), np.sin(angle)], -1)
             )
             scores = np.sort(np.random.default_rng(len(found)).random(len(found)))[::-1]
-            answers.append(dataclasses.asdict(detections(ellipses, scores, [int(a["category_id"] == 3) for a in found])))
+            answers.append(vars(detections(ellipses, scores, [int(a["category_id"] == 3) for a in found])))
         return answers
 
     predictor = Predictor("run", classes, (64, 64), 3, run)

@@ -123,6 +123,16 @@ def test_a_directory_that_cannot_be_locked_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_text_for_a_message_is_one_printable_line():
-    assert files.one_line("a\nb\x1b[31m\u202e") == "a?b?[31m?"
-    assert len(files.one_line("x" * 10_000)) == 193 and files.one_line("ö" * 200) == "ö" * 200
+def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):
+    (tmp_path / "file").write_bytes(b"123")
+    (tmp_path / "link").symlink_to("file")
+    assert files.read_file(tmp_path / "file", 3) == files.read_file(tmp_path / "link", 3) == b"123"
+    with pytest.raises(OSError, match="larger than 2 bytes"):
+        files.read_file(tmp_path / "file", 2)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.read_file(path, 100)
+    with pytest.raises(IsADirectoryError):
+        files.read_file(tmp_path, 100)
+    assert files.read_file("/proc/self/pagemap", 10**20) == b""  # without an end

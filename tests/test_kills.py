@@ -55,16 +55,16 @@ def model(config):
     return train.build(config, 4)
 
 
-def test_kills_at_ten_random_moments_change_nothing(data, started, request, tmp_path):
-    rng = random.Random(5)
-    done = trainings = 0
-    while done < 10:  # once, unless a training was faster than its kills
-        run = tmp_path / f"run{trainings}"
-        done += kills.round_of_kills(kills.command(data, run), run, rng, tell=print)
-        assert kills.differences(run, request.getfixturevalue("alone")) == []
-        trainings += 1
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["start-up", "steps"])
+def test_kills_at_random_moments_change_nothing(data, started, request, tmp_path, more):
+    """Six kills each, or fewer on a machine that is so fast that the training ends before."""
+    run, kinds = tmp_path / "run", ("start-up", "steps", "checkpoint", "evaluation", more)
+    assert kills.round_of_kills(kills.command(data, run), run, random.Random(more), kinds, tell=print) > 0
+    assert kills.differences(run, request.getfixturevalue("alone")) == []
 
 
+@pytest.mark.slow
 def test_a_lost_chief_ends_the_other_and_both_go_on(data, tmp_path):
     settings = (
         "train.deterministic=true",
@@ -88,8 +88,10 @@ def test_a_lost_chief_ends_the_other_and_both_go_on(data, tmp_path):
     end = time.monotonic() + kills.LIMIT
     while kills.newest(run) < 6:
         assert chief.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    time.sleep(random.Random(1).uniform(0, 0.5))
+        time.sleep(0.001)
+    moment = time.monotonic() + random.Random(1).uniform(0, 0.5)
+    while time.monotonic() < moment and kills.newest(run) < 9:  # however fast: there are 3 more steps to the end
+        time.sleep(0.001)
     chief.send_signal(signal.SIGKILL)
     killed, (status, _, error) = training.finish(chief, other)
     assert killed[0] == -signal.SIGKILL
@@ -162,6 +164,7 @@ def test_a_damaged_checkpoint_is_skipped_with_one_line(model, run, name, trainin
         runs.restore(model, run, training=training)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_the_checkpoint_before(data, alone, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -179,6 +182,7 @@ def test_a_training_goes_on_from_the_checkpoint_before(data, alone, tmp_path):
     assert kills.differences(run, alone) == []
 
 
+@pytest.mark.slow
 def test_no_checkpoint_left_is_one_line(data, alone, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -225,6 +229,7 @@ def test_a_checkpoint_that_could_not_be_read_does_not_outlive_the_next(model, ru
     assert [runs.step_of(path) for path in runs.checkpoints(run)] == [4, 3]
 
 
+@pytest.mark.slow
 def test_a_training_on_a_full_disk_ends_with_one_line(data, alone, model, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(alone, run)
@@ -266,7 +271,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_those_before(model, run):
 @pytest.fixture
 def log(tmp_path):
     log = callbacks.Log(tmp_path, 0, 100, True)
-    log.set_model(SimpleNamespace(parts=("class",), trainable_variables=[]))
+    log.set_model(SimpleNamespace(loss_names=("class",), trainable_variables=[]))
     log.on_train_begin()
     yield log
     log.close()
@@ -275,13 +280,12 @@ def log(tmp_path):
 def test_metrics_that_cannot_be_written_are_one_line(log, tmp_path):
     log.add(20, {"loss": 1.0})
     whole = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "metrics.csv.tmp").symlink_to("/dev/full")
     again = callbacks.Log(tmp_path, 20, 100, True)
     again.set_model(log.model)
-    with pytest.raises(InputError, match=r"metrics.csv: cannot be written: No space left on device$"):
+    with files_of_at_most(10), pytest.raises(InputError, match=r"metrics.csv: cannot be written: File too large$"):
         again.on_train_begin()
     again.close()
-    assert (tmp_path / "metrics.csv").read_bytes() == whole and not (tmp_path / "metrics.csv.tmp").exists()
+    assert (tmp_path / "metrics.csv").read_bytes() == whole and not list(tmp_path.glob(".*"))
     (tmp_path / "metrics.csv").unlink()
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"metrics.csv: cannot be written: No space left on device$"):
@@ -304,7 +308,9 @@ def test_the_best_ap_is_the_same_after_an_interruption(config, tmp_path, monkeyp
     """Two equal APs: the first is the best, also where it was read back from metrics.csv."""
     saved = []
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.0))
-    model = SimpleNamespace(config=config, parts=(), trainable_variables=[], non_trainable_variables=[], stop_training=False)
+    model = SimpleNamespace(
+        config=config, loss_names=(), trainable_variables=[], non_trainable_variables=[], stop_training=False
+    )
     metrics = SimpleNamespace(values={"AP": 0.12345649, "AP50": 1 / 3, "AP75": 0.0})
     monkeypatch.setattr(callbacks, "evaluate", lambda *args, **kwargs: metrics)
     monkeypatch.setattr(runs, "save", lambda model, run, step, **kwargs: saved.append(step))
@@ -314,7 +320,7 @@ def test_the_best_ap_is_the_same_after_an_interruption(config, tmp_path, monkeyp
         log = callbacks.Log(tmp_path, step - 10, 100, True)
         log.set_model(model)
         log.on_train_begin()
-        evaluation = callbacks.Evaluation(tmp_path, step - 10, tf.distribute.get_strategy(), [], log)
+        evaluation = callbacks.Evaluation(tmp_path, step - 10, tf.distribute.get_strategy(), log)
         evaluation.model, evaluation.predictor = model, None
         evaluation.on_step(step, None)
         log.close()
@@ -329,6 +335,7 @@ def test_an_interruption_between_the_steps_of_a_profile(tmp_path):
     assert profile.step == 25 and not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_training_gives_the_averages_too(config, alone, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)  # it would last for other tests
     run = tmp_path / "run"

@@ -13,6 +13,8 @@ from polarmask_tf import config as configs
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import runs
 
+pytestmark = pytest.mark.slow
+
 SGD = (
     "train.optimizer=sgd",
     "train.learning_rate=0.003",

@@ -1,13 +1,19 @@
+import hashlib
+import io
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from helpers.exports import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, make_exports, metadata, spot
 from polarmask_tf import lite
@@ -71,11 +77,7 @@ def test_letterbox_of_a_sliver_keeps_one_pixel():
 
 def resized(tflite, path, resize):
     """The same model with another way to resize in its metadata."""
-    whole = tflite.read_bytes()
-    path.write_bytes(whole[: whole.index(b"PK\x03\x04")])
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("metadata.json", json.dumps(metadata(resize=resize)))
-    return path
+    return with_metadata(tflite, path, metadata(resize=resize))
 
 
 @pytest.mark.parametrize("height, width", [(96, 64), (16, 48), (64, 24)])
@@ -148,6 +150,97 @@ def test_exif_rotation_is_not_applied(tmp_path):
     assert lite.read_image(tmp_path / "a.jpg").shape == (20, 40, 3)
 
 
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_exif_rotation_is_applied_on_request(tmp_path, value, name):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    notes = []
+    as_stored = lite.read_image(tmp_path / name, notes=notes)
+    assert as_stored.shape == (16, 24, 3) and notes == ["EXIF orientation ignored"] * (value > 1)
+    turned = lite.read_image(tmp_path / name, exif="apply", notes=(quiet := []))
+    with Image.open(tmp_path / name) as image:
+        np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(image)))
+        np.testing.assert_array_equal(np.asarray(lite.oriented(image)), turned)
+    assert not quiet and (turned.shape == (24, 16, 3)) == (value > 4)
+    with pytest.raises(ValueError, match="exif is 'turn'"):
+        lite.read_image(tmp_path / name, exif="turn")
+
+
+def test_broken_exif_data_are_none(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff broken")
+    assert lite.read_image(tmp_path / "a.jpg", exif="apply").shape == (4, 4, 3)
+
+
+DEEP = np.array([[0, 1, 255, 256], [4095, 2048, 17, 1000]])
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4", "<f4"])
+def test_deep_gray_reads_alike_however_it_is_stored(tmp_path, dtype):
+    """As ImageJ writes it (big-endian), as others do, with 16 and 32 bits: the upper 8 of the bits that are used."""
+    path = tmp_path / "a.tif"
+    Image.fromarray((DEEP * 16).astype(dtype)).save(path)
+    if dtype != "<f4":
+        np.testing.assert_array_equal(lite.read_image(path)[..., 1], DEEP * 16 // 256)
+    np.testing.assert_array_equal(lite.read_image(path, bit_depth=16)[..., 2], DEEP * 16 // 256)
+    Image.fromarray(DEEP.astype(dtype)).save(path)
+    notes = []
+    np.testing.assert_array_equal(lite.read_image(path, bit_depth=12, notes=notes)[..., 0], DEEP // 16)
+    assert not notes
+    with pytest.raises(ValueError, match="pixels from 0 to 4095, beyond the 11 bits of the bit depth"):
+        lite.read_image(path, bit_depth=11)
+    if dtype != "<f4":
+        np.testing.assert_array_equal(lite.read_image(path, notes=notes)[..., 0], DEEP // 256)
+        assert len(notes) == 1 and "12" in notes[0]
+
+
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1, float("nan"), float("inf")])
+def test_pixels_beyond_the_bit_depth_are_refused_not_clipped(tmp_path, value):
+    pixels = np.full((3, 3), 7, np.float32 if isinstance(value, float) else np.int32)
+    pixels[1, 1] = value
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="beyond the 16 bits") as error:
+        lite.read_image(tmp_path / "a.tif", bit_depth=16)
+    assert "a.tif" in one_line(error)
+
+
+def test_a_bit_depth_changes_nothing_for_eight_bits_and_is_refused_for_deep_colors(tmp_path):
+    Image.fromarray(GRADIENT).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(lite.read_image(tmp_path / "a.png", bit_depth=12)[..., 0], GRADIENT)
+    rows = b"".join(b"\0" + np.arange(9, dtype=">u2").tobytes() for _ in range(2))  # 16 bits a channel, 3 x 2 pixels
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 3, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    assert lite.read_image(content).shape == (2, 3, 3)
+    with pytest.raises(ValueError, match="the image: cannot read the image: 16-bit colors"):
+        lite.read_image(content, bit_depth=12)
+    for depth in (7, 17, 12.5, "12"):
+        with pytest.raises(ValueError, match="bit_depth is"):
+            lite.read_image(content, bit_depth=depth)
+
+
+def test_paths_bytes_files_and_pictures_read_alike(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(GRADIENT).convert("P").save(path)
+    expected = lite.read_image(path)
+    with open(path, "rb") as file:
+        others = [str(path), path.read_bytes(), file, Image.open(path), io.BytesIO(path.read_bytes())]
+        for other in others:
+            np.testing.assert_array_equal(lite.read_image(other), expected)
+
+
+def test_a_large_picture_is_read_in_strips_that_fit_together():
+    height, width = 2500, 3000
+    y, x = np.indices((height, width))
+    pixels = np.stack([x % 251, y % 241, (x + y) % 239], -1).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "BMP")
+    assert height * width > 2**22
+    np.testing.assert_array_equal(lite.read_image(content), pixels)
+
+
 def test_a_path_gives_the_same_as_its_pixels(tflite, tmp_path):
     image = spot(50, 70, 30, 20, 4)
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -189,6 +282,191 @@ def test_files_that_are_no_images_are_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError) as error:
             lite.read_image(path)
         assert str(path) in one_line(error)
+
+
+def refused(source, expected, **options):
+    with pytest.raises(ValueError) as error:
+        lite.read_image(source, **options)
+    assert expected in one_line(error)
+
+
+def test_only_regular_files_of_bounded_size_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(200 * 10**9)
+    for path, expected in (
+        (tmp_path / "pipe.jpg", "not a regular file, but a pipe or a device"),
+        ("/dev/zero", "not a regular file"),
+        ("/proc/self/status", "is empty"),  # so it says
+        (tmp_path / "sparse.jpg", "200,000,000,000 bytes, and the limit is"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "no\nsuch\x1b[31m.jpg", "such?[31m.jpg: cannot read the image: No such file"),
+        ("a\0b.jpg", "a?b.jpg: cannot read the image"),
+    ):
+        refused(path, expected)
+        with pytest.raises(ValueError, match=r"no \.tflite file with"):
+            lite.PolarMaskLite(path)
+
+
+@pytest.mark.parametrize("height, width", [(12_001, 10_000), (13_300, 13_300), (60_000, 60_000), (1, 2**31 - 1)])
+def test_too_many_pixels_are_refused_by_the_header(height, width):
+    """The first would decode; Pillow itself refuses the others, or thinks them bombs."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    tracemalloc.start()
+    refused(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + bytes(4), "pixels")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**7
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused():
+    content = io.BytesIO()
+    Image.fromarray(GRADIENT.repeat(8, 0).repeat(8, 1)).save(content, "JPEG", progressive=True)
+    content = content.getvalue()
+    assert lite.read_image(content).shape == (24, 32, 3)
+    start = content.rindex(b"\xff\xda")
+    refused(content[:start] + content[start:-2] * 101 + content[-2:], "scans, and the limit is 100")
+
+
+def test_no_program_is_run_for_postscript(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "photo.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(tmp_path / "photo.jpg") as image:
+        assert image.format == "EPS"  # Pillow alone would take it for a picture
+    refused(tmp_path / "photo.jpg", "not an image that can be read")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", lite.FORMATS)
+def test_every_format_that_is_named_is_read(tmp_path, name):
+    content = io.BytesIO()
+    if name == "SUN":  # which Pillow reads alone: a header of eight numbers, and rows of blue, green, red
+        content.write(struct.pack(">8I", 0x59A66A95, 40, 30, 24, 40 * 30 * 3, 1, 0, 0) + bytes((90, 20, 200)) * 40 * 30)
+    else:
+        Image.new("RGB", (40, 30), (200, 20, 90)).save(content, name)
+    assert np.abs(lite.read_image(content.getvalue()).astype(int) - (200, 20, 90)).max() <= 8
+
+
+def with_metadata(tflite, path, described, compress_type=zipfile.ZIP_STORED):
+    """The same network with another metadata.json: a dict, or bytes."""
+    whole = tflite.read_bytes()
+    path.write_bytes(whole[: whole.index(b"PK\x03\x04")])
+    with zipfile.ZipFile(path, "a", compress_type) as archive:
+        archive.writestr("metadata.json", described if isinstance(described, bytes) else json.dumps(described))
+    return path
+
+
+def refused_model(path, expected):
+    with pytest.raises(ValueError) as error:
+        lite.PolarMaskLite(path)
+    text = one_line(error)
+    assert text.startswith(f"{path}: ") and expected in text
+
+
+RAW = {"ray_units": {"3": 8.0}, "ray_limit": 20, "score_threshold": 0.05, "candidates": 100, "nms_iou": 0.5}
+RAW |= {"max_detections": 10, "multi_label": False}
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"classes": []}, "names no classes"),
+        ({"classes": "sun"}, "string indices"),
+        ({"classes": [{"name": 3, "category_id": 3}]}, "names no classes"),
+        ({"classes": [{"name": "a", "category_id": 1.5}]}, "category_id is 1.5"),
+        ({"classes": [{"name": "a", "category_id": True}]}, "category_id is True"),
+        ({"classes": [{"name": "a", "category_id": 1}, {"name": "b", "category_id": 1}]}, "a category_id is given twice"),
+        ({"classes": [{"name": "a", "category_id": 1}]}, "a class beyond the 1 that metadata.json names"),
+        ({"input": None}, "'get'"),
+        ({"input": {"height": 0, "width": 48}}, "height is 0"),
+        ({"input": {"height": 32, "width": 10**9}}, "width is 1000000000"),
+        ({"input": {"height": 32, "width": "48"}}, "width is '48'"),
+        ({"input": {"height": 32, "width": 64}}, "the network takes [1, 32, 48, 3], and metadata.json says [1, 32, 64, 3]"),
+        ({"input": {"height": 32, "width": 48, "resize": "short_side"}}, "one input size"),
+        ({"format": "polarmask_tf/2"}, "another version"),
+        ({"rays": 7}, "detection_polygons is [1, 3, 6, 2], expected [1, 3, 7, 2]"),
+        ({"rays": 0}, "rays is 0"),
+        ({"max_detections": 2}, "more detections than there may be"),
+        ({"max_detections": 10**9}, "max_detections is 1000000000"),
+        ({"raw": []}, "list indices"),
+        ({"raw": {**RAW, "ray_units": [5]}}, "index out of range"),
+        ({"raw": {**RAW, "ray_units": {"3": "x"}}}, "3 is 'x'"),
+        ({"raw": {**RAW, "ray_units": {"x": 1}}}, "invalid literal"),
+        ({"raw": {**RAW, "candidates": 10**12}}, "candidates is"),
+        ({"raw": {**RAW, "nms_iou": float("nan")}}, "nms_iou is nan"),
+        ({"raw": {**RAW, "multi_label": 1.0}}, "multi_label is 1.0"),
+        ({"raw": RAW}, "damaged"),  # the network has no such outputs
+        ({"flatbuffer_sha256": "0" * 64}, "'flatbuffer_bytes' is missing"),
+    ],
+)
+def test_metadata_must_fit_the_schema_and_the_network(tflite, tmp_path, change, expected):
+    refused_model(with_metadata(tflite, tmp_path / "a.tflite", {**metadata(), **change}), expected)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_metadata_is_never_unpacked_beyond_its_bound(tflite, tmp_path, kind):
+    path = with_metadata(tflite, tmp_path / "a.tflite", bytes(64 * 2**20), kind)
+    assert path.stat().st_size < tflite.stat().st_size + 100_000
+    tracemalloc.start()
+    refused_model(path, "metadata.json is ")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+
+
+def test_the_metadata_may_say_the_bit_depth(tflite, tmp_path, capsys):
+    described = metadata()
+    described["input"]["bit_depth"] = 12
+    path = with_metadata(tflite, tmp_path / "a.tflite", described)
+    dark = spot(40, 60, 50, 5, 2)[..., 0].astype(np.uint16)
+    Image.fromarray(dark * 16).save(tmp_path / "a.png")
+    Image.fromarray(dark * 256).save(tmp_path / "b.png")
+    expected = lite.PolarMaskLite(tflite)(tmp_path / "b.png")
+    for key, value in lite.PolarMaskLite(path)(tmp_path / "a.png").items():
+        np.testing.assert_array_equal(value, expected[key])
+    with pytest.raises(ValueError, match="beyond the 12 bits"):
+        lite.PolarMaskLite(path)(tmp_path / "b.png")
+    assert lite.main([str(path), str(tmp_path / "b.png")]) == 2
+    assert lite.main([str(path), str(tmp_path / "b.png"), "--bit-depth", "16"]) == 0
+    assert capsys.readouterr().out.startswith("moon 0.900")
+    described["input"]["bit_depth"] = 20
+    refused_model(with_metadata(tflite, path, described), "bit_depth is 20")
+
+
+def test_metadata_deep_as_a_well_is_refused(tflite, tmp_path):
+    refused_model(with_metadata(tflite, tmp_path / "a.tflite", b"[" * 100_000), "export it again")
+
+
+def test_one_changed_bit_of_the_weights_is_found(tflite, tmp_path):
+    size = tflite.read_bytes().index(b"PK\x03\x04")
+    digest = lite.flatbuffer_digest(tflite, size)
+    assert digest == hashlib.sha256(tflite.read_bytes()[:size]).hexdigest()
+    described = {**metadata(), "flatbuffer_bytes": size, "flatbuffer_sha256": digest}
+    path = with_metadata(tflite, tmp_path / "a.tflite", described)
+    lite.PolarMaskLite(path)
+    content = bytearray(path.read_bytes())
+    content[size - 1] ^= 1
+    path.write_bytes(content)
+    refused_model(path, "checksum")
+    refused_model(with_metadata(tflite, path, {**described, "flatbuffer_bytes": 10**9}), "checksum")
+    refused_model(with_metadata(tflite, path, {**described, "flatbuffer_sha256": None}), "checksum")
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch", "short_side"])
+def test_the_fit_rule_by_hand(fit):
+    expected = {
+        ("letterbox", (100, 50)): ((64, 32), (64, 96)),
+        ("letterbox", (50, 100)): ((48, 96), (64, 96)),
+        ("stretch", (100, 50)): ((64, 96), (64, 96)),
+        ("stretch", (50, 100)): ((64, 96), (64, 96)),
+        ("short_side", (100, 50)): ((96, 48), (96, 64)),
+        ("short_side", (50, 100)): ((48, 96), (64, 96)),
+    }
+    for size in ((100, 50), (50, 100)):
+        assert lite.fit_sizes(*size, (64, 96), fit) == expected[fit, size]
 
 
 def test_files_that_are_no_models_are_refused_in_one_line(tflite, tmp_path):
@@ -243,6 +521,24 @@ def test_the_file_runs_alone_without_tensorflow(tflite, tmp_path):
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1
 
 
+def test_the_command_turns_images_and_reads_12_bits(tflite, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer shows the right edge at the bottom
+    Image.fromarray(spot(40, 60, 50, 5, 2)).save(tmp_path / "a.png", exif=exif)
+    assert lite.main([str(tflite), str(tmp_path / "a.png"), "--exif", "apply"]) == 0
+    turned = capsys.readouterr().out
+    Image.fromarray(np.rot90(spot(40, 60, 50, 5, 2), -1)).save(tmp_path / "b.png")
+    assert lite.main([str(tflite), str(tmp_path / "b.png")]) == 0
+    assert turned == capsys.readouterr().out
+    dark = spot(40, 60, 50, 5, 2)[..., 0].astype(np.uint16)
+    Image.fromarray(dark * 16).save(tmp_path / "c.png")
+    Image.fromarray(dark * 256).save(tmp_path / "d.png")
+    assert lite.main([str(tflite), str(tmp_path / "c.png"), "--bit-depth", "12"]) == 0
+    shallow = capsys.readouterr().out
+    assert lite.main([str(tflite), str(tmp_path / "d.png")]) == 0
+    assert shallow == capsys.readouterr().out
+
+
 def test_the_command_says_in_one_line_what_is_wrong(tflite, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("no image")
     assert lite.main([str(tflite), str(tmp_path / "text.jpg")]) == 2
@@ -252,4 +548,4 @@ def test_the_command_says_in_one_line_what_is_wrong(tflite, tmp_path, capsys):
 
 
 def test_the_file_is_short():
-    assert len(Path(lite.__file__).read_text().splitlines()) < 150
+    assert len(Path(lite.__file__).read_text().splitlines()) < 400

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import config as configs
-from polarmask_tf.inference.evaluate import coco_metrics, detections_to_results
+from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results
 from polarmask_tf.inference.predictor import Detections
 from polarmask_tf.ops import geometry
 

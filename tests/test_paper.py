@@ -9,6 +9,8 @@ import pytest
 from polarmask_tf import cli
 from polarmask_tf.inference.predictor import load_predictor
 
+pytestmark = pytest.mark.slow
+
 NARROW = [
     "model.backbone.blocks=[1,1,1,1]",
     "model.backbone.width=8",
@@ -33,7 +35,7 @@ def polarmask(*args):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Shapes in lying and standing pictures: half of the square ones lose a quarter of their width, half of their height."""
+    """Shapes in landscape and portrait pictures: half of the squares lose a quarter of their width, half of their height."""
     work = tmp_path_factory.mktemp("paper")
     assert polarmask("shapes", work / "shapes", "--train", 16, "--val", 4, "--size", 64) == 0
     from PIL import Image
@@ -69,7 +71,7 @@ def test_a_recipe_trains_evaluates_and_exports(data, tmp_path, capfd, recipe):
     found = load_predictor(run)(images)
     for path in ("saved_model", "model.tflite"):
         other = load_predictor(tmp_path / "export" / path)(images)
-        # A .tflite of the paper's recipe has one size, in which a standing image is smaller than in training.
+        # A .tflite of the paper's recipe has one size, in which a portrait image is smaller than in training.
         pairs = list(zip(found, other, strict=True))[: 1 if path == "model.tflite" and recipe == "paper_1x" else 2]
         for mine, theirs in pairs:
             assert len(mine.scores) == len(theirs.scores) > 0
@@ -78,9 +80,11 @@ def test_a_recipe_trains_evaluates_and_exports(data, tmp_path, capfd, recipe):
     from polarmask_tf.weights.runs import load_run
 
     model = load_run(run)
-    frozen = {v.name for v in model.variables} - {v.name for v in model.trainable_variables}
+    learning = {v.name for v in model.trainable_variables}
+    frozen = {v.name.partition("backbone/")[2] for v in model.variables if v.name not in learning}
     same = ("stem/conv/kernel:0", "stage2_block1/conv1/conv/kernel:0", "stage5_block1/norm1/gamma:0")
-    assert {f"backbone/{name}" for name in same} <= frozen
-    assert "backbone/stage3_block1/conv1/conv/kernel:0" not in frozen
+    assert set(same) <= frozen
+    assert "stage3_block1/conv1/conv/kernel:0" not in frozen
+    assert any(name.endswith("backbone/stage3_block1/conv1/conv/kernel:0") for name in learning)
     assert (model.backbone.stem_norm.moving_mean.numpy() == 0).all()
     shutil.rmtree(tmp_path)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from helpers.shards import SHORT, SIZES, config_of, ids, take, traced_once, write  # noqa: F401
 from polarmask_tf import config as configs
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import dataset, pipeline, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.ops import geometry
 
@@ -69,7 +70,7 @@ def test_batches_hold_one_orientation_and_lose_no_image(info):
         seen = np.bincount(np.concatenate([ids(images) for images, _ in batches]), minlength=11)
         assert seen.min() > 0
         if block == 2048:
-            # 7 lying images in 3 batches, 4 standing ones in 2: 12 epochs of 5 batches, each image once or twice in each.
+            # 7 landscape images in 3 batches, 4 portrait ones in 2: 12 epochs of 5 batches, each image once or twice in each.
             for first in range(0, 60, 5):
                 epoch = [ids(images) for images, _ in batches[first : first + 5]]
                 counts = np.bincount(np.concatenate(epoch), minlength=11)
@@ -381,3 +382,203 @@ def test_deterministic_mode_is_deterministic_and_parallel(tmp_path):
     assert digests == "1"
     if len(os.sched_getaffinity(0)) > 1:
         assert float(ratio) > 0.3
+
+
+# ---- for model.fit
+
+
+def numbered(data):
+    """Ids of the images of each batch."""
+    return [ids(images) for images, _ in data.as_numpy_iterator()]
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("options", [{"batch": 4, "shuffle": 3}, {"batch": 30}, {"batch": 3, **SHORT}])
+def test_epochs_of_training_data_are_the_batches_of_the_endless_order(tmp_path, options):
+    info = converted(tmp_path)
+    config = config_of(flip="both", scale=(0.6, 1.3), **options)
+    data = pipeline.training_data(info.directory, config, seed=5)
+    steps = max(1, (15 if options.get("fit") else 11) // options["batch"])
+    assert len(data) == steps
+    iter(data)  # as Keras does: made and dropped
+    epochs = [list(data.as_numpy_iterator()) for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [steps] * 3
+    straight = pipeline.training_batches(info, config, seed=5).take(3 * steps).as_numpy_iterator()
+    for one, other in zip(itertools.chain(*epochs), straight, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+
+
+def converted(folder, sizes=SIZES):
+    """`write` with its dataset.json."""
+    info = write(folder, sizes)
+    (folder / "dataset.json").write_text(dataset.dump(info))
+    return info
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_every_epoch_of_training_data_has_an_order_of_its_own(tmp_path):
+    data = pipeline.training_data(converted(tmp_path).directory, config_of(batch=11), seed=5)
+    epochs = [numbered(data)[0] for _ in range(4)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    by_config = [numbered(pipeline.training_data(tmp_path, config_of(batch=11)))[0] for _ in range(2)]
+    assert by_config[0] == by_config[1] != epochs[0]  # train.seed; a data set of its own begins with the first epoch
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_keras_takes_the_epochs_one_after_the_other(tmp_path):
+    """Of three epochs of `fit` and two more, every batch once, whatever iterators Keras makes."""
+    info, config = converted(tmp_path), config_of(batch=4)
+    data = pipeline.training_data(info.directory, config, seed=5)
+    seen = []
+
+    def note(images):
+        seen.append(ids(images))
+        return np.zeros((len(images), 1), np.float32)
+
+    x = data.map(lambda images, _: tf.ensure_shape(tf.numpy_function(note, [images], tf.float32), [None, 1]))
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    for epochs in (3, 2):
+        model.fit(x.map(lambda x: (x, x)), epochs=epochs, verbose=0)
+    straight = pipeline.training_batches(info, config, seed=5).take(5 * len(data))
+    assert seen == [ids(images) for images, _ in straight.as_numpy_iterator()]
+
+
+def test_validation_data_are_every_image_once_as_stored(tmp_path):
+    info = converted(tmp_path)
+    config = config_of(batch=4, flip="both", scale=(0.5, 2.0), crop=(32, 32), damaged="skip")
+    first, again = (list(pipeline.validation_data(info.directory, config).as_numpy_iterator()) for _ in range(2))
+    assert [ids(images) for images, _ in first] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]  # shard by shard
+    assert len(pipeline.validation_data(info.directory, config_of(batch=4))) == 3
+    for one, other in zip(first, again, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+    for images, instances in first:
+        assert images.shape[1:] == (64, 96, 3)
+        for number, (width, height) in zip(ids(images), instances["window"], strict=True):
+            factor = min(64 / SIZES[number][0], 96 / SIZES[number][1])
+            np.testing.assert_allclose([height, width], np.multiply(SIZES[number], factor), atol=0.51)
+
+
+def test_validation_data_of_both_orientations(tmp_path):
+    info = converted(tmp_path)
+    data = pipeline.validation_data(info.directory, config_of(batch=4, **SHORT))
+    assert len(data) == 3
+    seen = [(ids(images), images.shape[1:3]) for images, _ in data.as_numpy_iterator()]
+    assert [shape for _, shape in seen] == [(64, 96), (64, 96), (96, 64)]
+    assert sorted(n for numbers, _ in seen for n in numbers) == list(range(11))
+    assert set(seen[-1][0]) == set(STANDING)
+
+
+def test_data_without_objects_are_not_trained_on(tmp_path):
+    info = dataclasses.replace(write(tmp_path, SIZES), num_crowd=len(SIZES))
+    (tmp_path / "dataset.json").write_text(dataset.dump(info))
+    with pytest.raises(InputError, match="only crowd regions"):
+        pipeline.training_data(tmp_path, config_of())
+    assert len(numbered(pipeline.validation_data(tmp_path, config_of()))) == 4
+    with pytest.raises(InputError, match="no such directory"):
+        pipeline.validation_data(tmp_path / "none", config_of())
+
+
+# ---- data that change or do not fit
+
+
+def rewrite(path, change, records_of_shard=99):
+    """Changes the features of the first records of a shard, with right checksums."""
+    examples = [tf.train.Example.FromString(data) for data in records.read_shard(path)]
+    for example in examples[:records_of_shard]:
+        change(example.features.feature)
+    with open(path, "wb") as file:
+        for example in examples:
+            records.write_record(file, example.SerializeToString())
+
+
+def set_values(key, kind, *values):
+    def change(features):
+        getattr(features[key], kind).value[:] = values
+
+    return change
+
+
+FAULTS = {
+    "a label outside the 1 classes of dataset.json": set_values("image/object/class/label", "int64_list", 2),
+    "a label outside the 1 classes of dataset.json ": set_values("image/object/class/label", "int64_list", 0),
+    "an image of another size than the record says": set_values("image/height", "int64_list", 61),
+    "polygons that do not fit its objects": set_values("image/object/polygon/ring_lengths", "int64_list", 4),
+    "polygons that do not fit its objects ": set_values("image/object/polygon/ring_instance", "int64_list", 1),
+    "polygons that do not fit its objects  ": set_values("image/object/polygon/ring_instance", "int64_list", -1),
+    "polygons that do not fit its objects   ": set_values("image/object/polygon/xy", "float_list", *[1.0] * 5, float("nan")),
+    "polygons that do not fit its objects    ": set_values("image/object/polygon/ring_lengths", "int64_list", 5, -2),
+    "polygons that do not fit its objects     ": set_values("image/object/is_crowd", "int64_list"),
+}
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_record_that_does_not_fit_is_named(tmp_path, fault):
+    info = write(tmp_path, SIZES)
+    rewrite(info.shard_paths[1], FAULTS[fault], records_of_shard=1)
+    message = failure(info)
+    assert message.startswith(f"{info.directory}: image 1 (1.png): {fault.strip()}") and "polarmask convert" in message
+
+
+def test_data_that_are_converted_again_stop_the_training_with_one_line(tmp_path):
+    """The shards of the new conversion have the old names, the worst case."""
+    info = dataclasses.replace(converted(tmp_path), id="before")
+    batches = pipeline.training_batches(info, config_of(batch=2, shuffle=2), seed=5).as_numpy_iterator()
+    next(batches)
+    for path in info.shard_paths:
+        rewrite(path, set_values("image/dataset_id", "bytes_list", b"after"))
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        for _ in range(60):
+            next(batches)
+    for id, said in (
+        ("before", "image .*: a record of another conversion than dataset"),
+        ("after", "was converted again while"),
+    ):
+        (tmp_path / "dataset.json").write_text(dataset.dump(dataclasses.replace(info, id=id)))
+        found = pipeline.explain(caught.value, info, config_of(batch=2, shuffle=2), seed=5, step=1)
+        assert isinstance(found, InputError) and re.match(f"{re.escape(str(tmp_path))}: {said}", str(found))
+    for path in info.shard_paths:  # or the old ones are gone
+        path.rename(path.with_name(f"new-{path.name}"))
+    renamed = [path.with_name(f"new-{path.name}") for path in info.shard_paths]
+    (tmp_path / "dataset.json").write_text(dataset.dump(dataclasses.replace(info, id="after", shard_paths=renamed)))
+    assert "was converted again" in failure(info)
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_bytes_that_tensorflow_quotes_are_explained_too(tmp_path):
+    """Its message then is no text, and Python's error is another one."""
+    info = write(tmp_path, SIZES)
+    path = info.shard_paths[1]
+    with open(path, "wb") as file:
+        for _ in range(4):
+            records.write_record(file, b"\x0a\x05\x0a\x03\x0a\x01\xa6")  # a feature of the name A6
+    with pytest.raises((tf.errors.InvalidArgumentError, UnicodeDecodeError)) as caught:
+        list(pipeline.training_batches(info, config_of(batch=2), seed=5).take(9))
+    found = pipeline.explain(caught.value, info, config_of(batch=2), seed=5, step=0)
+    assert "holds a record that `polarmask convert` did not write" in str(found)
+    error = UnicodeDecodeError("utf-8", b"\xa6", 0, 1, "invalid start byte")
+    assert "did not write" in str(pipeline.explain(error, info, config_of(batch=2), seed=5, step=0))
+
+
+def test_more_instances_than_fit_are_ignored_in_batches(tmp_path):
+    info = write(tmp_path, [(64, 96)], shards=1)
+    ring = np.array([[8.0, 8], [24, 8], [24, 24], [8, 24]])
+    rings = [ring, np.add(ring, [32, 0]), np.add(ring, [64, 4])]
+    encoded = next(iter(records.iter_images(converted(tmp_path, [(64, 96)]).directory)))[1]
+    instances = [records.Instance(i, 0, "blob", False, 1.0, (*r.min(0), *r.max(0)), [r], b"") for i, r in enumerate(rings)]
+    with open(info.shard_paths[0], "wb") as file:
+        records.write_record(
+            file,
+            records.encode_example(
+                encoded=encoded, format="png", file_name="x", image_id=0, height=64, width=96, instances=instances
+            ),
+        )
+    info = dataclasses.replace(info, max_instances=3, max_edges=4, shard_paths=info.shard_paths[:1])
+    ((_, batch),) = pipeline.training_batches(info, config_of(batch=1, flip="none", max_instances=2)).take(1)
+    points = pipeline.locations((64, 96), (3, 4, 5)).numpy()
+    assert batch["classes"].numpy().tolist() == [[0, 0]]
+    left_out = ((points > rings[2].min(0)) & (points < rings[2].max(0))).all(axis=1)
+    np.testing.assert_array_equal(batch["ignore"][0], left_out)
+    assert left_out.sum() == 3

@@ -1,7 +1,11 @@
 import dataclasses
 import json
+import os
+import shutil
 import sys
+import threading
 import types
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from pycocotools.coco import COCO
 
 from helpers.exports import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexagon_around_brightest, make_exports, spot
 from polarmask_tf import config as configs
-from polarmask_tf import lite
+from polarmask_tf import files, lite
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import predict
 from polarmask_tf.inference.predictor import Detections, Predictor, load_predictor, read_image
@@ -24,20 +28,20 @@ def exports(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run directory whose load_run gives the hexagon model, and the overrides that it was loaded with."""
+    """A run directory whose load_model gives the hexagon model, and the overrides that its detect is called with."""
     calls = []
+
+    def detect(images, **overrides):
+        calls.append(overrides)
+        return hexagon_around_brightest(images)
 
     config = configs.Config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, size=(HEIGHT, WIDTH)))
-
-    def load_run(path, **overrides):
-        calls.append(overrides)
-        return types.SimpleNamespace(classes=CLASSES, config=config, detect=hexagon_around_brightest)
-
-    monkeypatch.setitem(sys.modules, "polarmask_tf.weights.runs", types.SimpleNamespace(load_run=load_run))
+    model = types.SimpleNamespace(classes=CLASSES, config=config, detect=detect)
+    monkeypatch.setitem(sys.modules, "polarmask_tf.weights.runs", types.SimpleNamespace(load_model=lambda path: model))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
-    return tmp_path / "run", calls
+    return tmp_path / "run", model, calls
 
 
 IMAGES = [spot(64, 96, 60, 20, 2), spot(32, 48, 10, 11, 1), spot(64, 96, 4, 50, 2)]
@@ -84,11 +88,15 @@ def test_overrides_filter_what_an_export_gives(exports, kind):
         load_predictor(exports[kind], max_detections=4)
 
 
-def test_overrides_go_to_a_run(run):
-    path, calls = run
-    load_predictor(path)
-    load_predictor(path, score_threshold=0.25, max_detections=1000)
-    assert calls == [{}, {"score_threshold": 0.25, "max_detections": 1000}]
+def test_overrides_go_to_a_run_and_to_a_model(run):
+    path, model, calls = run
+    given = {"score_threshold": 0.25, "max_detections": 1000}
+    for source in (path, str(path), model):
+        load_predictor(source)(IMAGES[0])
+        load_predictor(source, **given)(IMAGES[0])
+    assert calls == [{}, given] * 3
+    with pytest.raises(InputError, match="max_detections is 1000000000, must be 1 to"):
+        load_predictor(path, max_detections=10**9)
 
 
 def test_what_is_no_model_is_refused(tmp_path, exports):
@@ -113,6 +121,27 @@ def test_what_is_no_model_is_refused(tmp_path, exports):
         with pytest.raises(InputError, match=text) as error:
             load_predictor(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_saved_model_is_found_when_it_is_loaded(exports, tmp_path):
+    folder = shutil.copytree(exports["saved_model"], tmp_path / "model")
+    file = folder / "assets.extra" / "metadata.json"
+    document = json.loads(file.read_text())
+    for change, expected in (
+        ({"classes": CLASSES[:1]}, "a class beyond the 1"),
+        ({"rays": 5}, "expected [1, 3, 5, 2]"),
+        ({"max_detections": 2}, "more detections than there may be"),
+        ({"input": {"height": -1, "width": 5}}, "height is -1"),
+        ({"classes": 3}, "missing or broken"),
+    ):
+        file.write_text(json.dumps({**document, **change}))
+        with pytest.raises(InputError) as error:
+            load_predictor(folder)
+        assert expected in str(error.value) and "\n" not in str(error.value)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match="not a regular file"):
+        load_predictor(folder)
 
 
 def test_a_predictor_refuses_what_is_no_image(exports):
@@ -197,6 +226,101 @@ def test_predict_with_truth_takes_its_ids_and_draws_a_sheet(exports, folder, tmp
     assert sheet.shape[1] > 2 * 384 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 50
 
 
+def truth_in_folders(path, *names):
+    images = [{"id": 10 + i, "file_name": name, "height": 64, "width": 96} for i, name in enumerate(names)]
+    path.write_text(json.dumps({"images": images, "categories": [{"id": 3, "name": "moon"}, {"id": 7, "name": "sun"}]}))
+    return path
+
+
+def ids_of(exports, source, truth, out, **options):
+    predictor = load_predictor(exports["tflite"], max_detections=1)
+    done = predict.predict(predictor, source, out, truth=truth, results_only=False, progress=False, **options)
+    return [result["image_id"] for result in json.loads(done["results"].read_text())]
+
+
+def test_equal_names_in_several_folders_are_told_apart_by_their_paths(exports, tmp_path, monkeypatch, capsys):
+    for folder in ("cam1", "cam2", "elsewhere"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for name in ("0001.png", "0002.png"):
+            Image.fromarray(IMAGES[0]).save(tmp_path / "images" / folder / name)
+    names = ("cam1/0001.png", "cam1/0002.png", "cam2/0001.png", "cam2/0002.png")
+    truth = truth_in_folders(tmp_path / "truth.json", *names)
+    assert ids_of(exports, tmp_path / "images/cam1", truth, tmp_path / "a") == [10, 11]
+    assert ids_of(exports, tmp_path / "images/cam2", truth, tmp_path / "b") == [12, 13]
+    assert ids_of(exports, tmp_path / "images/cam2/0001.png", truth, tmp_path / "c") == [12]
+    monkeypatch.chdir(tmp_path / "images/cam2")
+    assert ids_of(exports, ".", truth, tmp_path / "d") == [12, 13]
+    deeper = truth_in_folders(tmp_path / "deeper.json", *(f"val/{name}" for name in names), "0001.png")
+    assert ids_of(exports, tmp_path / "images/cam2", deeper, tmp_path / "e") == [14, 13]  # a whole name before a part of one
+    assert capsys.readouterr().err == ""
+    # Nothing tells which of two images it is: then it is none of them.
+    assert ids_of(exports, tmp_path / "images/elsewhere", truth, tmp_path / "f") == [1, 2]
+    assert "2 files could be any of several images of the truth" in capsys.readouterr().err
+
+
+def test_a_number_in_a_name_is_not_taken_for_another_image_of_the_truth(exports, folder, tmp_path):
+    truth = truth_in_folders(tmp_path / "truth.json", "moon.png", "known.png", "there.png")  # 10, 11 and 12
+    assert set(ids_of(exports, folder, truth, tmp_path / "out")) == {"12.png", 10, 11}
+
+
+def test_images_of_one_id_in_the_truth_are_left_out(exports, folder, tmp_path, capsys):
+    truth = truth_in_folders(tmp_path / "truth.json", "moon.png", "known.png", "there.png")
+    document = json.loads(truth.read_text())
+    document["images"][2]["id"] = 10
+    truth.write_text(json.dumps(document))
+    assert set(ids_of(exports, folder, truth, tmp_path / "out")) == {12, "moon.png", 11}
+    assert "skipped 2 of 3 images" in capsys.readouterr().err
+
+
+def test_what_is_no_regular_file_is_named(exports, folder, tmp_path, capsys):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "more").mkdir()
+    done = predict.predict(load_predictor(exports["tflite"]), folder, tmp_path / "out", progress=False)
+    assert done["images"] == 3 and set(done["skipped"]) == {"pipe.png", "gone.png", "notes.txt"}
+    assert "pipe.png: cannot read the image: not a regular file" in capsys.readouterr().err
+    with pytest.raises(InputError, match="not a regular file"):
+        predict.predict(load_predictor(exports["tflite"]), folder / "pipe.png", tmp_path / "out", progress=False)
+
+
+def test_images_are_turned_on_request_and_what_is_ignored_is_counted(exports, tmp_path, capsys):
+    source = tmp_path / "images"
+    source.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(IMAGES[0]).save(source / "1.png", exif=exif)  # its spot is at (60, 20) of 96 x 64
+    Image.fromarray(IMAGES[0][..., 0].astype(np.uint16) * 16).save(source / "2.png")
+    boxes = {}
+    for name, options in (("plain", {}), ("turned", {"exif": "apply", "bit_depth": 12})):
+        predictor, out = load_predictor(exports["tflite"], max_detections=1), tmp_path / name
+        predict.predict(predictor, source, out, progress=False, **options)
+        boxes[name] = {r["image_id"]: r["bbox"] for r in json.loads((out / "results.json").read_text())}
+        notes = capsys.readouterr().err
+        assert ("note: 1 of 2 images: EXIF orientation ignored" in notes) == (not options)
+        assert ("note: 1 of 2 images: gray of at most 12 bits" in notes) == (not options)
+    deep = dataclasses.replace(load_predictor(exports["tflite"], max_detections=1), bit_depth=12)  # as metadata.json may say
+    predict.predict(deep, source, tmp_path / "deep", exif="apply", progress=False)
+    assert (tmp_path / "deep/results.json").read_text() == (tmp_path / "turned/results.json").read_text()
+    np.testing.assert_array_equal(deep(source / "2.png").polygons, deep(IMAGES[0]).polygons)
+    center = {name: [box[1][0] + box[1][2] / 2, box[1][1] + box[1][3] / 2] for name, box in boxes.items()}
+    np.testing.assert_allclose(center["plain"], (61, 21), atol=1.1)
+    np.testing.assert_allclose(center["turned"], (96 - 61, 64 - 21), atol=1.1)
+
+
+def test_two_at_once_into_one_directory_leave_whole_files(exports, folder, tmp_path):
+    together = threading.Barrier(2)
+
+    def one(_):
+        predictor = load_predictor(exports["tflite"])
+        together.wait(60)
+        return predict.predict(predictor, folder, tmp_path / "out", score_threshold=0.0, progress=False)["detections"]
+
+    with futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one, range(2))) == [6, 6]
+    assert len(json.loads((tmp_path / "out/results.json").read_text())) == 6
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".tmp")]
+
+
 def test_predict_takes_one_file_and_draws_only_what_is_sure(exports, folder, tmp_path):
     done = predict.predict(load_predictor(exports["tflite"]), folder / "12.png", tmp_path, score_threshold=0.5, progress=False)
     assert (done["images"], done["detections"]) == (1, 1)
@@ -226,13 +350,13 @@ def test_nothing_readable_is_an_error(exports, tmp_path):
 def test_an_output_that_cannot_be_written_is_an_error(exports, folder, tmp_path, monkeypatch):
     predictor = load_predictor(exports["tflite"])
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot make this directory"):
+    with pytest.raises(InputError, match="cannot be made"):
         predict.predict(predictor, folder, tmp_path / "file", progress=False)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(InputError, match="No space left"):
         predict.predict(predictor, folder, tmp_path / "out", progress=False)
     assert list((tmp_path / "out" / "overlays").iterdir()) == []

@@ -1,4 +1,4 @@
-"""modeling/pretrained.py: ResNets that start from weights made elsewhere, against independent networks with those weights."""
+"""weights/pretrained.py: ResNets that start from weights made elsewhere, against independent networks with those weights."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.weights import pretrained
 from polarmask_tf.weights.pretrained import CAFFE, TORCHVISION
 
-LEVELS = (2, 3, 4, 5)
+LEVELS = ("2", "3", "4", "5")
 R50 = {"block": "bottleneck", "blocks": (3, 4, 6, 3), "width": 64, "stem": "7x7"}
 SMALL = {"block": "bottleneck", "blocks": (2, 1, 1, 1), "width": 8, "stem": "7x7", "stride_in": "3x3"}
 
@@ -99,7 +99,7 @@ def picture(size=(64, 96), seed=0):
 def features_of_applications(network, rgb):
     """By Keras' own preprocessing, at the last activation of each stage."""
     images = tf_keras.applications.resnet.preprocess_input(rgb.copy())
-    ends = {2: "conv2_block{}_out", 3: "conv3_block{}_out", 4: "conv4_block{}_out", 5: "conv5_block{}_out"}
+    ends = {level: f"conv{level}_block{{}}_out" for level in LEVELS}
     names = {layer.name for layer in network.layers}
     last = {n: name.format(max(i for i in range(1, 40) if name.format(i) in names)) for n, name in ends.items()}
     return tf_keras.Model(network.input, {n: network.get_layer(name).output for n, name in last.items()})(images)
@@ -278,7 +278,7 @@ def torch_resnet(block, blocks, width, groups, group_width):
             x = nn.functional.max_pool2d(self.bn1(self.conv1(x)).relu(), 3, 2, 1)
             features = {}
             for level in LEVELS:
-                x = features[level] = getattr(self, f"layer{level - 1}")(x)
+                x = features[level] = getattr(self, f"layer{int(level) - 1}")(x)
             return features
 
     network = Network().eval()
@@ -418,3 +418,23 @@ def test_torch_files_need_torchvisions_normalisation_and_strides(small, tmp_path
     assert "model.std: [58.395, 57.12, 57.375]" in error_of(model_config(CAFFE, **SMALL, weights=str(path)), backbone)
     assert "GroupNorm" in error_of(model_config(**SMALL, norm="group", weights=str(path)), backbone)
     assert "stem: 7x7" in error_of(model_config(**{**SMALL, "stem": "3x3"}, weights=str(path)))
+
+
+# ---- checkpoints of tf-models-official
+
+
+@pytest.mark.parametrize("folder", ["plain", "with [1] brackets"])
+def test_a_checkpoint_of_model_garden_may_lie_anywhere(tmp_path, folder):
+    def network():
+        return tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(2,))])
+
+    theirs, mine = network(), network()
+    (tmp_path / folder).mkdir()
+    path = tf.train.Checkpoint(backbone=theirs, step=tf.Variable(7)).save(str(tmp_path / folder / "ckpt"))
+    for given in (path, f"{path}.index", str(tmp_path / folder)):
+        mine.set_weights([np.zeros_like(weight) for weight in mine.get_weights()])
+        pretrained._load_garden(mine, given, "MobileNetV2")
+        for a, b in zip(mine.get_weights(), theirs.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(InputError, match="without the backbone of a MobileNetV2"):
+        pretrained._load_garden(tf_keras.Sequential([tf_keras.layers.Dense(4, input_shape=(2,))]), path, "MobileNetV2")

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def shell_command(text):
     begin = [i for i, word in enumerate(words) if word == "polarmask"]
     assert len(begin) == 1
     words = words[begin[0] + 1 :]
-    return words[: words.index("&&")] if "&&" in words else words
+    return words[: words.index("&")] if "&" in words else words
 
 
 # Each recipe: its arguments for polarmask, and how many GPUs train.
@@ -81,18 +82,40 @@ def test_the_sbatch_file_is_bash_and_asks_for_one_task_on_each_of_several_nodes(
     assert int(sbatch_options()["nodes"]) > 1 and sbatch_options()["ntasks-per-node"] == "1"
 
 
+def slurm(folder, srun):
+    """Starts the sbatch file with a stand-in for Slurm's srun, and one for scontrol that notes what it is given."""
+    tools = folder / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, text in {"srun": srun, "scontrol": f'echo "$*" >> {folder / "scontrol"}\n'}.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}")
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_ID": "77"}
+    return subprocess.Popen(["bash", SBATCH], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 @pytest.mark.parametrize("failures, status, starts", [(0, 0, 1), (2, 0, 3), (3, 1, 3)])
 def test_the_sbatch_file_starts_all_again_when_they_fail(tmp_path, failures, status, starts):
     log = tmp_path / "log"
-    srun = tmp_path / ".venv" / "bin" / "srun"  # stands in for Slurm's, and fails so many times
-    srun.parent.mkdir(parents=True)
-    srun.write_text(f'#!/bin/bash\necho "$SRUN_CPUS_PER_TASK $*" >> {log}\n[ "$(wc -l < {log})" -gt {failures} ]\n')
-    srun.chmod(0o755)
-    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "32"}
-    end = subprocess.run(["bash", SBATCH], env=environment, capture_output=True)
+    job = slurm(tmp_path, f'echo "$SRUN_CPUS_PER_TASK $*" >> {log}\n[ "$(wc -l < {log})" -gt {failures} ]\n')
+    job.communicate(timeout=60)
     lines = log.read_text().splitlines()
-    assert end.returncode == status and len(lines) == starts
+    assert job.returncode == status and len(lines) == starts and not (tmp_path / "scontrol").exists()
     assert all(line.startswith("32 --kill-on-bad-exit=1 polarmask train ") for line in lines)
+
+
+def test_the_sbatch_file_puts_a_job_whose_time_is_up_back_into_the_queue(tmp_path):
+    """When the tasks, which get the signal too, have saved and ended: not before."""
+    log = tmp_path / "log"
+    srun = f'trap "sleep 1; echo saved >> {log}; exit 143" TERM\necho started >> {log}\nwhile :; do sleep 0.1; done\n'
+    job = slurm(tmp_path, srun)
+    while not log.exists():
+        assert job.poll() is None
+    job.send_signal(signal.SIGTERM)  # as `--signal=B:TERM@...` has it: to this script alone
+    job.communicate(timeout=60)
+    assert job.returncode == 0 and log.read_text() == "started\nsaved\n"
+    assert (tmp_path / "scontrol").read_text() == "requeue 77\n"
+    signalled, seconds = sbatch_options()["signal"].split("@")
+    assert signalled == "B:TERM" and int(seconds) >= 60 and "requeue" in sbatch_options()
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -135,6 +158,14 @@ def test_the_tfjob_is_as_the_operator_wants_it():
     assert job["spec"]["tfReplicaSpecs"]["Worker"]["restartPolicy"] == "OnFailure"
     assert container("tfjob.yaml")["name"] == "tensorflow"
     assert container("tfjob.yaml")["ports"] == [{"name": "tfjob-port", "containerPort": 2222}]
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "tfjob.yaml"])
+def test_a_pod_that_is_moved_has_time_to_save(name):
+    assert pod(name)[0]["terminationGracePeriodSeconds"] >= 60  # Kubernetes' own 30 s may be less than a step and a save
+    command = container(name).get("args", container(name)["command"])
+    # The training itself gets the signal, not a shell that keeps it.
+    assert command[0] == "polarmask" or command[0].splitlines()[-2].startswith("exec polarmask ")
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "tfjob.yaml"])

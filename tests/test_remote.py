@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+import tracemalloc
 import types
 from concurrent import futures
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from helpers.exports import CLASSES, metadata, spot
-from helpers.serving import MAX_PIXELS, METADATA, answer, make_model, scripted
+from helpers.serving import MAX_PIXELS, METADATA, OK, answer, hostile, make_model, scripted, sends
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import client
 from polarmask_tf.inference.evaluate import evaluate
@@ -34,7 +36,7 @@ def served(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
     waits = []
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     return waits
 
 
@@ -178,13 +180,16 @@ def without_classes(**changes):
         ((200, b"[" * 100_000, 0), "the answer is not TF Serving's JSON"),
         ((200, {"predictions": []}, 0), "the answer is not TF Serving's JSON"),
         ((404, b"<html>nothing here</html>", 0), "HTTP 404 Not Found"),
-        ((200, {"outputs": {"a": 1, "b": 2}}, 0), "does not come from a model that"),
-        ((200, {"outputs": []}, 0), "does not come from a model that"),
-        ((200, {"outputs": [3]}, 0), "names no classes"),
-        ((200, {"outputs": ["{"]}, 0), "names no classes"),
+        ((200, {"outputs": {"a": 1, "b": 2}}, 0), "no model that `polarmask export --serving` wrote"),
+        ((200, {"outputs": []}, 0), "no model that"),
+        ((200, {"outputs": [3]}, 0), "no model that"),
+        ((200, {"outputs": ["{"]}, 0), "no model that"),
+        ((200, {"outputs": ["[]"]}, 0), "no model that"),
+        ((302, b"", 0), "HTTP 302 Found"),
         (without_classes(classes=[]), "names no classes"),
-        (without_classes(classes=[{"name": "a"}]), "names no classes"),
-        (without_classes(input={}), "names no classes"),
+        (without_classes(classes=[{"name": "a"}]), "'category_id' is missing"),
+        (without_classes(input={}), "'height' is missing"),
+        (without_classes(max_detections=10**9), "max_detections is 1000000000, not of 1 to 100000"),
     ],
 )
 def test_a_server_of_something_else_is_one_line(reply, message):
@@ -221,22 +226,19 @@ def test_an_answer_against_the_contract_is_one_line(changes):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"", 0), (504, b"", 0), (200, answer(), 1)])
-def test_a_busy_server_is_asked_again(busy, hurry, monkeypatch):
-    monkeypatch.setattr(client, "TIMEOUT", 0.3)
+@pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"", 0), (504, b"", 0)])
+def test_a_busy_server_is_asked_again(busy, hurry):
     with scripted(METADATA, busy, busy, (200, answer(), 0)) as (address, asked):
         assert len(load_predictor(f"http://{address}/v1/models/x")([IMAGE])[0].scores) == 0
     assert len(asked) == 4 and hurry == list(client.WAITS[:2])
 
 
-def test_in_the_end_a_busy_server_is_one_line(monkeypatch):
-    monkeypatch.setattr(client, "TIMEOUT", 0.2)
-    for failure, message in (((503, {"error": "full"}, 0), "full"), ((200, b"", 0.6), "no answer in 0.2 s")):
-        with scripted(METADATA, failure) as (address, asked):
-            predictor = load_predictor(f"http://{address}/v1/models/x")
-            with pytest.raises(InputError) as error:
-                predictor([IMAGE])
-        assert str(error.value) == f"http://{address}/v1/models/x: {message}" and len(asked) == 5
+def test_in_the_end_a_busy_server_is_one_line():
+    with scripted(METADATA, (503, {"error": "full"}, 0)) as (address, asked):
+        predictor = load_predictor(f"http://{address}/v1/models/x")
+        with pytest.raises(InputError) as error:
+            predictor([IMAGE])
+    assert str(error.value) == f"http://{address}/v1/models/x: full" and len(asked) == 5
 
 
 @pytest.mark.parametrize("code, tries", [("UNAVAILABLE", 4), ("DEADLINE_EXCEEDED", 4), ("INTERNAL", 1)])
@@ -266,5 +268,121 @@ def test_errors_by_grpc(code, tries):
 def test_reasons_of_several_operations_are_one():
     one = "INVALID_ARGUMENT: no PNG\n\t [[{{node a}}]]\n\t [[b]]\n"
     several = f"2 root error(s) found.\n  (0) {one}  (1) {one}"
-    assert client._one_line(several) == "no PNG"
-    assert client._one_line("assertion failed: [image 0: too large]\n\t [[{{node Assert}}]]") == "image 0: too large"
+    assert client.one_line(several) == "no PNG"
+    assert client.one_line("assertion failed: [image 0: too large]\n\t [[{{node Assert}}]]") == "image 0: too large"
+
+
+# ---- servers that mean no good: one deadline and one size for all that they send
+
+
+@pytest.mark.parametrize(
+    "serve, expected",
+    [
+        (sends(b"", b" ", 0.05), "no answer in 0.5 s"),
+        (sends(OK, b"a", 0.05), "no answer in 0.5 s"),  # within a header
+        (sends(OK + b"\r\n", b"1", 0.05), "no answer in 0.5 s"),
+        (sends(OK + b"Content-Length: 1000\r\n\r\n", b"1", 0.05), "no answer in 0.5 s"),
+        (sends(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n1\r\n", 0.05), "no answer in 0.5 s"),
+        (sends(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.05), "no answer in 0.5 s"),
+        (sends(b"", b"x" * 9999), "cannot be reached: "),
+        (sends(OK + b"Content-Length: nine\r\n\r\n", b"", 0.05), "no answer in 0.5 s"),
+        (lambda connection: None, "cannot be reached: "),
+        (lambda connection: connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\nx\r\n"), "cannot be reached: "),
+        (lambda connection: connection.sendall(OK + b"Content-Length: 99\r\n\r\n1"), "cannot be reached: "),
+        (lambda connection: connection.sendall(b"HTTP/1.1 500 \x1b[31m\x07\r\n\r\n"), "HTTP 500 ?[31m?"),
+    ],
+)
+def test_one_deadline_for_all_that_a_server_does(serve, expected, monkeypatch):
+    monkeypatch.setattr(client, "TIMEOUT", 0.5)
+    with hostile(serve) as address, pytest.raises(InputError) as error:
+        load_predictor(f"http://{address}/v1/models/x")
+    assert expected in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("head", [b"\r\n", b"Content-Length: 1000000000000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"])
+def test_an_answer_without_end_is_cut(head, monkeypatch):
+    monkeypatch.setattr(client, "MAX_ANSWER", 2**22)
+    again = b"10000\r\n" + b"[" * 0x10000 + b"\r\n" if b"chunked" in head else b"[" * 0x10000
+    tracemalloc.start()
+    with hostile(sends(OK + head, again)) as address, pytest.raises(InputError, match="longer than 4,194,304 bytes"):
+        load_predictor(f"http://{address}/v1/models/x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
+
+
+@pytest.mark.parametrize("text", ["[[" * 10**6, "why\x1b]0;title\x07\r\n" * 10_000, "\ud800", {"a": ["b"]}, None])
+def test_what_a_server_says_is_one_short_printable_line(text):
+    with scripted((400, {"error": text}, 0)) as (address, _), pytest.raises(InputError) as error:
+        load_predictor(f"http://{address}/v1/models/x")
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_more_detections_than_the_model_gives_are_refused():
+    many = 300_000
+    described = without_classes(max_detections=100)
+    columns = {"scores": 0, "classes": 0, "boxes": [0] * 4, "polygons": [[0, 0]] * 6}
+    reply = answer(num_detections=[1], **{f"detection_{name}": [[value] * many] for name, value in columns.items()})
+    with scripted(described, (200, reply, 0)) as (address, _):
+        predictor = load_predictor(f"http://{address}/v1/models/x")
+        with pytest.raises(InputError, match="more detections than there may be"):
+            predictor(IMAGE)
+
+
+@pytest.mark.parametrize("shapes", [[(1, 10**12)], [(-1, 10**12)], [(2**40, 2**40, 2**40)], [(1, 2**23)] * 3])
+def test_a_tensor_that_says_it_is_huge_is_refused_before_it_is_made(shapes):
+    import grpc
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+        def Predict(self, request, context):
+            reply = predict_pb2.PredictResponse()
+            for number, shape in enumerate(shapes):
+                tensor = reply.outputs[f"output {number}"]
+                tensor.dtype = 1  # DT_FLOAT, of which one value stands for all
+                tensor.float_val.append(1)
+                for side in shape:
+                    tensor.tensor_shape.dim.add().size = side
+            return reply
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(InputError, match="numbers, and the limit is 16,777,216"):
+            load_predictor(f"grpc://127.0.0.1:{port}/x")
+    finally:
+        server.stop(None)
+
+
+def test_a_message_that_is_too_long_is_refused_at_once(hurry, monkeypatch):
+    import grpc
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    monkeypatch.setattr(client, "MAX_ANSWER", 2**20)
+
+    class Service(prediction_service_pb2_grpc.PredictionServiceServicer):
+        def Predict(self, request, context):
+            reply = predict_pb2.PredictResponse()
+            reply.outputs["metadata"].string_val.append(bytes(2**21))
+            return reply
+
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(InputError, match="larger than max"):
+            load_predictor(f"grpc://127.0.0.1:{port}/x")
+    finally:
+        server.stop(None)
+    assert not hurry
+
+
+def test_time_that_is_over_is_not_waited_for(hurry, monkeypatch):
+    """A try is only worth it while there is time to wait for it."""
+    monkeypatch.setattr(client, "TIMEOUT", 1.0)
+    with scripted((503, {"error": "full"}, 0.3)) as (address, asked), pytest.raises(InputError, match="full"):
+        load_predictor(f"http://{address}/v1/models/x")
+    assert hurry == [0.25] and len(asked) == 2

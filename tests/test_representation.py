@@ -6,7 +6,7 @@ from pycocotools import mask as coco_mask
 
 from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
-from polarmask_tf.inference.evaluate import coco_metrics, polygons_to_rle
+from polarmask_tf.inference.coco_metrics import coco_metrics, polygons_to_rle
 from polarmask_tf.tools import upper_bound
 from polarmask_tf.tools.shapes import make_shapes
 

@@ -56,6 +56,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_two_rows_from_nothing_to_a_table(tmp_path):
     steps = ["--set", "train.steps=2", "--set", "train.checkpoint_every=2", "--set", "data.size=[64,64]"]
     done = run("1d", "--small", "--out", tmp_path, *steps)

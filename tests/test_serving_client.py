@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import types
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ import yaml
 from PIL import Image
 
 from helpers.exports import RADIUS, expected_scale, spot
-from helpers.serving import BAD, METADATA, answer, encoded, make_model, scripted
+from helpers.serving import BAD, METADATA, OK, answer, encoded, hostile, make_model, scripted, sends
 
 SERVING = Path(__file__).resolve().parents[1] / "exports/serving"
 
@@ -120,7 +121,7 @@ def test_the_client_needs_no_tensorflow(server, folder, tmp_path):
 @pytest.mark.parametrize("busy", [(503, {"error": "full"}, 0), (429, b"?", 0), (504, b"", 0), (200, answer(), 1.5)])
 def test_a_busy_server_is_asked_again(client, folder, tmp_path, monkeypatch, busy):
     waits = []
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
     with scripted(METADATA, busy, busy, (200, answer(), 0)) as (address, asked):
         options = ["--out", str(tmp_path), "--timeout", "0.5"]
         assert client.main([f"http://{address}/v1/models/x", str(folder / "a.png"), *options]) == 0
@@ -130,7 +131,7 @@ def test_a_busy_server_is_asked_again(client, folder, tmp_path, monkeypatch, bus
 
 
 def test_what_stays_busy_fails_and_what_is_refused_is_not_asked_again(client, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     url, options = "http://{}/v1/models/x", [str(folder / "a.png"), "--out", str(tmp_path), "--retries", "2"]
     for status, body, times in ((503, {"error": "full"}, 3), (400, {"error": "no\n\t [[{{node x}}]]"}, 1), (500, b"", 1)):
         with scripted(METADATA, (status, body, 0)) as (address, asked):
@@ -163,8 +164,27 @@ def test_files_are_sent_at_the_same_time(client, folder, tmp_path):
         assert client.main([f"http://{address}/v1/models/x", str(folder), *options]) == 0
 
 
+@pytest.mark.parametrize(
+    "serve, expected",
+    [
+        (sends(b"", b" ", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"\r\n", b"1", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"Content-Length: 1000\r\n\r\n", b"1", 0.05), "no answer in 0.3 s"),
+        (sends(OK + b"\r\n", b"1" * 0x10000), "larger than 4,194,304 bytes"),
+        (sends(OK + b"Content-Length: 1000000000000\r\n\r\n", b"1" * 0x10000), "larger than 4,194,304 bytes"),
+    ],
+)
+def test_a_server_that_never_ends_is_left(client, folder, tmp_path, monkeypatch, capsys, serve, expected):
+    monkeypatch.setattr(client, "LIMIT", 2**22)
+    options = ["--out", str(tmp_path), "--retries", "0", "--timeout", "10" if "larger" in expected else "0.3"]
+    with hostile(serve) as address:
+        assert client.main([f"http://{address}/v1/models/x", str(folder / "a.png"), *options]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.startswith("error: ") and error.count("\n") == 1
+
+
 def test_no_server_no_model_no_files(client, server, folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     name, rest, grpc = server
     url, image = f"http://{rest}/v1/models/{name}", str(folder / "a.png")
     (tmp_path / "none").mkdir()

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from helpers.shards import SHORT, SIZES, config_of, ids, take, traced_once, write  # noqa: F401
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import order, pipeline, records
 from polarmask_tf.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -45,8 +45,8 @@ def joined(info, steps, workers, replicas, *, seed=5, start_step=0, **data):
 
 
 def drawn(info, count, *, seed=5, start_step=0, worker=0, workers=1, **data):
-    """(index, image number) of a worker's next examples, which hang on nothing else: the cheap half of a pipeline."""
-    examples = pipeline._examples(info, config_of(**data), seed, start_step, worker, workers).take(count)
+    """(index, image number) of a worker's next examples, which depend on nothing else: the cheap half of a pipeline."""
+    examples = order.examples(info, config_of(**data), seed, start_step, worker, workers).take(count)
     features = [(index, tf.train.Example.FromString(data).features.feature) for index, data in examples.as_numpy_iterator()]
     return [(int(index), int(feature["image/source_id"].bytes_list.value[0])) for index, feature in features]
 
@@ -83,19 +83,19 @@ def test_an_image_that_is_skipped_is_not_decoded(tmp_path):
     """One undecodable image in the first step: later steps, and workers that do not have it, never meet it."""
     info = write(tmp_path, SIZES, shards=2)
     options = {"batch": 4, "shuffle": 3}
-    order = [ids(images) for images, _ in take(info, 6, **options)]
-    broken = order[0][3]  # in the second worker's half
-    seen_again = next(step for step in range(2, 6) if broken in order[step])
+    steps = [ids(images) for images, _ in take(info, 6, **options)]
+    broken = steps[0][3]  # in the second worker's half
+    seen_again = next(step for step in range(2, 6) if broken in steps[step])
     path = info.shard_paths[broken % 2]
     examples = [tf.train.Example.FromString(data) for data in records.read_shard(path)]
     examples[broken // 2].features.feature["image/encoded"].bytes_list.value[0] = b"no image"
     with open(path, "wb") as file:
         for example in examples:
             records.write_record(file, example.SerializeToString())
-    assert [ids(images) for images, _ in take(info, seen_again - 1, start_step=1, **options)] == order[1:seen_again]
+    assert [ids(images) for images, _ in take(info, seen_again - 1, start_step=1, **options)] == steps[1:seen_again]
     config = config_of(**options)
     first = pipeline.training_batches(info, config, seed=5, worker=0, workers=2, replicas=2)
-    assert ids(next(iter(first))[0].numpy()) == order[0][:2]
+    assert ids(next(iter(first))[0].numpy()) == steps[0][:2]
     with pytest.raises(tf.errors.InvalidArgumentError):
         next(iter(pipeline.training_batches(info, config, seed=5, worker=1, workers=2, replicas=2)))
 
@@ -109,18 +109,18 @@ def test_an_epoch_over_two_workers_holds_every_record_once(info):
 
 @pytest.mark.parametrize("count, batch", [(1, 1), (1, 4), (2, 3), (5, 1), (5, 2), (8, 3), (9, 4), (10, 20)])
 def test_blocks_of_either_orientation_have_a_length_of_their_own(count, batch):
-    """As many batches for any mix of lying and standing images as the worst mix needs, and no image is lost."""
-    most = max(-(-lying // batch) + -(-(count - lying) // batch) for lying in range(count + 1))
-    for lying in range(count + 1):
+    """As many batches for any mix of landscape and portrait images as the worst mix needs, and no image is lost."""
+    most = max(-(-landscape // batch) + -(-(count - landscape) // batch) for landscape in range(count + 1))
+    for landscape in range(count + 1):
         serialized = []
         for i in range(count):
-            features = {"image/height": [1 if i < lying else 2], "image/width": [1]}
+            features = {"image/height": [1 if i < landscape else 2], "image/width": [1]}
             serialized.append(records._serialize(features))
-        order = tf.random.experimental.stateless_shuffle(tf.range(count), [1, lying])
-        filled = pipeline._by_orientation(tf.constant(serialized), order, batch, tf.constant([2, 3])).numpy()
+        places = tf.random.experimental.stateless_shuffle(tf.range(count), [1, landscape])
+        filled = order._by_orientation(tf.constant(serialized), places, batch, tf.constant([2, 3])).numpy()
         assert filled.shape == (most * batch,)
         assert set(filled) == set(range(count))
-        assert all(len(set(rows < lying)) == 1 for rows in filled.reshape(-1, batch))
+        assert all(len(set(rows < landscape)) == 1 for rows in filled.reshape(-1, batch))
 
 
 def test_short_sided_epochs_are_of_one_length_and_lose_no_image(info):

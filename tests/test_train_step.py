@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from benchmarks.growth import synthetic_batch
 
 from helpers import training
 from polarmask_tf import config as configs
 from polarmask_tf.modeling import step as steps
 from polarmask_tf.ops import targets
-from polarmask_tf.tools.benchmark_train import synthetic_batch
 from polarmask_tf.training.train import build
 from polarmask_tf.weights import runs
 

@@ -15,7 +15,7 @@ from helpers.polygons import HOLE, SQUARE, iou, raster, raster_moments, star
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline, records, transforms
 from polarmask_tf.data.convert import convert
-from polarmask_tf.ops import geometry
+from polarmask_tf.ops import geometry, targets
 from polarmask_tf.tools import shapes
 
 CANVAS = (64, 96)
@@ -195,16 +195,16 @@ def record_of(*annotations):
 
 
 def listed(*annotations, window=(64, 96), rows=6, max_edges=24, parts="largest", center="mass"):
-    record = record_of(*annotations)
-    found = transforms.instances(
-        record, record["xy"], tf.constant(window), max_edges=max_edges, max_instances=rows, parts=parts, center=center
-    )
+    record, points = record_of(*annotations), geometry.locations(*window, 8)
+    options = {"max_edges": max_edges, "max_instances": rows, "parts": parts, "center": center}
+    found = transforms.instances(record, record["xy"], tf.constant(window), points, **options)
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "boxes": (rows, 4),
         "centers": (rows, 2),
         "classes": (rows,),
         "edges": (rows, max_edges, 4),
         "window": (2,),
+        "ignore": (len(points),),
     }
     found = {name: value.numpy() for name, value in found.items()}
     assert all(np.isfinite(value).all() for value in found.values())
@@ -307,6 +307,29 @@ def test_more_instances_than_rows_keep_the_largest():
     squares = [(i, False, [[[2, 2], [2 + s, 2], [2 + s, 2 + s], [2, 2 + s]]]) for i, s in enumerate(sizes)]
     assert listed(*squares, rows=3)["classes"].tolist() == [3, 5, 1]
     assert listed(*squares, rows=8)["classes"].tolist() == [3, 5, 1, 4, 2, 0, -1, -1]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 60])
+def test_what_is_more_than_the_rows_is_never_background(rows):
+    """60 squares on a grid, of which `rows` are kept: a location in any of them is theirs or ignored, all others are free."""
+    corners = [(x, y) for y in range(0, 64, 11) for x in range(0, 90, 9)]
+    boxes = [(x, y, x + s, y + s) for s, (x, y) in zip([8, 7] * 30, corners, strict=True)]
+    record = record_of(*((0, False, [[[a, b], [c, b], [c, d], [a, d]]]) for a, b, c, d in boxes))
+    for level in (2, 3):
+        points = geometry.locations(64, 96, 2**level)
+        found = transforms.instances(
+            record, record["xy"], tf.constant([64, 96]), points, max_edges=4, max_instances=rows, parts="largest", center="mass"
+        )
+        kept = {tuple(box) for box in found["boxes"].numpy()[found["classes"] >= 0].tolist()}
+        assert len(kept) == rows
+        for (x, y), ignored in zip(points.numpy().tolist(), found["ignore"].numpy(), strict=True):
+            owners = [box for box in boxes if box[0] < x < box[2] and box[1] < y < box[3]]
+            assert ignored == any(box not in kept for box in owners)
+        encoded = targets.encode(
+            tf.nest.map_structure(lambda v: v[tf.newaxis], found), rays=8, levels=[level], size=(64, 96), ranges=()
+        )
+        free = found["ignore"].numpy()[encoded.labels[0].numpy() == targets.BACKGROUND]
+        assert not free.any()
 
 
 @few

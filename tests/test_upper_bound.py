@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.tools.shapes import make_shapes
 from polarmask_tf.tools.upper_bound import format_table, read, rows, run, upper_bound, write
 
@@ -104,6 +106,18 @@ def test_annotations_may_come_as_a_converted_directory_and_in_any_number(tmp_pat
     assert sorted(ious_of(apart, (12,))[:, 0, 0]) == pytest.approx(sorted(ious_of(together, (12,))[:, 0, 0]), abs=1e-6)
 
 
+def test_records_that_do_not_fit_are_named(tmp_path):
+    make_shapes(tmp_path, train=1, val=0, progress=False)
+    info = convert(tmp_path / "train/annotations.json", tmp_path / "train/images", tmp_path / "data", progress=False)
+    (data,) = records.read_shard(info.shard_paths[0])
+    example = tf.train.Example.FromString(data)
+    example.features.feature["image/object/polygon/ring_lengths"].int64_list.value[0] += 1
+    with open(info.shard_paths[0], "wb") as file:
+        records.write_record(file, example.SerializeToString())
+    with pytest.raises(InputError, match=r"image 1: polygons that do not fit its objects; run `polarmask convert`"):
+        upper_bound(tmp_path / "data", (8,), progress=False)
+
+
 def test_every_instance_left_out_is_counted_and_named(tmp_path):
     path = coco_file(
         tmp_path / "a.json",
@@ -179,8 +193,22 @@ def test_the_table_is_printed_and_written_with_a_plot(tmp_path, capsys):
     assert min(pixels.shape[:2]) > 400 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
     assert not list((tmp_path / "out").glob("*.tmp"))
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be made"):
         write(result, tmp_path / "taken")
+
+
+@pytest.mark.parametrize("side", [20_000, 100_000, 10**9])
+@pytest.mark.parametrize("kind", ["polygon", "rle"])
+def test_no_picture_has_so_many_pixels(tmp_path, side, kind):
+    """A few bytes of JSON that would take gigabytes."""
+    path = coco_file(tmp_path / "a.json", [[]])
+    document = json.loads(path.read_text())
+    document["images"][0] |= {"height": side, "width": side}
+    whole = [[0, 0, side, 0, side, side, 0, side]] if kind == "polygon" else {"size": [side, side], "counts": [0, side * side]}
+    document["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": whole}]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"holds no instance.*image of more than 120 megapixels.*annotation of a skipped"):
+        upper_bound(path, (8,), progress=False)
 
 
 @pytest.mark.parametrize(("text", "said"), [("{", "not valid JSON"), ("[]", "COCO file"), ('{"images": []}', "annotations")])

@@ -48,6 +48,16 @@ def test_the_first_instance_lies_on_top():
     assert picture[200, 100].tolist() == [255, 0, 0]
 
 
+def test_a_picture_painted_in_strips_is_the_same(monkeypatch):
+    mask = np.zeros(GRAY.shape[:2], bool)
+    mask[90:370, 220:300] = True
+    mask[140:160, 240:260] = False
+    arguments = (GRAY, [SQUARE, mask, SQUARE + 40], ["one", "two", ""], [0.5, 0.25, 0.125])
+    whole = np.asarray(visualize.draw(*arguments))
+    monkeypatch.setattr(visualize, "LAYER_PIXELS", 100_000)
+    np.testing.assert_array_equal(visualize.draw(*arguments), whole)
+
+
 def test_small_images_are_enlarged_by_a_whole_factor():
     image = np.zeros((128, 160, 3), np.uint8)
     picture = visualize.draw(image, [np.float32([(20, 20), (60, 20), (60, 60), (20, 60)])])

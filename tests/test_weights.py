@@ -83,7 +83,7 @@ def test_features_equal_the_golden_ones(imported, golden):
     features = np.load(golden / "forward_r50_256x320_feats_f16.npz", allow_pickle=False)
     x = arrays["input"].transpose(0, 2, 3, 1)[..., ::-1]  # BGR, normalised
     ours = model.backbone(tf.constant(x))
-    pyramid = model.fpn(ours)
+    pyramid = model.decoder(ours)
     for name, found in {"C5": ours["5"], "P5": pyramid["5"], "P6": pyramid["6"], "P7": pyramid["7"]}.items():
         expected = features[name].astype(np.float32).transpose(0, 2, 3, 1)
         np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
@@ -288,4 +288,4 @@ def test_half_precision_is_taken_and_said(small, tmp_path, capsys):
     model = run_import({key: value.astype(np.float16) for key, value in small.items()}, tmp_path)
     assert "half precision" in capsys.readouterr().err
     expected = small["neck.fpn_convs.0.conv.bias"].astype(np.float16)
-    np.testing.assert_array_equal(model.fpn.outputs["3"].conv.bias, expected)
+    np.testing.assert_array_equal(model.decoder.outputs["3"].conv.bias, expected)

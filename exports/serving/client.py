@@ -15,17 +15,21 @@ import base64
 import concurrent.futures
 import http.client
 import json
+import os
 import re
+import socket
 import sys
+import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46c8f0", "#f032e6", "#bfef45", "#fabed4", "#469990")
+LIMIT = 2**25  # bytes of an answer, and numbers in it
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # those that the server decodes
 
 
 class Refused(Exception):
@@ -38,26 +42,43 @@ class Busy(Exception):
 
 def rest(url, timeout):
     """ask(signature, input name, content: bytes) -> the outputs of a batch of one, by name, by TF Serving's REST API."""
+    parts = urllib.parse.urlsplit(url)
+
+    def post(body, end):
+        connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = connect(parts.netloc, timeout=timeout)
+        connection.connect()
+        # The time of a socket begins anew with every byte.
+        cut = threading.Timer(max(0, end - time.monotonic()), connection.sock.shutdown, [socket.SHUT_RDWR])
+        cut.start()
+        try:
+            connection.request("POST", f"{parts.path}:predict", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer, answer.read(LIMIT)
+        finally:
+            cut.cancel()
+            connection.close()
 
     def ask(signature, name, content):
         body = {"signature_name": signature, "inputs": {name: [{"b64": base64.b64encode(content).decode()}]}}
-        request = urllib.request.Request(f"{url}:predict", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        end = time.monotonic() + timeout
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                outputs = json.loads(answer.read())["outputs"]
-                return outputs if isinstance(outputs, dict) else {signature: outputs}  # an only output has no name
-        except urllib.error.HTTPError as error:
-            try:
-                reason = json.loads(error.read())["error"]
-            except (OSError, ValueError, KeyError, TypeError):
-                reason = f"HTTP {error.code} {error.reason}"
-            raise (Busy if error.code in (429, 503, 504) else Refused)(one_line(reason)) from None
-        except TimeoutError:
-            raise Busy(f"no answer in {timeout:g} s") from None
+            answer, text = post(json.dumps(body).encode(), end)
+            if time.monotonic() >= end:  # it was cut
+                raise TimeoutError
         except (OSError, http.client.HTTPException) as error:
-            raise Busy(f"cannot be reached: {getattr(error, 'reason', error)}") from None
-        except (ValueError, KeyError, TypeError):
-            raise Refused("the answer is not TF Serving's JSON") from None
+            late = f"no answer in {timeout:g} s"
+            raise Busy(late if time.monotonic() >= end else f"cannot be reached: {one_line(error)}") from None
+        try:
+            document = json.loads(text)
+            if answer.status == 200:
+                outputs = document["outputs"]
+                return outputs if isinstance(outputs, dict) else {signature: outputs}  # an only output has no name
+            reason = one_line(document["error"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            bad = f"the answer is not TF Serving's JSON, or larger than {LIMIT:,} bytes"
+            reason = bad if answer.status == 200 else one_line(f"HTTP {answer.status} {answer.reason}")
+        raise (Busy if answer.status in (429, 503, 504) else Refused)(reason)
 
     return ask
 
@@ -68,27 +89,30 @@ def grpc_(address, model, timeout):
     import tensorflow as tf
     from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-    channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)])
-    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    options = [("grpc.max_receive_message_length", LIMIT), ("grpc.max_send_message_length", -1)]
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address, options))
 
     def ask(signature, name, content):
         request = predict_pb2.PredictRequest()
         request.model_spec.name, request.model_spec.signature_name = model, signature
         request.inputs[name].CopyFrom(tf.make_tensor_proto([content], tf.string))
         try:
-            return {key: tf.make_ndarray(value) for key, value in stub.Predict(request, timeout=timeout).outputs.items()}
+            outputs = stub.Predict(request, timeout=timeout).outputs
         except grpc.RpcError as error:
             busy = error.code().name in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
             raise (Busy if busy else Refused)(one_line(error.details() or error.code().name)) from None
+        if sum(np.prod([abs(d.size) for d in value.tensor_shape.dim], dtype=float) for value in outputs.values()) > LIMIT:
+            raise Refused(f"an answer of more than {LIMIT:,} numbers")
+        return {key: tf.make_ndarray(value) for key, value in outputs.items()}
 
     return ask
 
 
 def one_line(reason):
     """TensorFlow names the graph's nodes behind a reason, and numbers it if several operations failed."""
-    text = re.sub(r"\[\[.*?\]\]", "", str(reason), flags=re.S)
+    text = re.sub(r"\[\[.*?\]\]", "", str(reason)[:4000], flags=re.S)
     several = re.search(r"\(0\) [A-Za-z_ ]+: (.*?)(\n|$)", text)
-    text = " ".join((several[1] if several else text).split())
+    text = "".join(c if c.isprintable() else "?" for c in " ".join((several[1] if several else text).split()))
     return re.sub(r"^assertion failed: \[(.*)\]$", r"\1", text)[:300]
 
 
@@ -120,7 +144,7 @@ def detections(outputs, names, width, height, least):
             top, left, bottom, right = (boxes[row] * [height, width, height, width]).tolist()
             found.append(
                 {
-                    "class": names[classes[row]] if classes[row] < len(names) else f"class {classes[row]}",
+                    "class": names[classes[row]] if 0 <= classes[row] < len(names) else f"class {classes[row]}",
                     "score": round(float(scores[row]), 4),
                     "box": [left, top, right, bottom],
                     "polygon": (polygons[row] * [width, height]).tolist(),
@@ -144,13 +168,13 @@ def handle(file, ask, names, args):
     """{"file", "width", "height", "detections"} of a file, or {"file", "error"}."""
     try:
         outputs = patiently(ask, args.retries, "serving_default", "image_bytes", file.read_bytes())
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             found = detections(outputs, names, *image.size, args.score)
             draw(image, found, names).save(args.out / f"{file.name}.png")
             return {"file": file.name, "width": image.width, "height": image.height, "detections": found}
     except Exception as error:  # also an answer of another model, or a file that the server can read and Pillow cannot
         known = isinstance(error, (Refused, Busy))
-        return {"file": file.name, "error": str(error) if known else f"{type(error).__name__}: {error}"}
+        return {"file": file.name, "error": str(error) if known else one_line(f"{type(error).__name__}: {error}")}
 
 
 def arguments(argv):
@@ -173,9 +197,9 @@ def main(argv=None):
     try:
         if args.images.is_dir():
             files = sorted(path for path in args.images.iterdir() if path.is_file() and not path.name.startswith("."))
-        if not files or not files[0].exists():
+        if not files or not files[0].is_file():  # of a pipe there might be no end
             raise ValueError(f"{args.images}: no such file, or no files in it")
-        if not (model := re.fullmatch(r"https?://[^/]+/v1/models/([^/:]+)(/versions/\d+)?", url)):
+        if not (model := re.fullmatch(r"https?://[^/\s]+/v1/models/([^/:\s]+)(/versions/\d+)?", url)):
             raise ValueError(f"{url}: must look like http://HOST:8501/v1/models/NAME")
         args.out.mkdir(parents=True, exist_ok=True)
         ask = grpc_(args.grpc, model[1], args.timeout) if args.grpc else rest(url, args.timeout)
@@ -188,8 +212,9 @@ def main(argv=None):
     with concurrent.futures.ThreadPoolExecutor(args.concurrency) as pool:
         for result in pool.map(lambda file: handle(file, ask, names, args), files):
             results.append(result)
-            print(f"{result['file']}: {result.get('error') or str(len(result['detections'])) + ' found'}", flush=True)
-    part = args.out / "results.json.part"
+            outcome = result.get("error") or f"{len(result['detections'])} found"
+            print(f"{one_line(result['file'])}: {outcome}", flush=True)
+    part = args.out / f".results.json.{os.getpid()}.tmp"
     part.write_text(json.dumps(results, indent=1))
     part.replace(args.out / "results.json")
     failed = sum("error" in result for result in results)

@@ -38,6 +38,7 @@ def _each(default, least, most, multiples=None):
     return _checked(default, passes, f"{kind} from {least} to {most} are needed")
 
 
+@dataclass(frozen=True)
 class Section:
     """Base of all settings that a YAML file may name."""
 
@@ -293,7 +294,7 @@ def check(section: Section, prefix: str = "") -> None:
     """
     for entry in dataclasses.fields(section):
         key, value = prefix + entry.name, getattr(section, entry.name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
             check(value, f"{key}.")
         elif entry.metadata and not entry.metadata["passes"](value):
             raise InputError(f"{key} is {json.dumps(value, default=str)}: {entry.metadata['need']}")

@@ -161,13 +161,13 @@ def _override(text: str) -> dict:
     if not equals or not key:
         raise InputError(f"override {_shown.repr(text)}: write it as key=value, for example train.steps=600")
     try:
-        value = _parse(value)
+        nested = _parse(value)
     except ValueError as error:
         raise InputError(f"override {_shown.repr(text)}: not a YAML value ({error})") from None
     for part in reversed(key.split(".")):
-        value = {part: value}
-    _build(Config, value, "", f"override {_shown.repr(text)}")  # so that what is wrong is said of this override
-    return value
+        nested = {part: nested}
+    _build(Config, nested, "", f"override {_shown.repr(text)}")  # so that what is wrong is said of this override
+    return nested
 
 
 def _read(path: Path, chain: tuple[Path, ...] = (), files: list[Path] | None = None) -> dict:
@@ -188,7 +188,8 @@ def _read(path: Path, chain: tuple[Path, ...] = (), files: list[Path] | None = N
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    bases, merged = values.pop("base", None) or [], {}
+    bases: typing.Any = values.pop("base", None) or []
+    merged: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:  # later ones win
         base_path = _find(Path(str(base)), path.parent)
         if base_path is None:

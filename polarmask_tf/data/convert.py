@@ -1,64 +1,70 @@
 """COCO JSON and images to sharded TFRecords: `polarmask convert`. No TensorFlow here, so processes start at once.
 
-Shards are written beside their final names and renamed when all are complete, `dataset.json` last: whatever happens in
-between, no file under a final name is half, and a directory without dataset.json is not a data set.
+Shards are written beside their final names and renamed when all are complete, `dataset.json` last, which names them. A set
+that is converted again gets shards of other names, and the old ones go at the very end: whatever happens in between, no file
+under a final name is half, and the directory is the old data set or the new one.
 """
 
+from __future__ import annotations
+
 import contextlib
+import dataclasses
 import errno
-import glob
-import io
-import json
-import multiprocessing
 import os
-import signal
-import threading
+import re
+import shutil
 import time
-import warnings
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import typing
+import uuid
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from polarmask_tf.data import records
+from polarmask_tf.data import contours, dataset, pictures, records, segmentation
+from polarmask_tf.data.processes import run_tasks
+from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco
-from polarmask_tf.data.sources.coco import Report, Unusable
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import atomic_write, lock
 
 _IMAGES_PER_SHARD = 256
-_FORMATS = {b"\xff\xd8": ("jpeg", b"\xff\xd9"), b"\x89P": ("png", b"IEND\xaeB`\x82")}
-_EXIF_ORIENTATION = 274
 
 
-class _Task(NamedTuple):
+class Options(typing.NamedTuple):
+    """What decides about every record; see `convert`."""
+
+    masks: bool = False
+    verify: bool = False
+    strict: bool = False
+    max_edges: int = 96
+    decoded: bool = False
+    allow_outside: bool = False
+    exif: str = "auto"
+    bit_depth: int | None = None
+    id: str = ""
+
+
+class _Task(typing.NamedTuple):
     """Everything a process needs to write one shard."""
 
     partial: Path
     images: list[dict]
     folder: Path
     names: list[str]
-    masks: bool
-    verify: bool
-    strict: bool
-    max_edges: int
+    options: Options
 
 
-class _Written(NamedTuple):
-    images: int
-    instances: int
-    crowd: int
-    max_instances: int
-    max_edges: int
+@dataclasses.dataclass
+class _Written:
     report: Report
-
-
-class _Stopped(Exception):
-    """Another process failed, or the user pressed Ctrl-C."""
+    images: int = 0
+    instances: int = 0
+    crowd: int = 0
+    max_edges: int = 0
+    per_image: Counter = dataclasses.field(default_factory=Counter)  # instances that are no crowd -> images
 
 
 def convert(
@@ -72,8 +78,13 @@ def convert(
     verify: bool = False,
     strict: bool = False,
     max_edges: int = 96,
+    decoded: bool = False,
+    crowd_as_instances: bool = False,
+    allow_outside: bool = False,
+    exif: str | None = None,
+    bit_depth: int | None = None,
     progress: bool = True,
-) -> records.DatasetInfo:
+) -> dataset.DatasetInfo:
     """Writes the COCO data set `annotations` (a JSON file) with its `images` (a directory) as shards into `out`.
 
     Args:
@@ -84,73 +95,105 @@ def convert(
       verify: decode every image instead of checking header, size and end marker.
       strict: raise InputError for the first thing that would be skipped.
       max_edges: polygon edges an instance may keep; more are simplified at equal area.
+      decoded: store the pixels of images (BMP), so that training decodes nothing; three bytes a pixel.
+      crowd_as_instances: take annotations with `iscrowd: 1` for single objects.
+      allow_outside: also take image files that do not lie in `images` (`..`, absolute paths, links).
+      exif: "apply" or "ignore" the orientation that images have in their EXIF data; None: apply it only where the size in
+        the JSON is that of the turned image and not that of the image as stored.
+      bit_depth: bits that 16-bit images use, like 12; None: all 16.
       progress: bar, and the closing report on stdout.
 
     Images without annotations are kept. What is skipped is counted in the report and in the returned info. Raises
-    InputError if nothing usable is left, something is missing, or `out` cannot be written; then `out` is as it was.
+    InputError if nothing usable is left (a file without any annotation is taken as it is: background only), something is
+    missing, or `out` is in use or cannot be written; then `out` is as it was.
     """
     annotations, images, out = Path(annotations), Path(images), Path(out).resolve()
-    for value, least, name in ((shards, 1, "shards"), (processes, 1, "processes"), (max_edges, 8, "max_edges")):
+    limits = ((shards, 1, "shards"), (processes, 1, "processes"), (max_edges, 8, "max_edges"), (bit_depth, 8, "bit_depth"))
+    for value, least, name in limits:
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
-    if not images.is_dir():
+    if exif not in (None, "apply", "ignore"):
+        raise InputError(f"exif is {exif!r}; it must be apply or ignore")
+    if bit_depth and bit_depth > 16:
+        raise InputError(f"bit_depth is {bit_depth}; it must be at most 16")
+    if not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
     started = time.monotonic()
     report = Report(strict)
     entries, classes = coco.read(annotations, report)
+    given = sum(len(entry["annotations"]) for entry in entries)
     if not entries:
         raise InputError("; ".join([f"{annotations}: empty data set: it names no usable image", *report.lines()]))
+    if crowd_as_instances:
+        for annotation in (a for entry in entries for a in entry["annotations"] if a["iscrowd"]):
+            annotation["iscrowd"] = 0
+            report.note("crowd region taken for a single object, as asked", f"annotation {annotation['id']}")
+    options = Options(masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, uuid.uuid4().hex)
     count = min(shards or max(1, round(len(entries) / _IMAGES_PER_SHARD)), len(entries))
-    names = [f"{out.name}-{i:05d}-of-{count:05d}.tfrecord" for i in range(count)]
-    # Round robin: files that follow one another in the JSON are often alike, and training shuffles only so far.
-    tasks = [
-        _Task(out / f"{name}.tmp", entries[i::count], images, [c["name"] for c in classes], masks, verify, strict, max_edges)
-        for i, name in enumerate(names)
-    ]
     if processes is None:
-        work = len(entries) + sum(len(entry["annotations"]) for entry in entries)
-        processes = (os.cpu_count() or 1) if work > 2000 else 1
-    with _clean_directory(out):
+        processes = (os.cpu_count() or 1) if len(entries) + given > 2000 else 1
+    with lock(out, "convert"), _removing_partial(out):
+        _check_room(out, entries, decoded)
+        # Round robin: files that follow one another in the JSON are often alike, and training shuffles only so far.
+        tasks = [
+            _Task(out / f"{name}.tmp", entries[i::count], images.resolve(), [c["name"] for c in classes], options)
+            for i, name in enumerate(_free_names(out, count, options.id))
+        ]
         with tqdm(total=len(entries), desc="convert", unit="img", disable=not progress) as bar:
-            written = _run(tasks, min(processes, count), bar)
+            written = run_tasks(_write_shard, tasks, min(processes, count), bar)
         for part in written:
             report.merge(part.report)
-        if not sum(part.images for part in written):
+        per_image = sum((part.per_image for part in written), Counter())
+        info = dataset.DatasetInfo(
+            directory=out,
+            name=out.name,
+            num_images=sum(part.images for part in written),
+            num_instances=sum(part.instances for part in written),
+            num_crowd=sum(part.crowd for part in written),
+            classes=classes,
+            max_instances=max(per_image, default=0),
+            max_edges=max(part.max_edges for part in written),
+            shard_paths=[task.partial.with_suffix("") for task in tasks],
+            skipped={reason: number for reason, (number, _) in report.skipped.items()},
+            notes={reason: number for reason, (number, _) in report.notes.items()},
+            id=options.id,
+            instances_per_image=dict(sorted(per_image.items())),
+            exif=options.exif,
+            bit_depth=bit_depth,
+        )
+        if not info.num_images:
             raise InputError("; ".join([f"{annotations}: empty data set: none of its images is usable", *report.lines()]))
-        content = {
-            "format": records.FORMAT,
-            "name": out.name,
-            "num_images": sum(part.images for part in written),
-            "num_instances": sum(part.instances for part in written),
-            "num_crowd": sum(part.crowd for part in written),
-            "classes": classes,
-            "max_instances": max(part.max_instances for part in written),
-            "max_edges": max(part.max_edges for part in written),
-            "shards": names,
-            "skipped": {reason: number for reason, (number, _) in report.skipped.items()},
-        }
-        _publish(out, content)
+        if info.num_instances == info.num_crowd and (given or any("annotation" in reason for reason in report.skipped)):
+            why = coco.why_unusable(entries, report)
+            raise InputError("; ".join([f"{annotations}: no usable object: {why}", *report.lines()]))
+        _publish(info)
     if progress:
-        _print(content, out, report, len(entries) / max(time.monotonic() - started, 1e-9))
-    return records.load_dataset_info(out)
+        _print(info, report, len(entries) / max(time.monotonic() - started, 1e-9))
+    return dataset.load(out)
 
 
-def _print(content, out, report, speed):
+def _print(info, report, speed):
     print(
-        f"{out}: {content['num_images']} images, {content['num_instances']} instances ({content['num_crowd']} crowd), "
-        f"{len(content['classes'])} classes, {len(content['shards'])} shards, {speed:.0f} images/s"
+        f"{info.directory}: {info.num_images} images, {info.num_instances} instances ({info.num_crowd} crowd), "
+        f"{len(info.classes)} classes, {len(info.shard_paths)} shards, {speed:.0f} images/s"
     )
+    if not info.num_instances:
+        print("  note: no annotations: images of background alone, which `polarmask train` refuses")
     for line in report.lines():
         print(f"  {line}")
 
 
+def _ours(out, suffix=""):
+    """Shards in the directory, of this or of earlier conversions into it."""
+    name = re.compile(re.escape(out.name) + r"(-[0-9a-f]{8})?-\d{5,}-of-\d{5,}\.tfrecord" + re.escape(suffix))
+    return [path for path in out.iterdir() if name.fullmatch(path.name)]
+
+
 @contextlib.contextmanager
-def _clean_directory(out):
-    """Makes the directory; afterwards no temporary file is left in it, nor the directory if it was made in vain."""
-    made = not out.exists()
+def _removing_partial(out):
+    """No temporary file is left in the directory, also none of a run that was killed; errors of writing are InputErrors."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_partial(out)  # of a run that was killed
+        _remove_partial(out)
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -159,144 +202,88 @@ def _clean_directory(out):
     finally:
         with contextlib.suppress(OSError):
             _remove_partial(out)
-            if made:
-                out.rmdir()  # only succeeds if empty
 
 
 def _remove_partial(out):
-    for partial in [*out.glob(f"{glob.escape(out.name)}-*.tfrecord.tmp"), out / "dataset.json.tmp"]:
+    for partial in (*_ours(out, ".tmp"), *out.glob(".dataset.json.*.tmp")):
         partial.unlink(missing_ok=True)
 
 
-def _publish(out, content):
-    partial = out / "dataset.json.tmp"
-    partial.write_text(json.dumps(content, indent=1))
-    # Without dataset.json it is no data set: so the old one goes first and the new one comes last.
-    (out / "dataset.json").unlink(missing_ok=True)
-    for name in content["shards"]:
-        os.replace(out / f"{name}.tmp", out / name)
-    for stale in out.glob(f"{glob.escape(out.name)}-*-of-*.tfrecord"):
-        if stale.name not in content["shards"]:
-            stale.unlink()
-    os.replace(partial, out / "dataset.json")
-
-
-def _run(tasks, processes, bar):
-    if processes == 1:
-        return [_write_shard(task, bar.update) for task in tasks]
-    # Spawned, not forked: the caller may have TensorFlow's threads running.
-    context = multiprocessing.get_context("spawn")
-    with _ctrl_c_held():  # starts a process too
-        stop, done = context.Event(), context.Value("q", 0)
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(stop, done))
-    try:
-        with _ctrl_c_held():
-            pending = {pool.submit(_write_shard_in_process, task): i for i, task in enumerate(tasks)}
-        futures = list(pending)
-        while pending:
-            finished, _ = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            bar.update(done.value - bar.n)
-            for future in finished:
-                future.result()
-                del pending[future]
-        return [future.result() for future in futures]
-    except BrokenProcessPool as error:
+def _check_room(out, entries, decoded):
+    """InputError where the pixels of all images do not fit onto the disk."""
+    need, free = 3 * sum(entry["height"] * entry["width"] for entry in entries), shutil.disk_usage(out).free
+    if decoded and need > free:
         raise InputError(
-            "a worker process died: out of memory, or the calling script lacks `if __name__ == '__main__':`; "
-            "try fewer --processes"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+            f"{out}: the decoded images take {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, or go without "
+            "--decoded"
+        )
 
 
-@contextlib.contextmanager
-def _ctrl_c_held():
-    """Ctrl-C, which reaches every process of a terminal, is the parent's to handle, and only after this block.
-
-    Processes that start within inherit the blocked signal, so that not even one that is still importing shows a traceback. The
-    parent has other threads, which take the signal when this one blocks it: its handler must wait, too.
-    """
-    came = []
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True)) if ours else None
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if ours:
-            signal.signal(signal.SIGINT, handler)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+def _free_names(out, count, id):
+    """Names of shards that no shard of the data set in the directory has."""
+    there = {path.name for path in _ours(out)}
+    for name in (out.name, f"{out.name}-{id[:8]}"):
+        names = [f"{name}-{i:05d}-of-{count:05d}.tfrecord" for i in range(count)]
+        if there.isdisjoint(names):
+            break
+    return names
 
 
-def _start_process(stop, done):
-    # A parent that was killed cannot set anything: its end is watched for.
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    _start_process.shared = stop, done
+def _publish(info):
+    for path in info.shard_paths:
+        os.replace(path.with_name(f"{path.name}.tmp"), path)
+    atomic_write(info.directory / "dataset.json", dataset.dump(info))
+    for stale in {*_ours(info.directory)} - {*info.shard_paths}:
+        stale.unlink()
 
 
-def _write_shard_in_process(task):
-    stop, done = _start_process.shared
-
-    def count():
-        with done.get_lock():
-            done.value += 1
-        if stop.is_set():
-            raise _Stopped
-
-    return _write_shard(task, count)
-
-
-def _write_shard(task: _Task, after_image) -> _Written:
-    report = Report(task.strict)
-    images = instances = crowd = max_instances = max_edges = 0
+def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
+    options, report = task.options, Report(task.options.strict)
+    written = _Written(report)
     with open(task.partial, "wb") as file:
         for image in task.images:
             where = f"image {image['id']}, {image['file_name']}"
+            size = {"height": image["height"], "width": image["width"]}
             try:
-                encoded, format = _read_image(task.folder / image["file_name"], image["height"], image["width"], task.verify)
+                path = pictures.find(task.folder, image["file_name"], options.allow_outside)
+                encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
             except Unusable as reason:
                 report.skip(str(reason), where)
                 if image["annotations"]:
                     report.skip("annotation of a skipped image", where, len(image["annotations"]))
+            except MemoryError:
+                raise InputError(f"{where}: not enough memory; try fewer --processes") from None
             else:
                 found = _instances(image, task, report, where)
-                example = {key: image[key] for key in ("file_name", "height", "width")}
+                names = {"file_name": image["file_name"], "image_id": image["id"], "dataset_id": options.id}
                 records.write_record(
-                    file,
-                    records.encode_example(encoded=encoded, format=format, image_id=image["id"], instances=found, **example),
+                    file, records.encode_example(encoded=encoded, format=format, **names, **size, instances=found)
                 )
-                images += 1
-                instances += len(found)
-                crowd += sum(i.is_crowd for i in found)
-                max_instances = max(max_instances, sum(not i.is_crowd for i in found))
-                max_edges = max([max_edges, *(sum(map(len, i.rings)) for i in found)])
+                crowd = sum(i.is_crowd for i in found)
+                written.images += 1
+                written.instances += len(found)
+                written.crowd += crowd
+                written.per_image[len(found) - crowd] += 1
+                written.max_edges = max([written.max_edges, *(sum(map(len, i.rings)) for i in found)])
             after_image()
-    return _Written(images, instances, crowd, max_instances, max_edges, report)
+    return written
 
 
 def _instances(image, task, report, where):
     height, width = image["height"], image["width"]
-    found = []
+    max_edges, found = task.options.max_edges, []
     for annotation in image["annotations"]:
         here = f"{where}, annotation {annotation['id']}"
+        crowd = bool(annotation["iscrowd"])
         try:
-            rle, rings, iou, reduced = coco.region(
-                annotation["segmentation"], height, width, task.max_edges, coarse=bool(annotation["iscrowd"])
-            )
+            rle, rings, iou, reduced = segmentation.region(annotation["segmentation"], height, width, max_edges, coarse=crowd)
         except Unusable as reason:
             report.skip(str(reason), here)
             continue
         if iou < 0.99:
-            report.note(f"polygon simplified to {task.max_edges} edges with an IoU below 0.99", f"{here}: {iou:.3f}")
+            report.note(f"polygon simplified to {max_edges} edges with an IoU below 0.99", f"{here}: {iou:.3f}")
         if reduced:
             report.note("degenerate part of a polygon left out", here)
-        area = annotation["area"]
-        if area is None:
-            report.note("annotation without 'area', which was taken from its mask", here)
-            area = float(coco_mask.area(rle))
         points = rings[0] if len(rings) == 1 else np.concatenate(rings)
         (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
         found.append(
@@ -304,55 +291,24 @@ def _instances(image, task, report, where):
                 annotation_id=annotation["id"],
                 label=annotation["label"],
                 name=task.names[annotation["label"]],
-                is_crowd=bool(annotation["iscrowd"]),
-                area=float(area),
+                is_crowd=crowd,
+                area=_area(annotation["area"], rle, rings, report, here),
                 box=(max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))),
                 rings=rings,
                 rle=rle["counts"],
-                mask_png=coco.mask_png(rle) if task.masks else None,
+                mask_png=segmentation.mask_png(rle) if task.options.masks else None,
             )
         )
     return found
 
 
-def _read_image(path, height, width, verify):
-    """The bytes of a usable JPEG or PNG and its format; Unusable otherwise. Only `verify` decodes all the pixels."""
-    try:
-        if not path.is_file():  # also keeps from waiting at a pipe
-            raise Unusable("missing image")
-        data = path.read_bytes()
-    except (OSError, ValueError):
-        raise Unusable("unreadable image file") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's opinion of odd EXIF blocks and large images
-            return _checked_image(data, height, width, verify)
-    except (Unusable, MemoryError):
-        raise
-    except Exception:  # Pillow's parsers fail in every way there is: struct.error, SyntaxError, ZeroDivisionError, ...
-        raise Unusable("corrupt or truncated image, or not an image") from None
-
-
-def _checked_image(data, height, width, verify):
-    image = Image.open(io.BytesIO(data))
-    if image.size != (width, height):
-        if image.size == (height, width) and image.getexif().get(_EXIF_ORIENTATION, 1) > 4:
-            raise Unusable("size mismatch (EXIF orientation)")
-        raise Unusable("size mismatch")
-    format, end = _FORMATS.get(data[:2], (None, b""))
-    # Some files carry padding or a second picture behind the end marker; then decoding has the last word.
-    if verify or not format or not data.rstrip(b"\0\r\n ").endswith(end):
-        image.load()
-        if format and end not in data:
-            raise Unusable("corrupt or truncated image, or not an image")
-    if format:
-        return data, format
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
-    return _png(image), "png"
-
-
-def _png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
+def _area(area, rle, rings, report, where) -> float:
+    """What the annotation says, else the mask's; a note where it is neither the mask's nor the polygon's."""
+    actual = float(coco_mask.area(rle))
+    if area is None:
+        report.note("annotation without 'area', which was taken from its mask", where)
+        return actual
+    if abs(area - actual) > 0.1 * actual and abs(area - sum(map(contours.shoelace, rings))) > 0.1 * actual:
+        what = "'area' more than 10 % off the mask's: APS, APM, APL and the like go by it"
+        report.note(what, f"{where}: {area:g}, the mask has {actual:g}")
+    return float(area)

@@ -7,21 +7,43 @@ Source of the formats: tensorflow/core/example/example.proto, tensorflow/core/li
 appendix B.4 (CRC-32C); key names: official/vision/dataloaders/tf_example_decoder.py of Model Garden.
 """
 
-import json
+from __future__ import annotations
+
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 
+from polarmask_tf.data import dataset, segmentation
+from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import io_error_text
 
-FORMAT = "polarmask_tf/1"
 REPAIR_HINT = "run `polarmask convert` again, or go on without the rest of the shard: data.damaged=skip"
+load_dataset_info = dataset.load  # its name before dataset.py, until every room says dataset.load
+CONVERTED_SINCE = "a record of another conversion than dataset.json: converted again while it was in use, or files mixed"
+_AGAIN = "run `polarmask convert` again to rewrite the data set"
+_MOST_BYTES = 2**31  # of a record: no protobuf message is larger
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
+# The schema, as it is read: key -> type of the values, and whether there are many. What is not here is not needed to train.
+_FEATURES = {
+    "image/encoded": (bytes, False),
+    "image/filename": (bytes, False),
+    "image/source_id": (bytes, False),
+    "image/dataset_id": (bytes, False),  # of the conversion; earlier versions had none
+    "image/height": (int, False),
+    "image/width": (int, False),
+    **{f"image/object/bbox/{side}": (float, True) for side in _SIDES},  # in widths and heights of the image
+    "image/object/class/label": (int, True),  # from 1 on
+    "image/object/is_crowd": (int, True),
+    "image/object/area": (float, True),
+    "image/object/polygon/xy": (float, True),  # x, y, x, y, ... of all rings, in pixels
+    "image/object/polygon/ring_lengths": (int, True),
+    "image/object/polygon/ring_instance": (int, True),  # ascending
+}
 
 
 class DamagedShard(InputError):
@@ -42,27 +64,18 @@ class Instance(NamedTuple):
     mask_png: bytes | None = None
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """`dataset.json` of a converted data set. `classes[label]` is {"name": str, "category_id": int} of the 0-based label,
-    `max_instances` counts the non-crowd instances of one image, `max_edges` the polygon edges of one instance."""
-
-    directory: Path
-    name: str
-    num_images: int
-    num_instances: int
-    num_crowd: int
-    classes: list[dict]
-    max_instances: int
-    max_edges: int
-    shard_paths: list[Path]
-    skipped: dict[str, int]
-
-
 def encode_example(
-    *, encoded: bytes, format: str, file_name: str, image_id: int, height: int, width: int, instances: list[Instance]
+    *,
+    encoded: bytes,
+    format: str,
+    file_name: str,
+    image_id: int,
+    height: int,
+    width: int,
+    instances: list[Instance],
+    dataset_id: str = "",
 ) -> bytes:
-    """A serialised tf.train.Example of one image. `encoded`: the bytes of a JPEG or PNG file, `format` says which."""
+    """A serialised tf.train.Example of one image. `encoded`: the bytes of a JPEG, PNG or BMP file, `format` says which."""
     boxes = np.array([i.box for i in instances], np.float64).reshape(-1, 4) / (width, height, width, height)
     rings = [(index, ring) for index, instance in enumerate(instances) for ring in instance.rings]
     features = {
@@ -72,10 +85,7 @@ def encode_example(
         "image/source_id": [str(image_id).encode()],
         "image/height": [height],
         "image/width": [width],
-        "image/object/bbox/xmin": boxes[:, 0],
-        "image/object/bbox/ymin": boxes[:, 1],
-        "image/object/bbox/xmax": boxes[:, 2],
-        "image/object/bbox/ymax": boxes[:, 3],
+        **{f"image/object/bbox/{side}": boxes[:, column] for column, side in enumerate(_SIDES)},
         "image/object/class/label": [i.label + 1 for i in instances],
         "image/object/class/text": [i.name.encode() for i in instances],
         "image/object/is_crowd": [int(i.is_crowd) for i in instances],
@@ -86,6 +96,8 @@ def encode_example(
         "image/object/polygon/ring_lengths": [len(ring) for _, ring in rings],
         "image/object/polygon/ring_instance": [index for index, _ in rings],
     }
+    if dataset_id:
+        features["image/dataset_id"] = [dataset_id.encode()]
     if instances and all(i.mask_png is not None for i in instances):
         features["image/object/mask"] = [i.mask_png for i in instances]
     return _serialize(features)
@@ -149,6 +161,8 @@ def read_shard(path) -> Iterator[bytes]:
                     raise ValueError("the checksum of a length is wrong")
                 if len(header) < 12 or file.tell() + length + 4 > size:
                     raise ValueError("it ends within a record")
+                if length > _MOST_BYTES:
+                    raise ValueError(f"a record of {length:,} bytes")
                 data, checksum = file.read(length), file.read(4)
                 if not _is_whole(data, checksum):
                     raise ValueError("the checksum of a record is wrong")
@@ -156,8 +170,9 @@ def read_shard(path) -> Iterator[bytes]:
                 count += 1
     except ValueError as error:
         raise DamagedShard(f"{path}: damaged or cut short after {count} records ({error})") from None
-    except OSError as error:
-        raise DamagedShard(f"{path}: cannot be read after {count} records ({error.strerror or error})") from None
+    except (OSError, MemoryError) as error:
+        reason = "not enough memory" if isinstance(error, MemoryError) else io_error_text(error)
+        raise DamagedShard(f"{path}: cannot be read after {count} records ({reason})") from None
 
 
 def count_records(path) -> int:
@@ -177,88 +192,34 @@ def _is_whole(data: bytes, checksum: bytes) -> bool:
     return _masked(google_crc32c.value(data)) == int.from_bytes(checksum, "little")
 
 
-def load_dataset_info(path) -> DatasetInfo:
-    """Reads `dataset.json` of a converted data set (a directory). No TensorFlow.
-
-    Raises InputError for a missing directory, a missing or broken dataset.json, a missing shard.
-    """
-    directory = Path(path).resolve()
-    file = directory / "dataset.json"
-    again = "run `polarmask convert` to make it"
-    if not directory.is_dir():
-        raise InputError(f"{path}: no such directory; give the output directory of `polarmask convert`")
-    if not file.is_file():
-        raise InputError(f"{path}: holds no dataset.json, so it is not a (completely) converted data set; {again}")
-    try:
-        content = json.loads(file.read_bytes())
-        if content["format"] != FORMAT:
-            raise InputError(f"{file}: format {content['format']!r}, this version reads {FORMAT!r}; {again} anew")
-        info = DatasetInfo(
-            directory=directory,
-            name=str(content["name"]),
-            num_images=int(content["num_images"]),
-            num_instances=int(content["num_instances"]),
-            num_crowd=int(content["num_crowd"]),
-            classes=[{"name": str(c["name"]), "category_id": int(c["category_id"])} for c in content["classes"]],
-            max_instances=int(content["max_instances"]),
-            max_edges=int(content["max_edges"]),
-            shard_paths=[directory / Path(name).name for name in content["shards"]],
-            skipped={str(reason): int(count) for reason, count in content["skipped"].items()},
-        )
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: broken ({type(error).__name__}: {error}); {again} anew") from error
-    missing = [shard.name for shard in info.shard_paths if not shard.is_file()]
-    if missing:
-        raise InputError(f"{path}: {len(missing)} of {len(info.shard_paths)} shards missing, first {missing[0]}; {again} anew")
-    return info
-
-
-def dump_dataset_info(info: DatasetInfo) -> str:
-    """The text of a `dataset.json` beside the shards, which `load_dataset_info` reads."""
-    content = asdict(info)
-    del content["directory"]
-    content["shards"] = [path.name for path in content.pop("shard_paths")]
-    return json.dumps({"format": FORMAT, **content}, indent=1)
-
-
 def parse(serialized) -> dict:
     """TF function: one serialised Example (string scalar) to a dict of tensors.
 
-    "image/encoded" string, "height", "width" int32, "source_id" string, "boxes" float32 [N, 4] (xmin, ymin, xmax, ymax
-    in pixels), "labels" int32 [N] (0-based), "is_crowd" bool [N], "area" float32 [N], "xy" float32 [V, 2] (pixels),
-    "ring_lengths" int32 [R], "ring_instance" int32 [R] (index into the N instances).
+    "image/encoded" string, "height", "width" int32, "source_id", "filename", "dataset_id" string, "boxes" float32 [N, 4]
+    (xmin, ymin, xmax, ymax in pixels), "labels" int32 [N] (0-based), "is_crowd" bool [N], "area" float32 [N], "xy" float32
+    [V, 2] (pixels), "ring_lengths" int32 [R], "ring_instance" int32 [R] (index into the N instances).
     """
     import tensorflow as tf
 
-    def many(dtype):
-        return tf.io.FixedLenSequenceFeature([], dtype, allow_missing=True)
-
-    sides = ("xmin", "ymin", "xmax", "ymax")
+    types = {bytes: tf.string, int: tf.int64, float: tf.float32}
     record = tf.io.parse_single_example(
         serialized,
         {
-            "image/encoded": tf.io.FixedLenFeature([], tf.string),
-            "image/height": tf.io.FixedLenFeature([], tf.int64),
-            "image/width": tf.io.FixedLenFeature([], tf.int64),
-            "image/source_id": tf.io.FixedLenFeature([], tf.string),
-            **{f"image/object/bbox/{side}": many(tf.float32) for side in sides},
-            "image/object/class/label": many(tf.int64),
-            "image/object/is_crowd": many(tf.int64),
-            "image/object/area": many(tf.float32),
-            "image/object/polygon/xy": many(tf.float32),
-            "image/object/polygon/ring_lengths": many(tf.int64),
-            "image/object/polygon/ring_instance": many(tf.int64),
+            key: tf.io.FixedLenSequenceFeature([], types[kind], allow_missing=True)
+            if many
+            else tf.io.FixedLenFeature([], types[kind], "" if key == "image/dataset_id" else None)
+            for key, (kind, many) in _FEATURES.items()
         },
     )
     height, width = tf.cast(record["image/height"], tf.int32), tf.cast(record["image/width"], tf.int32)
-    boxes = tf.stack([record[f"image/object/bbox/{side}"] for side in sides], axis=-1)
+    boxes = tf.stack([record[f"image/object/bbox/{side}"] for side in _SIDES], axis=-1)
     return {
         "image/encoded": record["image/encoded"],
         "height": height,
         "width": width,
         "source_id": record["image/source_id"],
+        "filename": record["image/filename"],
+        "dataset_id": record["image/dataset_id"],
         "boxes": boxes * tf.cast(tf.stack([width, height, width, height]), tf.float32),
         "labels": tf.cast(record["image/object/class/label"], tf.int32) - 1,
         "is_crowd": record["image/object/is_crowd"] > 0,
@@ -269,10 +230,35 @@ def parse(serialized) -> dict:
     }
 
 
+def fault(record: dict, info: DatasetInfo, image=None):
+    """TF function: why a parsed record of `info`, with its decoded `image`, cannot be used, a text; "" if it can."""
+    import tensorflow as tf
+
+    labels, lengths, of, classes = record["labels"], record["ring_lengths"], record["ring_instance"], len(info.classes)
+    count, rings = tf.size(labels), tf.minimum(tf.size(lengths), tf.size(of))
+    owners = tf.clip_by_value(of[:rings], 0, tf.maximum(count - 1, 0))
+    edges = tf.math.unsorted_segment_sum(lengths[:rings], owners, tf.maximum(count, 1))
+    aligned = (tf.size(record["is_crowd"]) == count) & (tf.size(lengths) == tf.size(of))
+    ordered = tf.reduce_all(of[1:] >= of[:-1]) & tf.reduce_all((of >= 0) & (of < count)) & tf.reduce_all(lengths > 0)
+    whole = (tf.reduce_sum(lengths) == tf.shape(record["xy"])[0]) & (tf.reduce_max(edges) <= info.max_edges)
+    finite = tf.reduce_all(tf.math.is_finite(record["xy"]))
+    resized = image is not None and tf.reduce_any(tf.shape(image)[:2] != (record["height"], record["width"]))
+    faults = [
+        (CONVERTED_SINCE, (record["dataset_id"] != info.id) & (record["dataset_id"] != "") & (info.id != "")),
+        (f"a label outside the {classes} classes of dataset.json", tf.reduce_any((labels < 0) | (labels >= classes))),
+        ("an image of another size than the record says", resized),
+        ("polygons that do not fit its objects", ~(aligned & ordered & whole & finite)),
+    ]
+    text = tf.constant("")
+    for reason, there in reversed(faults):
+        text = tf.where(there, reason, text)
+    return text
+
+
 def iter_images(path) -> Iterator[tuple[int, bytes]]:
-    """Yields (COCO image id, bytes of the JPEG or PNG file) of every image of a converted data set."""
-    for features in _iter_features(load_dataset_info(path)):
-        yield int(features["image/source_id"].bytes_list.value[0]), features["image/encoded"].bytes_list.value[0]
+    """Yields (COCO image id, bytes of the image file) of every image of a converted data set."""
+    for image, features in iter_records(dataset.load(path)):
+        yield image["id"], _values(features, "image/encoded", bytes)[0]
 
 
 def read_ground_truth(path) -> dict:
@@ -280,15 +266,9 @@ def read_ground_truth(path) -> dict:
 
     Category ids, annotation ids, areas and masks (compressed RLE) are the original ones; boxes are the records'.
     """
-    info = load_dataset_info(path)
+    info = dataset.load(path)
     images, annotations = [], []
-    for features in _iter_features(info):
-        image = {
-            "id": int(features["image/source_id"].bytes_list.value[0]),
-            "file_name": features["image/filename"].bytes_list.value[0].decode(),
-            "height": features["image/height"].int64_list.value[0],
-            "width": features["image/width"].int64_list.value[0],
-        }
+    for image, features in iter_records(info):
         images.append(image)
         annotations += _annotations(features, image, info)
     categories = [{"id": c["category_id"], "name": c["name"]} for c in info.classes]
@@ -296,52 +276,67 @@ def read_ground_truth(path) -> dict:
 
 
 def _annotations(features, image, info):
+    """InputError if something is missing, or a label is none of the data set's."""
     size = [image["height"], image["width"]]
-    xmin, ymin, xmax, ymax = (
-        np.array(features[f"image/object/bbox/{side}"].float_list.value) * image[extent]
-        for side, extent in (("xmin", "width"), ("ymin", "height"), ("xmax", "width"), ("ymax", "height"))
-    )
-    return [
-        {
-            "id": annotation_id,
-            "image_id": image["id"],
-            "category_id": info.classes[label - 1]["category_id"],
-            "area": area,
-            "bbox": [float(v) for v in (xmin[i], ymin[i], xmax[i] - xmin[i], ymax[i] - ymin[i])],
-            "iscrowd": is_crowd,
-            "segmentation": {"size": size, "counts": rle},
-        }
-        for i, (annotation_id, label, area, is_crowd, rle) in enumerate(
-            zip(
-                features["image/object/annotation_id"].int64_list.value,
-                features["image/object/class/label"].int64_list.value,
-                features["image/object/area"].float_list.value,
-                features["image/object/is_crowd"].int64_list.value,
-                features["image/object/rle"].bytes_list.value,
-                strict=True,
-            )
-        )
+    keys = ("annotation_id", int), ("class/label", int), ("area", float), ("is_crowd", int), ("rle", bytes)
+    sides = [
+        np.array(_values(features, f"image/object/bbox/{side}", float)) * extent
+        for side, extent in zip(("ymin", "xmin", "ymax", "xmax"), size * 2, strict=True)
     ]
+    columns = [_values(features, f"image/object/{key}", kind) for key, kind in keys]
+    if len({len(values) for values in (*columns, *sides)}) > 1:
+        raise InputError(f"{info.directory}: image {image['id']}: objects without label, area, mask or box; {_AGAIN}")
+    annotations = []
+    for annotation_id, label, area, is_crowd, rle, top, left, bottom, right in zip(*columns, *sides, strict=True):
+        where = f"{info.directory}: image {image['id']}, annotation {annotation_id}"
+        if not 1 <= label <= len(info.classes):
+            raise InputError(f"{where}: label {label}, dataset.json has {len(info.classes)} classes; {_AGAIN}")
+        try:  # pycocotools reads past the end of a broken one
+            mask = segmentation.to_rle({"size": size, "counts": rle.decode(errors="replace")}, *size)
+        except segmentation.Unusable as reason:
+            raise InputError(f"{where}: {reason}; {_AGAIN}") from None
+        ids = {"id": annotation_id, "image_id": image["id"], "category_id": info.classes[label - 1]["category_id"]}
+        box = [float(v) for v in (left, top, right - left, bottom - top)]
+        annotations.append({**ids, "area": area, "bbox": box, "iscrowd": is_crowd, "segmentation": mask})
+    return annotations
 
 
-def _iter_features(info: DatasetInfo):
-    """Yields the feature map of each record; InputError for a shard that is cut short, damaged or not ours."""
+def iter_records(info: DatasetInfo):
+    """Yields ({"id", "file_name", "height", "width"}, features) of each record; InputError for a shard that is cut short,
+    damaged, of another conversion or not ours."""
     import tensorflow as tf
     from google.protobuf.message import DecodeError
 
     count = 0
-    mend = "run `polarmask convert` again to rewrite the data set"
     for shard in info.shard_paths:
         try:
             for data in read_shard(shard):
                 count += 1
                 features = tf.train.Example.FromString(data).features.feature
                 if "image/object/rle" not in features:
-                    raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {mend}")
-                yield features
+                    raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {_AGAIN}")
+                if info.id and any(of != info.id.encode() for of in _values(features, "image/dataset_id", bytes)):
+                    raise InputError(f"{shard}: {CONVERTED_SINCE}; {_AGAIN}")
+                yield _image(features), features
         except DecodeError as error:
-            raise InputError(f"{shard}: holds something else than tf.train.Example; {mend}") from error
+            raise InputError(f"{shard}: holds something else than tf.train.Example; {_AGAIN}") from error
         except DamagedShard as error:
-            raise InputError(f"{error}; {mend}") from None
+            raise InputError(f"{error}; {_AGAIN}") from None
+        except ValueError:
+            raise InputError(f"{shard}: record {count} was not written by `polarmask convert`; {_AGAIN}") from None
     if count != info.num_images:
-        raise InputError(f"{info.directory}: {count} records, dataset.json says {info.num_images}; {mend}")
+        raise InputError(f"{info.directory}: {count} records, dataset.json says {info.num_images}; {_AGAIN}")
+
+
+def _image(features) -> dict:
+    """What is not an object; ValueError for a record that lacks it."""
+    ((number,), (name,), (_,)) = (_values(features, f"image/{key}", bytes) for key in ("source_id", "filename", "encoded"))
+    ((height,), (width,)) = (_values(features, f"image/{key}", int) for key in ("height", "width"))
+    if not 0 < height * width <= segmentation.MAX_PIXELS or height < 0:
+        raise ValueError("no size of an image")
+    return {"id": int(number), "file_name": name.decode(), "height": height, "width": width}
+
+
+def _values(features, key, kind):
+    lists = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
+    return getattr(features[key], lists[kind]).value if key in features else []

@@ -9,21 +9,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from polarmask_tf.ops import geometry
-
-
-def factors(source: tf.Tensor, size, fit: str) -> tf.Tensor:
-    """What an image of `source` pixels (height, width; float [2]) is scaled by to meet `size`: one number, or one an axis.
-
-    For `size` (two numbers, or int [2]) and `fit` see DataConfig. Source: short_side, "Training Details" of section 4;
-    stretch, the released code.
-    """
-    size = tf.cast(size, source.dtype)
-    ratios = size / source
-    if fit == "stretch":
-        return ratios
-    if fit == "letterbox":
-        return tf.reduce_min(ratios)
-    return tf.minimum(size[0] / tf.reduce_min(source), size[1] / tf.reduce_max(source))
+from polarmask_tf.ops.placement import factors
 
 
 def sample(height, width, size, canvas, *, fit: str = "letterbox", flip: str, scale: tuple[float, float], seed) -> dict:
@@ -92,18 +78,22 @@ def _group(edges, groups, count, max_edges):
     return ragged.to_tensor(shape=[None, max_edges, 4])
 
 
-def instances(record: dict, xy: tf.Tensor, window, *, max_edges: int, max_instances: int, parts: str, center: str) -> dict:
-    """Padded instances of one placed image, in the form that targets.encode takes (without "ignore").
+def instances(
+    record: dict, xy: tf.Tensor, window, points: tf.Tensor, *, max_edges: int, max_instances: int, parts: str, center: str
+) -> dict:
+    """Padded instances of one placed image: what targets.INSTANCES has, without a batch dimension.
 
     Args:
       record: what data.records.parse returns.
       xy: float32 [V, 2], its vertices after place_points.
       window: int32 [2], height and width of the visible part.
+      points: float32 [L, 2], the locations of the canvas.
       max_edges: E, at least the most edges of one instance (DatasetInfo.max_edges).
       max_instances: N; an image with more keeps those with the largest visible area.
       parts, center: see TargetConfig.
 
-    Instances of crowds, without polygon, or with a visible area of at most one pixel are left out.
+    Instances of crowds, without polygon, or with a visible area of at most one pixel are left out. Locations in a crowd, and
+    in the boxes of instances beyond the N largest, are to be ignored: they are neither background nor anything else.
     """
     count = tf.shape(record["labels"])[0]
     edges = ring_edges(xy, record["ring_lengths"])
@@ -134,7 +124,8 @@ def instances(record: dict, xy: tf.Tensor, window, *, max_edges: int, max_instan
         middle = (low + high) / 2
     keep = (area > 1.0) & ~record["is_crowd"]
     order = tf.argsort(tf.where(keep, area, -1.0), direction="DESCENDING", stable=True)
-    order = order[: tf.minimum(tf.reduce_sum(tf.cast(keep, tf.int32)), max_instances)]
+    order = order[: tf.reduce_sum(tf.cast(keep, tf.int32))]
+    order, surplus = order[:max_instances], order[max_instances:]
 
     def pad(values, fill=0):
         values = tf.gather(values, order)
@@ -148,16 +139,27 @@ def instances(record: dict, xy: tf.Tensor, window, *, max_edges: int, max_instan
         "classes": pad(record["labels"], -1),
         "edges": pad(polygon),
         "window": tf.cast(window[::-1], tf.float32),
+        "ignore": crowd_locations(record, xy, points, max_edges) | _in_boxes(tf.gather(boxes, surplus), points),
     }
 
 
+def _in_boxes(boxes, points):
+    """Which locations [L, 2] lie inside of any box [K, 4], where a center sample could: bool [L]."""
+    x, y = points[:, 0], points[:, 1]
+    left, top, right, bottom = (boxes[:, i : i + 1] for i in range(4))
+    return tf.cond(
+        tf.size(boxes) > 0,
+        lambda: tf.reduce_any((x > left) & (x < right) & (y > top) & (y < bottom), axis=0),
+        lambda: tf.zeros_like(x, tf.bool),
+    )
+
+
 def crowd_locations(record: dict, xy: tf.Tensor, points: tf.Tensor, max_edges: int) -> tf.Tensor:
-    """Which of the locations [L, 2] lie in a crowd region: bool [L]. They are neither background nor anything else."""
-    if_none = tf.zeros(tf.shape(points)[:1], tf.bool)
+    """Which of the locations [L, 2] lie in a crowd region: bool [L]."""
 
     def search():
         groups = tf.repeat(record["ring_instance"], record["ring_lengths"])
         polygons = _group(ring_edges(xy, record["ring_lengths"]), groups, tf.shape(record["labels"])[0], max_edges)
         return tf.reduce_any(geometry.contains(tf.boolean_mask(polygons, record["is_crowd"]), points), axis=0)
 
-    return tf.cond(tf.reduce_any(record["is_crowd"]), search, lambda: if_none)
+    return tf.cond(tf.reduce_any(record["is_crowd"]), search, lambda: tf.zeros_like(points[:, 0], tf.bool))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from polarmask_tf import lite
 from polarmask_tf.errors import InputError
+from polarmask_tf.inference.predictor import saved_model_metadata
 
 
 def describe(path: Path) -> str:
@@ -14,13 +15,9 @@ def describe(path: Path) -> str:
 
     Raises InputError for a file that LiteRT does not load and for one without our metadata.
     """
+    path = Path(path)
     if path.is_dir():
-        file = path / "assets.extra" / "metadata.json"
-        try:
-            metadata = json.loads(file.read_bytes())
-        except (OSError, ValueError):
-            raise InputError(f"{file}: missing or broken; is {path} a SavedModel of `polarmask export`?") from None
-        return "\n".join([str(path), *_known(metadata)])
+        return "\n".join([str(path), *_known(saved_model_metadata(path))])
     from ai_edge_litert.interpreter import Interpreter
 
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from polarmask_tf.files import format_table
-from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.inference.coco_metrics import polygons_to_rle
 
 
 def compare(reference: Callable, other: Callable, images: list[np.ndarray]) -> dict:

@@ -1,7 +1,8 @@
-"""Predictors of a model behind TF Serving: http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME.
+"""A model behind TF Serving: http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME.
 
 Images are sent as PNG, which loses nothing, one a request, so that a refused one costs no other. The model must be one that
 `polarmask export --serving` wrote: class names come from its signature `metadata`, since TF Serving's own metadata has none.
+A server is not trusted: what it may take and send is bounded, and its answers are checked against the export contract.
 """
 
 import base64
@@ -10,9 +11,9 @@ import http.client
 import io
 import json
 import re
+import socket
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from concurrent import futures
 
 import numpy as np
@@ -20,166 +21,197 @@ from PIL import Image
 
 from polarmask_tf import lite
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference.predictor import Predictor
 
-TIMEOUT = 60  # seconds a request may take
+TIMEOUT = 60  # seconds for a question: connecting, sending, every byte of the answer, and all tries
 WAITS = (0.25, 1, 4)  # seconds before each further try
 AT_ONCE = 8  # requests
-MAYBE_LATER = (429, 503, 504)  # HTTP; in gRPC RESOURCE_EXHAUSTED, UNAVAILABLE and DEADLINE_EXCEEDED
+MAX_ANSWER = 2**25  # bytes; 1,000 detections of 36 rays are 2 MB of JSON
+MAX_NUMBERS = 2**24  # of all its outputs
+BAD_INPUT = (400, "INVALID_ARGUMENT")
+MAYBE_LATER = (429, 503, 504, "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
-class _Refused(Exception):
-    """The server's no, in one line; asking again would not change it."""
+class Refused(Exception):
+    """The server's no, or why there is no answer, in one line. `code`: HTTP's number or gRPC's name, None where it is neither.
 
+    `busy`: asking again may help: no connection, no answer in time, or an overloaded server.
+    """
 
-class _Busy(Exception):
-    """What may be over soon: no connection, no answer in time, or an overloaded server."""
+    def __init__(self, reason, code=None, busy=False):
+        super().__init__(one_line(reason))
+        self.code, self.busy = code, busy
 
 
 def connect(url):
-    """URL as above -> (Predictor, the model's max_detections or None).
+    """URL as above -> (metadata.json of the model, function as Predictor.run).
 
-    Raises InputError for another URL, and where no such model is served there. The predictor raises it for an image that
-    the server refuses, for an answer that is none, and if there still is none after a few tries.
+    Raises InputError for another URL, and where no such model is served there; so does the function for an image that the
+    server refuses, for an answer that is none, and if there still is none after a few tries.
     """
-    web = re.fullmatch(r"https?://[^/]+/v1/models/[^/:]+(/versions/\d+)?/?", url)
-    direct = re.fullmatch(r"grpc://([^/]+)/([^/]+)/?", url)
-    if not web and not direct:
-        raise InputError(f"{url}: must look like http://HOST:8501/v1/models/NAME or grpc://HOST:8500/NAME")
-    ask = _http(url.rstrip("/")) if web else _grpc(*direct.groups())
+    ask = asker(url)
     try:
-        text = _patiently(ask, "metadata", "request", b"")["metadata"][0]
-    except _Refused as error:
-        raise InputError(f"{url}: {error}; is a model served there that `polarmask export --serving` wrote?") from None
-    except _Busy as error:
-        raise InputError(f"{url}: {error}") from None
-    except (KeyError, IndexError, TypeError):
-        raise InputError(f"{url}: the answer does not come from a model that `polarmask export --serving` wrote") from None
-    try:
-        metadata = json.loads(text)
-        classes, size = metadata["classes"], (metadata["input"]["height"], metadata["input"]["width"])
-        named = [(entry["name"], entry["category_id"]) for entry in classes]
-    except (ValueError, KeyError, TypeError):
-        named = None
-    if not named:
-        raise InputError(f"{url}: the model's metadata names no classes; export it again with `polarmask export --serving`")
+        text = patiently(ask, "metadata", "request", [b""])["metadata"][0]
+        metadata = lite.check_metadata(json.loads(text), "its metadata")
+    except Refused as error:
+        hint = "" if error.busy else "; is a model served there that `polarmask export --serving` wrote?"
+        raise InputError(f"{url}: {error}{hint}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        why = one_line(error)
+        raise InputError(f"{url}: no model that `polarmask export --serving` wrote answers there ({why})") from None
 
     def run(images):
         with futures.ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(functools.partial(_detect, url, ask, len(classes)), images))
+            return list(pool.map(functools.partial(_detect, url, ask, metadata), images))
 
-    return Predictor("served", classes, size, AT_ONCE, run), metadata.get("max_detections")
+    return metadata, run
 
 
-def _detect(url, ask, num_classes, image):
+def asker(url):
+    """The function ask(signature, input name, contents: list of bytes, seconds) -> outputs by name, of a URL as above.
+
+    Outputs are arrays or nested lists. It raises Refused. InputError for another URL.
+    """
+    web = re.fullmatch(r"https?://[^/\s]+/v1/models/[^/:\s]+(/versions/\d+)?/?", url)
+    direct = re.fullmatch(r"grpc://([^/\s]+)/([^/\s]+)/?", url)
+    if not web and not direct:
+        raise InputError(f"{url}: must look like http://HOST:8501/v1/models/NAME or grpc://HOST:8500/NAME")
+    return _http(url.rstrip("/")) if web else _grpc(*direct.groups())
+
+
+def patiently(ask, *question):
+    """ask(*question, seconds), again after each of WAITS while the server is busy and TIMEOUT is not over."""
+    deadline = time.monotonic() + TIMEOUT
+    for wait in (*WAITS, TIMEOUT):
+        try:
+            return ask(*question, deadline - time.monotonic())
+        except Refused as error:
+            if not error.busy or time.monotonic() + wait >= deadline:
+                raise
+        time.sleep(wait)
+
+
+def _detect(url, ask, metadata, image):
     """What lite.unpack gives, of one image uint8 [h, w, 3]."""
     height, width = image.shape[:2]
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG", compress_level=1)
     try:
-        outputs = _check(_patiently(ask, "serving_default", "image_bytes", content.getvalue()), num_classes)
-    except _Refused as error:
-        raise InputError(f"{url}: the server refused an image of {width} x {height} pixels: {error}") from None
-    except _Busy as error:
-        raise InputError(f"{url}: {error}") from None
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{url}: the answer is not as the export contract says: {_one_line(error)}") from None
+        outputs = lite.check_outputs(patiently(ask, "serving_default", "image_bytes", [content.getvalue()]), metadata)
+    except Refused as error:
+        what = "" if error.busy else f"the server refused an image of {width} x {height} pixels: "
+        raise InputError(f"{url}: {what}{error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{url}: the answer is not as the export contract says: {one_line(error)}") from None
     return lite.unpack(outputs, 0, width, height, height, width)
 
 
-def _check(outputs, num_classes):
-    """The named outputs of one image as arrays; ValueError where they are not as in exports/README.md."""
-    arrays = {
-        name: np.asarray(outputs[name], np.int32 if name in ("num_detections", "detection_classes") else np.float32)
-        for name in ("num_detections", "detection_scores", "detection_classes", "detection_boxes", "detection_polygons")
-    }
-    count, scores, classes, boxes, polygons = arrays.values()
-    if scores.ndim != 2 or polygons.ndim != 4:
-        raise ValueError(f"detection_scores {list(scores.shape)}, detection_polygons {list(polygons.shape)}")
-    most, rays = scores.shape[1], polygons.shape[2]
-    wanted = [(1,), (1, most), (1, most), (1, most, 4), (1, most, rays, 2)]
-    for (name, array), shape in zip(arrays.items(), wanted, strict=True):
-        if array.shape != shape:
-            raise ValueError(f"{name} {list(array.shape)}, expected {list(shape)}")
-    if not 0 <= count[0] <= most or not ((classes >= 0) & (classes < num_classes)).all():
-        raise ValueError("a number of detections or a class out of range")
-    if not all(np.isfinite(array).all() for array in (scores, boxes, polygons)):
-        raise ValueError("a number that is not finite")
-    return arrays
+class _Incoming(io.RawIOBase):
+    """What a socket receives, up to MAX_ANSWER bytes and a deadline, in the form that http.client reads from."""
+
+    def __init__(self, sock, deadline):
+        self.sock, self.deadline, self.left = sock, deadline, MAX_ANSWER
+
+    def makefile(self, _):
+        return io.BufferedReader(self)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.sock.settimeout(_until(self.deadline))
+        count = self.sock.recv_into(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise Refused(f"the answer is longer than {MAX_ANSWER:,} bytes")
+        return count
 
 
-def _patiently(ask, *question):
-    """ask(*question), again after each of WAITS while the server is busy."""
-    for wait in WAITS:
-        try:
-            return ask(*question)
-        except _Busy:
-            time.sleep(wait)
-    return ask(*question)
+def _until(deadline):
+    """Seconds that are left."""
+    if (seconds := deadline - time.monotonic()) <= 0:
+        raise TimeoutError
+    return seconds
 
 
 def _http(url):
-    """ask(signature, input name, content: bytes) -> outputs by name, nested lists of a batch of one."""
-
-    def ask(signature, name, content):
-        inputs = {name: [{"b64": base64.b64encode(content).decode()}]}
-        body = json.dumps({"signature_name": signature, "inputs": inputs}).encode()
-        request = urllib.request.Request(f"{url}:predict", body, {"Content-Type": "application/json"})
+    def post(body, deadline):
+        """(response, its content). Directly: through no proxy, and without following elsewhere."""
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.netloc, timeout=_until(deadline))
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                outputs = json.loads(answer.read())["outputs"]
-        except urllib.error.HTTPError as error:
-            what = _http_reason(error)
-            raise (_Busy if error.code in MAYBE_LATER else _Refused)(what) from None
+            addresses = socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM)
+            connection.timeout = _until(deadline) / (1 + len(addresses))  # they are tried in turn; then comes TLS
+            connection.connect()
+            connection.sock.settimeout(_until(deadline))
+            headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, body)))}
+            connection.request("POST", f"{parts.path}:predict", body, headers)  # in parts: an image may be large
+            response = http.client.HTTPResponse(_Incoming(connection.sock, deadline), method="POST")
+            response.begin()
+            content = b"".join(iter(lambda: response.read(2**20), b""))
+            if response.length:  # bytes that were promised and did not come
+                raise http.client.IncompleteRead(content)
+            return response, content
+        finally:
+            connection.close()
+
+    def ask(signature, name, contents, seconds):
+        images = b", ".join(b'{"b64": "' + base64.b64encode(content) + b'"}' for content in contents)
+        body = [f'{{"signature_name": "{signature}", "inputs": {{"{name}": ['.encode(), images, b"]}}"]
+        try:
+            response, content = post(body, time.monotonic() + seconds)
         except TimeoutError:
-            raise _Busy(f"no answer in {TIMEOUT} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _Busy(f"cannot be reached: {_one_line(getattr(error, 'reason', error))}") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise _Refused("the answer is not TF Serving's JSON") from None
-        return outputs if isinstance(outputs, dict) else {signature: outputs}  # TF Serving gives an only output no name
+            raise Refused(f"no answer in {TIMEOUT} s", busy=True) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a host or a length that is none
+            raise Refused(f"cannot be reached: {lite.one_line(error)}", busy=True) from None
+        try:
+            document = json.loads(content)
+            if response.status == 200:
+                outputs = document["outputs"]
+                return outputs if isinstance(outputs, dict) else {signature: outputs}  # an only output has no name
+            reason = str(document["error"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            reason = f"HTTP {response.status} {response.reason}"
+            reason = "the answer is not TF Serving's JSON" if response.status == 200 else reason
+        raise Refused(reason, response.status, response.status in MAYBE_LATER)
 
     return ask
 
 
-def _http_reason(error):
-    try:
-        return _one_line(json.loads(error.read())["error"])
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-        return f"HTTP {error.code} {error.reason}"
-
-
 def _grpc(address, model):
-    """The same by gRPC, with arrays in place of lists."""
     try:
         import grpc
         import tensorflow as tf
         from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
     except ImportError:
         raise InputError("grpc:// needs tensorflow-serving-api: pip install 'polarmask_tf[serving]'") from None
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    options = [("grpc.max_receive_message_length", MAX_ANSWER), ("grpc.max_send_message_length", -1)]
     stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address, options))
-    later = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
-    def ask(signature, name, content):
+    def ask(signature, name, contents, seconds):
         request = predict_pb2.PredictRequest()
         request.model_spec.name, request.model_spec.signature_name = model, signature
-        request.inputs[name].CopyFrom(tf.make_tensor_proto([content], tf.string))
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(contents, tf.string))
         try:
-            answer = stub.Predict(request, timeout=TIMEOUT)
+            outputs = stub.Predict(request, timeout=seconds).outputs
         except grpc.RpcError as error:
-            raise (_Busy if error.code() in later else _Refused)(_one_line(error.details() or error.code().name)) from None
+            code, reason = error.code().name, error.details() or error.code().name
+            raise Refused(reason, code, code in MAYBE_LATER and "larger than max" not in reason) from None
+        # A tensor may say that it is large and hold one number.
+        sizes = [np.prod([abs(side.size) for side in value.tensor_shape.dim], dtype=float) for value in outputs.values()]
+        if sum(sizes) > MAX_NUMBERS:
+            raise Refused(f"the answer has {sum(sizes):.3g} numbers, and the limit is {MAX_NUMBERS:,}")
         try:
-            return {name: tf.make_ndarray(value) for name, value in answer.outputs.items()}
+            return {output: tf.make_ndarray(value) for output, value in outputs.items()}
         except (TypeError, ValueError) as error:
-            raise _Refused(f"the answer cannot be read: {_one_line(error)}") from None
+            raise Refused(f"the answer cannot be read: {error}") from None
 
     return ask
 
 
-def _one_line(reason):
+def one_line(reason):
     """TensorFlow names the graph's nodes behind a reason, and numbers it if several operations failed."""
-    text = re.sub(r"\[\[.*?\]\]", "", str(reason), flags=re.S)
+    text = re.sub(r"\[\[.*?\]\]", "", str(reason)[:4000], flags=re.S)
     several = re.search(r"\(0\) [A-Za-z_ ]+: (.*?)(\n|$)", text)
-    text = " ".join((several[1] if several else text).split())
+    text = lite.one_line(several[1] if several else text, 4000)
     return re.sub(r"^assertion failed: \[(.*)\]$", r"\1", text)[:300]

@@ -1,6 +1,5 @@
-"""Files in, pictures and COCO results out, by whichever predictor."""
+"""`polarmask predict`: files in, pictures and COCO results out, by whichever predictor."""
 
-import contextlib
 import json
 import os
 import sys
@@ -11,87 +10,105 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from polarmask_tf import files, lite
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import visualize
-from polarmask_tf.inference.evaluate import annotation_rle, detections_to_results, read_coco
-from polarmask_tf.inference.predictor import read_image
+from polarmask_tf.inference.coco_metrics import annotation_rle
+from polarmask_tf.inference.evaluate import read_coco
+from polarmask_tf.inference.results import read_image
 
 SHEET_IMAGES = 12
+MAX_JSON_BYTES = 2**32
 
 
-def predict(predictor, source, out, *, score_threshold=None, truth=None, limit=None, results_only=False, progress=True):
+def predict(
+    predictor,
+    source,
+    out,
+    *,
+    score_threshold=None,
+    truth=None,
+    limit=None,
+    results_only=False,
+    exif="ignore",
+    bit_depth=None,
+    progress=True,
+):
     """Run `predictor` over an image file, or over the (first `limit`) files of a directory, and write what it finds.
 
     out/results.json: COCO results with the original category ids and the image's id in `truth` (a COCO JSON, which may
     lack annotations), else its file name's number, else its file name. out/overlays/NAME.png: the image with its polygons.
     out/sheet.png: up to 12 of the images (figure 8), beside their ground truth where `truth` has annotations.
     With `results_only` there are no pictures, `score_threshold` is the predictor's own in place of 0.3, and of a
-    directory only the images of `truth` are taken: what an evaluation server wants. Files that are no images, and then
-    images of `truth` that are not there, are named on stderr, counted and left out.
+    directory only the images of `truth` are taken: what an evaluation server wants. `exif` and `bit_depth` (default: the
+    predictor's) are lite.read_image's: with exif="apply" coordinates are those of the turned image. Files that are no
+    images, and then images of `truth` that are not there, are named on stderr, counted and left out.
     Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
     "sheet": Path | None}. Raises InputError if no file is an image, or if `out` cannot be written.
     """
     source, out = Path(source), Path(out)
-    files, missing = _files(source), []
+    paths, missing = _files(source), []
     if score_threshold is None:
-        score_threshold = 0.0 if results_only else 0.3
+        score_threshold = 0.0 if results_only else lite.SHOWN
     dataset = _read_truth(truth) if truth is not None else None
-    entries = _truth_entries(files, dataset)
+    entries = _truth_entries(paths, dataset)
     if results_only and dataset is not None:
-        files, missing = _only_of_truth(files, entries, dataset, source, truth)
-    files = files[:limit]
-    ids, names = _image_ids(files, entries), _overlay_names(files)
+        paths, missing = _only_of_truth(paths, entries, dataset, source, truth)
+    paths = paths[:limit]
+    ids, names = _image_ids(paths, entries, dataset), _overlay_names(paths)
     beside_truth = bool(dataset and dataset["annotations"])
-    shown = [] if results_only else _spread([file for file in files if not beside_truth or file in entries], SHEET_IMAGES)
-    cells, skipped, images, detections = [], {}, 0, 0
-    _make_directory(out if results_only else out / "overlays")
-    with _beside(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
-        for file in tqdm(files, desc="predict", unit="image", disable=not progress):
-            image = _read_or_skip(file, skipped)
+    shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
+    cells, images, detections = [], 0, 0
+    read = _Reader(exif=exif, bit_depth=bit_depth or predictor.bit_depth)
+    files.make_directory(out if results_only else out / "overlays")
+    # Two at once into one directory would each replace the other's files: here is where to lock `out`.
+    with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
+        for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
+            image = read(path)
             if image is None:
                 continue
             images += 1
-            found = predictor([image])[0].above(score_threshold)
+            found = predictor(image).above(score_threshold)
             # A line each, written at once: a test set has millions.
-            for result in detections_to_results(found, ids[file], predictor.classes, *image.shape[:2]):
+            for result in found.to_coco(ids[path]):
                 results.write((",\n" if detections else "[") + json.dumps(result))
                 detections += 1
             if results_only:
                 continue
-            _save_picture(_draw_found(image, found, predictor.classes), out / "overlays" / names[file])
-            if file in shown:
-                cells.append(cell(file.name, image, found, predictor.classes, entries[file] if beside_truth else None, dataset))
+            found.save(out / "overlays" / names[path])
+            if path in shown:
+                entry = entries[path] if beside_truth else None
+                cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
         results.write("]" if detections else "[]")
-        _report_skipped(skipped, len(files), images, source)
+        read.report(source, images)
     if beside_truth and not cells and not results_only:
         print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
     if cells:
         heads = ("ground truth", "prediction") if beside_truth else ()
         title = f"PolarMask, {len(cells)} of {images} images"
-        _save_picture(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
-    counts = {"images": images, "detections": detections, "skipped": skipped, "missing": missing}
+        visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
+    counts = {"images": images, "detections": detections, "skipped": read.skipped, "missing": missing}
     return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
 
 
-def compare(predictors, source, out, *, score_threshold=0.3, images=6, title=""):
+def compare(predictors, source, out, *, score_threshold=lite.SHOWN, images=6, title=""):
     """Writes the picture `out`: what each of `predictors` (name -> Predictor) finds in the same images, side by side.
 
     This is figure 6 of the paper. `source` is a directory, an image file or a list of files, of which up to `images` are
     taken, spread over all. Returns `out`; raises InputError if no file is an image, or if `out` cannot be written.
     """
-    files = list(map(Path, source)) if isinstance(source, list | tuple) else _files(Path(source))
-    skipped, cells = {}, []
-    chosen = _spread(files, images)
-    for file in chosen:
-        image = _read_or_skip(file, skipped)
+    chosen = _spread(list(map(Path, source)) if isinstance(source, list | tuple) else _files(Path(source)), images)
+    read, cells = _Reader(bit_depth=next(iter(predictors.values())).bit_depth), []
+    for path in chosen:
+        image = read(path)
         if image is None:
             continue
-        pairs = [(p.classes, p([image])[0].above(score_threshold)) for p in predictors.values()]
-        pictures = [_draw_found(image, found, classes, fit=visualize.SHEET_SIDE) for classes, found in pairs]
-        cells.append((*pictures, f"{file.name}: {', '.join(str(len(found.scores)) for _, found in pairs)} found"))
-    _report_skipped(skipped, len(chosen), len(cells), source)
-    _make_directory(Path(out).parent)
-    _save_picture(visualize.sheet(cells, heads=tuple(predictors), title=title), Path(out))
+        found = [predictor(image).above(score_threshold) for predictor in predictors.values()]
+        pictures = [one.plot(fit=visualize.SHEET_SIDE) for one in found]
+        cells.append((*pictures, f"{lite.one_line(path.name)}: {', '.join(str(len(one)) for one in found)} found"))
+    read.report(source, len(cells))
+    files.make_directory(Path(out).parent)
+    visualize.save(visualize.sheet(cells, heads=tuple(predictors), title=title), out)
     return Path(out)
 
 
@@ -100,45 +117,55 @@ def _spread(items, count):
     return [items[i] for i in dict.fromkeys(np.linspace(0, len(items) - 1, count).astype(int).tolist())] if items else []
 
 
-def _read_or_skip(file, skipped):
-    """The image of a file, or None, said on stderr and noted in `skipped`."""
-    try:
-        return read_image(file)
-    except InputError as error:
-        skipped[file.name] = str(error)
-        tqdm.write(f"skipped {error}", file=sys.stderr)
-        return None
+class _Reader:
+    """read(path) -> its image, or None for a file that is none, which is said on stderr and noted in `skipped`."""
 
+    def __init__(self, **options):
+        self.options, self.skipped, self.notes = options, {}, []
 
-def _report_skipped(skipped, files, images, source):
-    if not images:
-        reason = next(iter(skipped.values()), "no files")
-        raise InputError(f"{source}: no image to predict on: {reason}" + (", ..." if files > 1 else ""))
-    if skipped:
-        print(f"skipped {len(skipped)} of {files} files: {_some(skipped)}", file=sys.stderr)
+    def __call__(self, path):
+        try:
+            return read_image(path, notes=self.notes, **self.options)
+        except InputError as error:
+            self.skipped[path.name] = str(error)
+            tqdm.write(f"skipped {error}", file=sys.stderr)
+            return None
+
+    def report(self, source, images):
+        """Says what was skipped and what was noted; InputError if there were no images."""
+        if not images:
+            reason = next(iter(self.skipped.values()), "no files")
+            raise InputError(f"{source}: no image to predict on: {reason}" + (", ..." if len(self.skipped) > 1 else ""))
+        if self.skipped:
+            total = images + len(self.skipped)
+            print(f"skipped {len(self.skipped)} of {total} files: {_some(self.skipped)}", file=sys.stderr)
+        for note, count in Counter(self.notes).items():
+            print(f"note: {count} of {images} images: {note}", file=sys.stderr)
 
 
 def _some(names):
-    names = list(names)
+    names = list(map(lite.one_line, names))
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _files(source):
+    """What is in the directory `source` but directories and hidden files, or `source` itself."""
     try:
         if source.is_dir():
-            files = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
+            paths = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith("."))
         else:
-            files = [source] if source.exists() else []
+            paths = [source] if source.exists() else []
     except OSError as error:
-        raise InputError(f"{source}: cannot read it: {error.strerror or error}") from None
-    if not files:
+        raise InputError(f"{source}: cannot read it: {files.io_error_text(error)}") from None
+    if not paths:
         raise InputError(f"{source}: " + ("no files in it" if source.is_dir() else "no such file or directory"))
-    return files
+    return paths
 
 
 def _read_truth(path):
     """The COCO dict of `path`; of one without annotations, like COCO's files of its test images, the images alone."""
     try:
+        lite.check_file(path, MAX_JSON_BYTES)
         document = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError):
         return read_coco(path)  # which says what is wrong with it
@@ -151,52 +178,75 @@ def _read_truth(path):
     ]
     if not images:
         raise InputError(f"{path}: names no images; its list 'images' needs objects with an integer 'id' and a 'file_name'")
+    times = Counter(image["id"] for image in images)
+    images = [image for image in images if times[image["id"]] == 1]
     if unusable := len(document["images"]) - len(images):
-        print(f"skipped {unusable} of {len(document['images'])} images of {path}: no 'id' or 'file_name'", file=sys.stderr)
+        why = "no 'id' or 'file_name', or an 'id' that several have"
+        print(f"skipped {unusable} of {len(document['images'])} images of {path}: {why}", file=sys.stderr)
     return {"images": images, "annotations": [], "categories": []}
 
 
-def _truth_entries(files, dataset):
-    """File -> its entry of the truth's images, by the name as it stands there or else without its directory."""
-    images = dataset["images"] if dataset else []
-    by_name = {Path(image["file_name"]).name: image for image in images}
-    by_name |= {image["file_name"]: image for image in images}
-    return {file: by_name[file.name] for file in files if file.name in by_name}
+def _truth_entries(paths, dataset):
+    """Path -> its entry of the truth's images: the one whose file_name has the most parts in common with it, from the end.
+
+    The bare name is enough where no two images share one. A path that fits several equally well gets none, and is named.
+    """
+    by_name, entries, unclear = {}, {}, []
+    for image in dataset["images"] if dataset else []:
+        by_name.setdefault(Path(image["file_name"]).name, []).append(image)
+    for path in paths:
+        parts = Path(os.path.abspath(path)).parts
+        fits = [(_common_end(parts, Path(image["file_name"]).parts), image) for image in by_name.get(path.name, ())]
+        best = [image for fit, image in fits if fit == max(fit for fit, _ in fits)]
+        if len(best) == 1:
+            entries[path] = best[0]
+        elif best:
+            unclear.append(path.name)
+    if unclear:
+        print(
+            f"{len(unclear)} files could be any of several images of the truth, and are none of it here: {_some(unclear)}; "
+            "put them into directories as it names them",
+            file=sys.stderr,
+        )
+    return entries
 
 
-def _only_of_truth(files, entries, dataset, source, truth):
-    """Those of the files that `truth` names, and the names of its images that are not among them."""
+def _common_end(path, name):
+    """(whether the parts `name` end the parts `path`, how many they have in common at their ends)."""
+    pairs = zip(reversed(path), reversed(name), strict=False)
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(path), len(name)))
+    return common == len(name), common
+
+
+def _only_of_truth(paths, entries, dataset, source, truth):
+    """Those of the paths that `truth` names, and the names of its images that are not among them."""
     there = {entry["id"] for entry in entries.values()}
     missing = [image["file_name"] for image in dataset["images"] if image["id"] not in there]
     if not there:
-        raise InputError(f"{source}: holds none of the {len(missing)} images of {truth}, like {missing[0]}")
+        raise InputError(f"{source}: holds none of the {len(missing)} images of {truth}, like {lite.one_line(missing[0])}")
     if missing:
         print(f"missing {len(missing)} of {len(dataset['images'])} images of {truth}: {_some(missing)}", file=sys.stderr)
-    return [file for file in files if file in entries], missing
+    return [path for path in paths if path in entries], missing
 
 
-def _image_ids(files, entries):
-    """File -> image id: the truth's, else the stem as a number, else (or if two files would share it) the name."""
+def _image_ids(paths, entries, dataset):
+    """Path -> image id: the truth's, else the stem as a number, else the name (also if another image has that number)."""
 
-    def number(file):
-        return int(file.stem) if file.stem.isascii() and file.stem.isdigit() else file.name
+    def number(path):
+        return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else path.name
 
-    ids = {file: entries[file]["id"] if file in entries else number(file) for file in files}
-    shared = Counter(ids.values())
-    return {file: image_id if file in entries or shared[image_id] == 1 else file.name for file, image_id in ids.items()}
-
-
-def _overlay_names(files):
-    """File -> name of its overlay: the stem, or the whole name where a.jpg and a.png would share one."""
-    shared = Counter(file.stem for file in files)
-    return {file: f"{file.stem if shared[file.stem] == 1 else file.name}.png" for file in files}
+    others = Counter(number(path) for path in paths if path not in entries)
+    others.update(image["id"] for image in (dataset["images"] if dataset else ()))
+    return {
+        path: entries[path]["id"] if path in entries else number(path) if others[number(path)] == 1 else path.name
+        for path in paths
+    }
 
 
-def _draw_found(image, found, classes, fit=None):
-    plain = fit is not None and len(classes) == 1  # in a sheet, one class's name on every instance only hides them
-    labels = ["" if plain else classes[index]["name"] for index in found.classes]
-    colors = visualize.colors_for(found.classes, len(classes))
-    return visualize.draw(image, list(found.polygons), labels, found.scores, colors, fit=fit)
+def _overlay_names(paths):
+    """Path -> name of its overlay: the stem, or the whole name where a.jpg and a.png would share one."""
+    shared = Counter(path.stem for path in paths)
+    return {path: f"{path.stem if shared[path.stem] == 1 else path.name}.png" for path in paths}
 
 
 def cell(name, image, found, classes, entry, dataset):
@@ -204,11 +254,11 @@ def cell(name, image, found, classes, entry, dataset):
 
     `entry` is the image's in `dataset`, a COCO dict; of it the id counts.
     """
-    picture = _draw_found(image, found, classes, fit=visualize.SHEET_SIDE)
+    picture = found.plot(image, fit=visualize.SHEET_SIDE)
     if entry is None:
-        return picture, f"{name}: {len(found.scores)} found"
+        return picture, f"{name}: {len(found)} found"
     true, shapes = _draw_truth(image, entry, dataset, classes)
-    return true, picture, f"{name}: {shapes} true, {len(found.scores)} found"
+    return true, picture, f"{name}: {shapes} true, {len(found)} found"
 
 
 def _draw_truth(image, entry, dataset, classes):
@@ -231,29 +281,3 @@ def _truth_shape(annotation, image):
     if isinstance(annotation["segmentation"], list):
         return [np.reshape(ring, (-1, 2)).astype(np.float64) for ring in annotation["segmentation"]]
     return coco_mask.decode(rle).astype(bool)
-
-
-def _make_directory(path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot make this directory: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _beside(path):
-    """A path to write to, renamed to `path` at the end unless an error came between: nobody ever sees half a file."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write it: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            part.unlink()
-
-
-def _save_picture(picture, path):
-    with _beside(path) as part:
-        picture.save(part, format="PNG")

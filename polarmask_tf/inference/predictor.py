@@ -1,6 +1,7 @@
-"""One way to ask a run directory, a SavedModel, a .tflite file or a served model for polygons."""
+"""One way to ask a run directory, a model, a SavedModel, a .tflite file or a served model for polygons."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -11,26 +12,16 @@ import numpy as np
 from polarmask_tf import lite
 from polarmask_tf.config import input_size
 from polarmask_tf.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Detections:
-    """What was found in one image; M instances by descending score, in pixels of that image and clipped to it."""
-
-    scores: np.ndarray  # float32 [M]
-    classes: np.ndarray  # int32 [M], 0-based index into the predictor's classes
-    boxes: np.ndarray  # float32 [M, 4]: xmin, ymin, xmax, ymax
-    polygons: np.ndarray  # float32 [M, rays, 2]: x, y
-
-    def above(self, score):
-        """Those of at least this score."""
-        kept = self.scores >= score
-        return Detections(self.scores[kept], self.classes[kept], self.boxes[kept], self.polygons[kept])
+from polarmask_tf.inference.results import Detections, read_image
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """predictor([uint8 [h, w, 3] RGB, ...]) -> [Detections, ...]; the images may differ in size."""
+    """predictor(image) -> Detections; predictor([image, ...]) -> [Detections, ...].
+
+    An image is a path, bytes of an image file, a PIL.Image, or a uint8 array [h, w, 3] in RGB; images may differ in size.
+    Raises InputError for what is none.
+    """
 
     kind: str  # "run", "saved_model", "tflite" or "served"
     classes: list  # {"name", "category_id"} of each class index
@@ -39,45 +30,62 @@ class Predictor:
     run: Callable  # list of images -> list of dicts as lite.unpack gives
     score_threshold: float = 0.0
     max_detections: int | None = None
+    bit_depth: int | None = None  # that deep gray image files are read with, see lite.read_image
 
     def __call__(self, images):
-        for image in images:
-            try:
-                lite.check_image(image)
-            except ValueError as error:
-                raise InputError(str(error)) from None
-        most = self.max_detections
-        found = [Detections(**{key: rows[:most] for key, rows in one.items()}) for one in self.run(images)]
-        return [detections.above(self.score_threshold) for detections in found]
+        if not isinstance(images, list | tuple):
+            return self([images])[0]
+        results = []
+        for first in range(0, len(images), self.batch_size):
+            given = images[first : first + self.batch_size]
+            pixels = [read_image(image, bit_depth=self.bit_depth) for image in given]
+            for source, image, rows in zip(given, pixels, self.run(pixels), strict=True):
+                rows = {name: rows[name][: self.max_detections] for name in lite.FOUND}
+                found = Detections(**rows, categories=self.classes, image_size=image.shape[:2], source=source)
+                results.append(found.above(self.score_threshold))
+        return results
 
 
-def load_predictor(path, *, score_threshold=None, max_detections=None):
-    """A run directory, a SavedModel directory, a .tflite file, or the URL (str) of a served model -> Predictor.
+def load_predictor(source, *, score_threshold=None, max_detections=None):
+    """A run directory, .keras file, PolarMask, SavedModel directory, .tflite file, or the URL of a served model -> Predictor.
 
-    URLs are http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME, see client.py. A run takes both overrides into its
-    post-processing; an exported or served model has its own fixed in the graph, so a lower threshold than that changes
-    nothing. Raises InputError for anything else at `path`, and for more detections than an exported model gives.
+    URLs are http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME, see client.py. A run, a .keras file and a PolarMask
+    take both overrides into their post-processing; an exported or served model has its own fixed in the graph, so a lower
+    threshold than that changes nothing. Exported models are tried on an empty image.
+    Raises InputError for anything else, and for more detections than an exported model gives.
     """
-    if str(path).startswith(("http://", "https://", "grpc://")):
+    if max_detections is not None and not 1 <= max_detections <= lite.MAX_DETECTIONS:
+        raise InputError(f"max_detections is {max_detections}, must be 1 to {lite.MAX_DETECTIONS}")
+    options = {"score_threshold": score_threshold, "max_detections": max_detections}
+    options = {name: value for name, value in options.items() if value is not None}
+    if callable(getattr(source, "detect", None)):
+        return run_predictor(source, **options)
+    path = Path(source)
+    if str(source).startswith(("http://", "https://", "grpc://")):
         from polarmask_tf.inference import client
 
-        predictor, most = client.connect(str(path))
-    elif (path := Path(path)).is_file() and path.suffix == ".tflite":
-        predictor, most = _load_tflite(path)
-    elif (path / "saved_model.pb").is_file():
-        predictor, most = _load_saved_model(path)
-    elif (path / "config.yaml").is_file():
-        return _load_run(path, score_threshold, max_detections)
+        kind, batch_size, (metadata, run) = "served", client.AT_ONCE, client.connect(source)
+    elif path.suffix == ".tflite" and os.path.isfile(path):
+        kind, batch_size, (metadata, run) = "tflite", 1, _tflite(path)
+    elif os.path.isfile(path / "saved_model.pb"):
+        kind, batch_size, (metadata, run) = "saved_model", 8, _saved_model(path)
+    elif os.path.isfile(path / "config.yaml") or (path.suffix == ".keras" and os.path.isfile(path)):
+        from polarmask_tf.weights.runs import load_model
+
+        return run_predictor(load_model(path), **options)
     else:
-        what = "is none of these" if path.exists() else "does not exist"
-        kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite file, a URL"
+        what = "is none of these" if os.path.exists(path) else "does not exist"
+        kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite or .keras file, a URL"
         raise InputError(f"{path} {what}: {kinds}")
-    if max_detections is not None and most is not None and max_detections > most:
-        raise InputError(f"{path} gives at most {most} detections, not {max_detections}; export it again for more")
-    return dataclasses.replace(predictor, score_threshold=score_threshold or 0.0, max_detections=max_detections)
+    most = metadata.get("max_detections", lite.MAX_DETECTIONS)
+    if max_detections is not None and max_detections > most:
+        raise InputError(f"{source} gives at most {most} detections, not {max_detections}; export it again for more")
+    height, width, bit_depth = (metadata["input"].get(key) for key in ("height", "width", "bit_depth"))
+    return Predictor(kind, metadata["classes"], (height, width), batch_size, run, **options, bit_depth=bit_depth)
 
 
-def _load_tflite(path):
+def _tflite(path):
+    """(metadata.json, function as Predictor.run), also in what follows."""
     try:
         model = lite.PolarMaskLite(path, threads=min(4, os.cpu_count() or 1))
     except ImportError:
@@ -86,51 +94,60 @@ def _load_tflite(path):
         raise InputError(str(error)) from None
 
     def run(images):
-        return [model(image) for image in images]
+        try:
+            return [model(image) for image in images]
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"{path}: damaged, or not as the export wrote it: {lite.one_line(error)}") from None
 
-    return Predictor("tflite", model.classes, model.input_size, 1, run), model.metadata.get("max_detections")
+    return model.metadata, run
 
 
-def _load_saved_model(path):
+def saved_model_metadata(path):
+    """metadata.json of an exported SavedModel directory; InputError for one that is missing or damaged."""
+    file = Path(path) / "assets.extra" / "metadata.json"
+    try:
+        lite.check_file(file, lite.MAX_METADATA_BYTES)
+        return lite.check_metadata(json.loads(file.read_bytes()), file)
+    except (OSError, ValueError, RecursionError) as error:
+        why = lite.one_line(error)
+        raise InputError(f"{file}: missing or broken; export the SavedModel with `polarmask export` ({why})") from None
+
+
+def _saved_model(path):
     import tensorflow as tf
 
-    file = path / "assets.extra" / "metadata.json"
-    try:
-        metadata = json.loads(file.read_bytes())
-        classes, size = metadata["classes"], (metadata["input"]["height"], metadata["input"]["width"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: missing or broken; export the SavedModel with `polarmask export`") from None
+    metadata = saved_model_metadata(path)
+
+    def run(images):
+        found = [None] * len(images)
+        try:
+            for rows in _of_one_shape(images):
+                outputs = signature(images=tf.constant(np.stack([images[index] for index in rows])))
+                outputs = {name: tensor.numpy() for name, tensor in outputs.items()}
+                outputs = lite.check_outputs(outputs, metadata, len(rows))
+                for row, index in enumerate(rows):
+                    height, width = images[index].shape[:2]
+                    found[index] = lite.unpack(outputs, row, width, height, height, width)
+        except (ValueError, TypeError, tf.errors.OpError) as error:
+            raise InputError(f"{path}: damaged, or not as the export wrote it: {lite.one_line(error)}") from None
+        return found
+
     try:
         loaded = tf.saved_model.load(str(path))
         # Of a model exported for serving, serving_default takes encoded images.
         signature = loaded.signatures["images" if "images" in loaded.signatures else "serving_default"]
     except Exception as error:  # a damaged SavedModel makes the loader raise many types
-        raise InputError(f"{path}: TensorFlow cannot load it: {' '.join(str(error).split())[:300]}") from None
-
-    def run(images, loaded=loaded):  # the signature only holds weak references: `loaded` must live as long as it
-        found = [None] * len(images)
-        for rows in _of_one_shape(images):
-            outputs = signature(images=tf.constant(np.stack([images[index] for index in rows])))
-            outputs = {name: tensor.numpy() for name, tensor in outputs.items()}
-            for row, index in enumerate(rows):
-                height, width = images[index].shape[:2]
-                found[index] = lite.unpack(outputs, row, width, height, height, width)
-        return found
-
-    return Predictor("saved_model", classes, size, 8, run), metadata.get("max_detections")
+        raise InputError(f"{path}: TensorFlow cannot load it: {lite.one_line(error)}") from None
+    run.loaded = loaded  # the signature has weak references alone
+    run([np.zeros((metadata["input"]["height"], metadata["input"]["width"], 3), np.uint8)])
+    return metadata, run
 
 
-def _load_run(path, score_threshold, max_detections):
-    from polarmask_tf.weights.runs import load_run
+def run_predictor(model, fit=None, strategy=None, devices=1, **overrides):
+    """A PolarMask -> Predictor; images meet it by `fit`, see DataConfig (default: as in training).
 
-    overrides = {"score_threshold": score_threshold, "max_detections": max_detections}
-    return run_predictor(load_run(path, **{key: value for key, value in overrides.items() if value is not None}))
-
-
-def run_predictor(model, fit=None, strategy=None, devices=1):
-    """The model that runs.load_run gives -> Predictor; images meet it by `fit`, see DataConfig (default: as in training).
-
-    With a tf.distribute `strategy`, its `devices` of this process share the images of a call.
+    With a tf.distribute `strategy`, its `devices` of this process share the images of a call. `overrides` are of
+    config.postprocess.
     """
     import tensorflow as tf
 
@@ -138,12 +155,14 @@ def run_predictor(model, fit=None, strategy=None, devices=1):
     fit = fit or data.fit
     size = input_size(data)
     fixed = (None, None) if fit == "short_side" else size  # one graph for inputs of every size
-    detect = tf.function(model.detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
+    detect = functools.partial(model.detect, **overrides) if overrides else model.detect
     if strategy and strategy.num_replicas_in_sync > 1:
-        detect = _on_all(model, strategy, devices)
+        detect = _on_all(detect, strategy, devices)
+    else:
+        detect = tf.function(detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
 
     def run(images):
-        placed, backs = zip(*(network_input(i, data, fit) for i in images), strict=True) if images else ((), ())
+        placed, backs = zip(*(network_input(i, data, fit) for i in images), strict=True)
         found = [None] * len(images)
         for rows in _of_one_shape(placed):
             outputs = {name: tensor.numpy() for name, tensor in detect(np.stack([placed[i] for i in rows])).items()}
@@ -155,12 +174,12 @@ def run_predictor(model, fit=None, strategy=None, devices=1):
     return Predictor("run", model.classes, size, 8 * devices, run)
 
 
-def _on_all(model, strategy, devices):
-    """model.detect with its images shared out over the devices of a strategy; an image that is short is one of zeros."""
+def _on_all(detect, strategy, devices):
+    """`detect` with its images shared out over the devices of a strategy; an image that is short is one of zeros."""
     import tensorflow as tf
 
     # strategy.run itself cannot call a tf.function that has an input signature.
-    detect = tf.function(lambda images: strategy.run(model.detect, args=(images,)), reduce_retracing=True)
+    on_each = tf.function(lambda images: strategy.run(detect, args=(images,)), reduce_retracing=True)
 
     def everywhere(images):
         each = -(-len(images) // devices)
@@ -170,7 +189,7 @@ def _on_all(model, strategy, devices):
             first = context.replica_id_in_sync_group % devices * each
             return tf.constant(images[first : first + each])
 
-        outputs = detect(strategy.experimental_distribute_values_from_function(share))
+        outputs = on_each(strategy.experimental_distribute_values_from_function(share))
         return {name: tf.concat(strategy.experimental_local_results(parts), axis=0)[:count] for name, parts in outputs.items()}
 
     return everywhere
@@ -179,12 +198,8 @@ def _on_all(model, strategy, devices):
 def network_input(image, data, fit=None):
     """uint8 [h, w, 3] as the network sees it under DataConfig `data`; see its `fit`, and lite.place for what is returned."""
     fit = fit or data.fit
-    if fit != "short_side":
-        return lite.letterbox(image, *input_size(data), fit == "stretch")
-    sides, (shorter, longer) = image.shape[:2], data.size
-    scale = min(shorter / min(sides), longer / max(sides))
-    filled = tuple(max(1, round(side * scale)) for side in sides)
-    return lite.place(image, filled, tuple(-(-side // 32) * 32 for side in filled))
+    size = data.size if fit == "short_side" else input_size(data)
+    return lite.place(image, *lite.fit_sizes(*image.shape[:2], size, fit))
 
 
 def _of_one_shape(images):
@@ -193,11 +208,3 @@ def _of_one_shape(images):
     for index, image in enumerate(images):
         groups.setdefault(image.shape, []).append(index)
     return list(groups.values())
-
-
-def read_image(path):
-    """Image file -> uint8 [h, w, 3] RGB (see lite.read_image); InputError for a file that is no image."""
-    try:
-        return lite.read_image(path)
-    except ValueError as error:
-        raise InputError(str(error)) from None

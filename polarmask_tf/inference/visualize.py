@@ -2,12 +2,17 @@
 
 import colorsys
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from polarmask_tf import files
+from polarmask_tf.errors import InputError
+
 PAPER, INK, FAINT = (250, 249, 246), (32, 33, 36), (110, 110, 114)
 SHEET_SIDE = 384  # longer side of a picture in a sheet
+LAYER_PIXELS = 8_000_000  # of what is painted at a time: a layer of a huge picture costs more than the picture
 
 
 def color(index):
@@ -28,24 +33,25 @@ def _rings(shape):
     return [ring for ring in rings if len(ring) >= 3 and np.isfinite(ring).all()]
 
 
-def _paint_rings(layer, rings, scale, rgb, width):
+def _paint_rings(layer, shape, scale, top, rgb, width):
+    """On a layer that begins `top` pixels below the upper edge of the picture."""
     pen = ImageDraw.Draw(layer)
-    for ring in rings:
-        points = [tuple(point) for point in (np.asarray(ring, np.float64) * scale).tolist()]
+    for ring in _rings(shape):
+        points = [tuple(point) for point in (np.asarray(ring, np.float64) * scale - (0, top)).tolist()]
         pen.polygon(points, fill=(*rgb, 90))
         pen.line([*points, points[0], points[1]], fill=(*rgb, 255), width=width, joint="curve")
 
 
-def _paint_mask(layer, mask, scale, rgb, width):
+def _paint_mask(layer, mask, scale, top, rgb, width):
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return
-    top, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
-    part = Image.fromarray(np.uint8(mask[top : rows[-1] + 2, left : columns[-1] + 2]) * 255)
+    first, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
+    part = Image.fromarray(np.uint8(mask[first : rows[-1] + 2, left : columns[-1] + 2]) * 255)
     size = (round(part.width * scale), round(part.height * scale))
     part = part.resize(size, Image.Resampling.BILINEAR).point(lambda value: 255 * (value > 127))
     inner = part.filter(ImageFilter.MinFilter(2 * (width // 2) + 1))
-    corner = (round(left * scale), round(top * scale))
+    corner = (round(left * scale), round(first * scale) - top)
     layer.paste((*rgb, 255), corner, part)
     layer.paste((*rgb, 90), corner, inner)
 
@@ -69,15 +75,15 @@ def draw(image, shapes, labels=None, scores=None, colors=None, *, fit=None):
     # Pillow draws hard edges: draw larger and shrink. Huge pictures need it less and could not pay for it.
     pixels = picture.width * picture.height
     finer = 3 if pixels <= 1_000_000 else 2 if pixels <= 6_000_000 else 1
-    layer = Image.new("RGBA", (picture.width * finer, picture.height * finer), (0, 0, 0, 0))
-    for shape, rgb in reversed(list(zip(shapes, colors, strict=True))):
-        if _is_mask(shape):
-            _paint_mask(layer, shape, scale * finer, rgb, stroke * finer)
-        else:
-            _paint_rings(layer, _rings(shape), scale * finer, rgb, stroke * finer)
-    if finer > 1:
-        layer = layer.resize(picture.size, Image.Resampling.BOX)
-    picture = Image.alpha_composite(picture.convert("RGBA"), layer).convert("RGB")
+    rows = max(1, LAYER_PIXELS // (picture.width * finer**2))
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        layer = Image.new("RGBA", (strip.width * finer, strip.height * finer), (0, 0, 0, 0))
+        for shape, rgb in reversed(list(zip(shapes, colors, strict=True))):
+            paint = _paint_mask if _is_mask(shape) else _paint_rings
+            paint(layer, shape, scale * finer, top * finer, rgb, stroke * finer)
+        layer = layer.resize(strip.size, Image.Resampling.BOX) if finer > 1 else layer
+        picture.paste(Image.alpha_composite(strip.convert("RGBA"), layer).convert("RGB"), (0, top))
     labels = [""] * len(shapes) if labels is None else labels
     numbers = [""] * len(shapes) if scores is None else [f"{score:.2f}" for score in scores]
     texts = [(f"{label} {number}".strip(), number) for label, number in zip(labels, numbers, strict=True)]
@@ -116,6 +122,15 @@ def _write_labels(picture, boxes, texts, colors):
             bright = np.dot(rgb, (0.299, 0.587, 0.114)) > 140
             pen.text((x + 3 - left, y + 3 - top), text, font=font, fill=INK if bright else (255, 255, 255))
             break
+
+
+def save(picture, path):
+    """Writes a PIL.Image as the kind of file that the name says, PNG if it says none; InputError if that cannot be done."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG" if not Path(path).suffix else None)
+    if kind not in Image.SAVE:
+        raise InputError(f"{path}: no kind of picture that can be written; call it .png or .jpg")
+    with files.replacing(path) as part:
+        picture.save(part, format=kind)
 
 
 def _fit(picture, side):

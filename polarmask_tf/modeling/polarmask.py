@@ -102,16 +102,19 @@ class PolarMask(tf_keras.Model):
 
     def call(self, images, training=False):
         """Head outputs by level, float32 logits; see PolarHead."""
-        shape = tuple(images.shape)
-        fits = len(shape) == 4 and shape[3] == 3 and all(side is None or side % self.stride == 0 for side in shape[1:3])
-        if not fits:
+        self._check_shape(images.shape)
+        x = tf.cast(self._normalize(tf.cast(images, tf.float32)), self.compute_dtype)
+        features = self.backbone(x, training=training) if isinstance(self.backbone, tf_keras.layers.Layer) else self.backbone(x)
+        return self.head(self.decoder(features), training=training)
+
+    def _check_shape(self, shape):
+        """InputError, also for `fit` before it builds its graph, for images that the network cannot take."""
+        fits = len(shape) == 4 and shape[3] in (None, 3)
+        if not fits or not all(side is None or side % self.stride == 0 for side in shape[1:3]):
             raise InputError(
                 f"images are {list(shape)}: [batch, height, width, 3] is needed, height and width multiples of {self.stride}; "
                 "polarmask_tf.load_predictor takes images of any size"
             )
-        x = tf.cast(self._normalize(tf.cast(images, tf.float32)), self.compute_dtype)
-        features = self.backbone(x, training=training) if isinstance(self.backbone, tf_keras.layers.Layer) else self.backbone(x)
-        return self.head(self.decoder(features), training=training)
 
     def _normalize(self, images):
         config = self.config.model
@@ -155,7 +158,8 @@ class PolarMask(tf_keras.Model):
                 raise InputError(f"fit({name}=...): there is no such weight in the focal loss; set config.loss.focal_alpha")
         for data in (x, kwargs.get("validation_data")):
             if isinstance(data, tf.data.Dataset):
-                targets.check_batch(data.element_spec, self.config.model.fpn.levels)
+                images, _ = targets.check_batch(data.element_spec, self.config.model.fpn.levels)
+                self._check_shape(images.shape)
         return super().fit(x, y, *args, **kwargs)
 
     @_no_autograph

@@ -45,7 +45,7 @@ def check_batch(data, levels):
             raise InputError(f"instances without {name!r}: {wanted}; polarmask_tf.make_instances makes them")
         if value.dtype != dtype or (value.shape.rank is not None and value.shape.rank != shape.count(",") + 1):
             raise InputError(f"instances: {name!r} is {value.dtype.name} {value.shape}, not {dtype.name} {shape}: {wanted}")
-    height, width, given = *images.shape[1:3], instances["ignore"].shape[-1]
+    (height, width), given = images.shape[1:3], instances["ignore"].shape[-1]
     if None not in (height, width, given):
         locations = sum(-(-height // 2**level) * -(-width // 2**level) for level in levels)
         if given != locations:
@@ -171,7 +171,7 @@ def encode(
     )
     positives = tf.cast(tf.where(owner >= 0), tf.int32)
     image, location = positives[:, 0], positives[:, 1]
-    points = tf.gather(tf.concat([geometry.locations(*size, 2**level) for level in levels], axis=0), location)
+    points = tf.gather(tf.concat([geometry.locations(size[0], size[1], 2**level) for level in levels], axis=0), location)
     chosen = tf.stack([image, tf.gather_nd(owner, positives)], axis=-1)
     distances = geometry.box_distances(points, tf.gather_nd(boxes, chosen))
     if rays == 4:

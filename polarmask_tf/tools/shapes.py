@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import typing
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import atomic_write
 
 # Ids with gaps, as in COCO itself, so that nobody can take an id for a label.
 CATEGORIES = {
@@ -76,9 +76,7 @@ def _write_split(folder, count, size, seeds, kinds, bar):
         {"id": number, "name": name, "supercategory": "shape"} for name, number in CATEGORIES.items() if name in kinds
     ]
     document = {"images": images, "annotations": annotations, "categories": categories}
-    partial = folder / "annotations.json.tmp"
-    partial.write_text(json.dumps(document))
-    os.replace(partial, folder / "annotations.json")
+    atomic_write(folder / "annotations.json", json.dumps(document))
 
 
 def _annotation(number, image_id, category_id, polygon):

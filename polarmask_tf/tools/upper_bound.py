@@ -7,8 +7,8 @@ mask is pycocotools' own of the original annotation, with all parts and holes.
 
 from __future__ import annotations
 
-import csv
 import io
+import itertools
 import os
 import time
 import typing
@@ -19,10 +19,13 @@ import tensorflow as tf
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from polarmask_tf.data import records, transforms
+from polarmask_tf.data import dataset, records, segmentation, transforms
+from polarmask_tf.data.instances import record_of
+from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference.evaluate import polygons_to_rle
+from polarmask_tf.files import atomic_write, format_csv, make_directory
+from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.ops import geometry
 
 RAYS = (8, 12, 18, 24, 36, 72, 120)
@@ -44,12 +47,14 @@ class UpperBound(typing.NamedTuple):
     labels: np.ndarray  # int32 [instances], 0-based
     classes: list[dict]  # {"name", "category_id"} of each label
     images: int
-    report: coco.Report  # what was left out, and why
+    report: Report  # what was left out, and why
     seconds: float
 
 
 def run(source, out=None, rays: typing.Sequence[int] = RAYS, limit: int | None = None) -> UpperBound:
     """`polarmask upper-bound`: measures, prints, and with `out` writes upper_bound.csv and upper_bound.png there."""
+    if out is not None:
+        _figure()  # before hours of work, and not after
     result = upper_bound(source, rays, limit=limit)
     print(format_table(result))
     if out is not None:
@@ -110,71 +115,63 @@ def read(source, limit: int | None = None):
     Images are {"id", "height", "width", "annotations": [{"label", "category_id", "area", "rings": [float [V, 2], ...],
     "rle"}, ...]} without crowds and unusable annotations; those are counted in the report while iterating.
     """
-    source, report = Path(source), coco.Report()
-    if source.is_dir():
-        info = records.load_dataset_info(source)
+    source, report = Path(source), Report()
+    if os.path.isdir(source):
+        info = dataset.load(source)
         for reason, number in info.skipped.items():
             report.skip(f"{reason} (by convert)", str(source / "dataset.json"), number)
-        count = min(info.num_images, limit or info.num_images)
-        return count, info.classes, _converted(info, limit, report), info.max_edges, report
-    entries, classes = coco.read(source, report)
-    entries = entries[:limit]
-    return len(entries), classes, _annotated(entries, classes, report), _MAX_EDGES, report
+        images = _of_records(info)
+        count, classes, max_edges = info.num_images, info.classes, info.max_edges
+    else:
+        entries, classes = coco.read(source, report)
+        images = ((image, [(a, a["segmentation"], None) for a in image["annotations"]]) for image in entries)
+        count, max_edges = len(entries), _MAX_EDGES
+    return min(count, limit or count), classes, _usable(itertools.islice(images, limit), classes, report), max_edges, report
 
 
-def _annotated(entries, classes, report):
-    for image in entries:
-        kept = []
-        for entry in image["annotations"]:
-            where = f"annotation {entry['id']} of image {image['id']}"
-            if entry["iscrowd"]:
-                report.skip("crowd region", where)
-                continue
-            try:
-                rle, rings, _, _ = coco.region(entry["segmentation"], image["height"], image["width"], _MAX_EDGES)
-            except coco.Unusable as reason:
-                report.skip(str(reason), where)
-                continue
-            label, area = entry["label"], entry["area"]
-            kept.append(
-                {
-                    "id": entry["id"],
-                    "label": label,
-                    "category_id": classes[label]["category_id"],
-                    "rings": rings,
-                    "rle": rle,
-                    "area": float(coco_mask.area(rle)) if area is None else area,
-                }
-            )
-        yield {"id": image["id"], "height": image["height"], "width": image["width"], "annotations": kept}
-
-
-def _converted(info, limit, report):
+def _of_records(info):
+    """Images of a converted data set with (annotation, segmentation, rings) of all that is in them."""
     truth = records.read_ground_truth(info.directory)  # checks every shard
     label_of = {c["category_id"]: label for label, c in enumerate(info.classes)}
     of_image = {image["id"]: [] for image in truth["images"]}
     for annotation in truth["annotations"]:
+        annotation["label"] = label_of[annotation["category_id"]]
         of_image[annotation["image_id"]].append(annotation)
-    shards = tf.data.TFRecordDataset([str(path) for path in info.shard_paths])
-    for record in shards.map(records.parse).take(limit or info.num_images).as_numpy_iterator():
-        height, width, image_id = int(record["height"]), int(record["width"]), int(record["source_id"])
+
+    def parsed(serialized):
+        record = records.parse(serialized)
+        return record, records.fault(record, info)
+
+    shards = tf.data.TFRecordDataset([str(path) for path in info.shard_paths]).map(parsed).as_numpy_iterator()
+    for image, (record, fault) in zip(truth["images"], shards, strict=True):
+        if fault:
+            raise InputError(f"{info.directory}: image {image['id']}: {fault.decode()}; run `polarmask convert` again")
         rings = np.split(record["xy"], np.cumsum(record["ring_lengths"])[:-1])
-        kept = []
-        for index, entry in enumerate(of_image[image_id]):  # in the record's order
-            if entry["iscrowd"]:
-                report.skip("crowd region", f"annotation {entry['id']} of image {image_id}")
+        found = []
+        for index, annotation in enumerate(of_image[image["id"]]):  # in the record's order
+            its = [ring for ring, of in zip(rings, record["ring_instance"], strict=True) if of == index]
+            found.append((annotation, annotation["segmentation"], its))
+        yield image, found
+
+
+def _usable(images, classes, report):
+    for image, found in images:
+        size, kept = (image["height"], image["width"]), []
+        for annotation, shape, rings in found:
+            where = f"annotation {annotation['id']} of image {image['id']}"
+            try:
+                if annotation["iscrowd"]:
+                    raise Unusable("crowd region")
+                rle, rings = (shape, rings) if rings is not None else segmentation.region(shape, *size, _MAX_EDGES)[:2]
+            except Unusable as reason:
+                report.skip(str(reason), where)
                 continue
-            kept.append(
-                {
-                    "id": entry["id"],
-                    "label": label_of[entry["category_id"]],
-                    "category_id": entry["category_id"],
-                    "area": entry["area"],
-                    "rle": entry["segmentation"],
-                    "rings": [ring for ring, of in zip(rings, record["ring_instance"], strict=True) if of == index],
-                }
-            )
-        yield {"id": image_id, "height": height, "width": width, "annotations": kept}
+            area = float(coco_mask.area(rle)) if annotation["area"] is None else annotation["area"]
+            label = annotation["label"]
+            category = classes[label]["category_id"]
+            names = {"id": annotation["id"], "label": label, "category_id": category}
+            kept.append({**names, "area": area, "rings": rings, "rle": rle})
+        yield {"id": image["id"], "height": size[0], "width": size[1], "annotations": kept}
 
 
 def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edges: int) -> typing.Callable:
@@ -184,53 +181,42 @@ def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edg
     faster. Annotations of at most a pixel are left out, as in training, and counted in the report.
     """
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None, 2], tf.float32),
-            tf.TensorSpec([None], tf.int32),
-            tf.TensorSpec([None], tf.int32),
-            tf.TensorSpec([], tf.int32),
-            tf.TensorSpec([2], tf.int32),
-        ]
-    )
-    def polygons(xy, ring_lengths, ring_instance, count, size):
-        record = {
-            "labels": tf.range(count),
-            "is_crowd": tf.zeros([count], tf.bool),  # labels tell who is who afterwards
-            "ring_lengths": ring_lengths,
-            "ring_instance": ring_instance,
-        }
-        made = transforms.instances(record, xy, size, max_edges=max_edges, max_instances=_CHUNK, parts="largest", center="mass")
-        kept = tf.reduce_sum(tf.cast(made["classes"] >= 0, tf.int32))
-        made = {name: made[name][:kept] for name in ("classes", "centers", "boxes", "edges")}
-        used = tf.reduce_any(made["edges"] != 0, axis=[0, 2])
-        edges = made["edges"][:, : tf.reduce_max(tf.where(used, tf.range(max_edges) + 1, 1))]
-        window = tf.tile([[0.0, 0.0, float(size[1]), float(size[0])]], [kept, 1])
-        points = {"mass": made["centers"], "box": (made["boxes"][:, :2] + made["boxes"][:, 2:]) / 2}
+    def any_number(dtype, *rest):
+        return tf.TensorSpec([None, *rest], dtype)
+
+    specs = {"labels": any_number(tf.int32), "is_crowd": any_number(tf.bool), "xy": any_number(tf.float32, 2)}
+    specs |= {"ring_lengths": any_number(tf.int32), "ring_instance": any_number(tf.int32)}
+
+    @tf.function(input_signature=[specs, tf.TensorSpec([2], tf.int32)])
+    def polygons(record, size):
+        nowhere = tf.zeros([0, 2])  # no location, since no targets are made of them here
+        found = transforms.instances(
+            record, record["xy"], size, nowhere, max_edges=max_edges, max_instances=_CHUNK, parts="largest", center="mass"
+        )
+        count = tf.reduce_sum(tf.cast(found["classes"] >= 0, tf.int32))
+        order, middles, boxes, edges = (found[name][:count] for name in ("classes", "centers", "boxes", "edges"))
+        used = tf.reduce_any(edges != 0, axis=[0, 2])
+        edges = edges[:, : tf.reduce_max(tf.where(used, tf.range(max_edges) + 1, 1))]
+        window = tf.tile([[0.0, 0.0, float(size[1]), float(size[0])]], [count, 1])
+        points = {"mass": middles, "box": (boxes[:, :2] + boxes[:, 2:]) / 2}
 
         def lengths(center, n):
             if n == 4:  # as in training
-                return geometry.box_rays(points[center], made["boxes"])
+                return geometry.box_rays(points[center], boxes)
             return geometry.ray_lengths(points[center], edges, n, window)
 
-        return made["classes"], [geometry.assemble(points[center], lengths(center, n)) for center in centers for n in rays]
+        return order, [geometry.assemble(points[center], lengths(center, n)) for center in centers for n in rays]
 
     def rebuild(image, report):
         annotations, parts = [], [[np.zeros((0, n, 2), np.float32)] for _ in centers for n in rays]
         for start in range(0, len(image["annotations"]), _CHUNK):
             chunk = image["annotations"][start : start + _CHUNK]
-            rings = [(index, ring) for index, annotation in enumerate(chunk) for ring in annotation["rings"]]
-            order, made = polygons(
-                np.concatenate([np.zeros((0, 2)), *(ring for _, ring in rings)]).astype(np.float32),
-                np.array([len(ring) for _, ring in rings], np.int32),
-                np.array([index for index, _ in rings], np.int32),
-                len(chunk),
-                np.array([image["height"], image["width"]], np.int32),
-            )
+            record = record_of([annotation["rings"] for annotation in chunk])
+            order, found = polygons(record, np.array([image["height"], image["width"]], np.int32))
             rows = np.argsort(order)  # they come sorted by area
             order = order.numpy()[rows].tolist()
             annotations += [chunk[index] for index in order]
-            for part, some in zip(parts, made, strict=True):
+            for part, some in zip(parts, found, strict=True):
                 part.append(some.numpy()[rows])
             for index in sorted(set(range(len(chunk))) - set(order)):
                 where = f"annotation {chunk[index]['id']} of image {image['id']}"
@@ -312,27 +298,15 @@ def format_table(result: UpperBound, at: int = 36, worst: int = 10) -> str:
 
 def write(result: UpperBound, out) -> None:
     """upper_bound.csv (the rows) and upper_bound.png (mean IoU over the number of rays, as figure 7) into a directory."""
-    out = Path(out)
-    table = io.StringIO()
-    every = rows(result)
-    writer = csv.DictWriter(table, list(every[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()} for row in every)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in (("upper_bound.csv", table.getvalue().encode()), ("upper_bound.png", _plot(every))):
-            beside = out / f"{name}.tmp"
-            beside.write_bytes(content)
-            os.replace(beside, out / name)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+    out, every = Path(out), rows(result)
+    make_directory(out)
+    atomic_write(out / "upper_bound.csv", format_csv(every))
+    atomic_write(out / "upper_bound.png", _plot(every))
 
 
 def _plot(every) -> bytes:
     """Mean IoU over the number of rays: all instances from each center, and by size from the first. PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(6, 4.2), dpi=150, layout="constrained")
+    figure = _figure()(figsize=(6, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     first = every[0]["center"]
     lines = [("all", "", center, style) for center, style in (("mass", "o-"), ("box", "s--"))]
@@ -347,3 +321,12 @@ def _plot(every) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def _figure():
+    """matplotlib's class Figure, and not pyplot: no window system, no global state. InputError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("upper-bound --out draws with matplotlib: pip install 'polarmask_tf[plots]'") from None
+    return Figure

@@ -1,170 +1,31 @@
-"""What happens between the steps of `fit`: the progress line, logs, checkpoints, evaluation."""
+"""What happens between the steps of `fit`: checkpoints, evaluation, a profile; what is written about them is in log.py."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
+import dataclasses
 import io
 import itertools
 import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-import tf_keras
 from tqdm import tqdm
 
+from polarmask_tf.config import TrainConfig
 from polarmask_tf.data import records
-from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write, io_error_text
+from polarmask_tf.files import atomic_write
 from polarmask_tf.inference import visualize
 from polarmask_tf.inference.evaluate import evaluate
 from polarmask_tf.inference.predict import cell
 from polarmask_tf.inference.predictor import read_image, run_predictor
-from polarmask_tf.training import replicas
+from polarmask_tf.training import directory, replicas
+from polarmask_tf.training.log import APS, Log, Stepwise, ap_history, patience_exhausted, read_metrics, rounded
 from polarmask_tf.training.watchdog import WORKER_LOST_ERRORS
 from polarmask_tf.weights import runs
 
-LOG_EVERY = 20
 PICTURES = 4
-APS = ("AP", "AP50", "AP75")
-
-
-class NotFinite(Exception):
-    """The loss or a weight is infinite or not a number."""
-
-    def __init__(self, what: str, step: int):
-        super().__init__(what)
-        self.step = step
-
-
-class Stepwise(tf_keras.callbacks.Callback):
-    """A callback that is told how many steps the model has been trained for, those before an interruption included."""
-
-    def __init__(self, done: int):
-        super().__init__()
-        self.step = done
-        self._supports_tf_logs = True  # Keras would wait for the device after every step to make numbers of the logs
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.step += 1
-        self.on_step(self.step, logs)
-
-
-class Log(Stepwise):
-    """The progress line, metrics.csv and TensorBoard scalars every 20 steps, by the chief; stops where the loss is not finite.
-
-    Losses are means since the last checkpoint. Of a run that goes on, later rows of metrics.csv are dropped.
-    """
-
-    def __init__(self, run: Path, done: int, steps: int, chief: bool):
-        super().__init__(done)
-        self.run, self.steps, self.before = run, steps, None
-        with self._written():
-            self.writer = tf.summary.create_file_writer(str(run)) if chief else tf.summary.create_noop_writer()
-        self.since = (time.monotonic(), done)
-        self.bar = tqdm(
-            total=steps, initial=done, unit="step", desc="train", mininterval=1.0, smoothing=0.05, disable=not chief
-        )
-        self.file = run / "metrics.csv" if chief else None
-        self.rows = [row for row in read_metrics(run) if row["step"] <= done]
-
-    def on_train_begin(self, logs=None):
-        self.names = ("loss", *self.model.loss_names, "learning_rate", "images_per_second", *APS)
-        if self.file:
-            with io.StringIO(newline="") as text:
-                self._write(text, *self.rows, header=True)
-                atomic_write(self.file, text.getvalue())
-
-    def _write(self, file, *rows, header=False):
-        writer = csv.DictWriter(file, ("step", *self.names))
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-
-    def on_step(self, step, logs):
-        # The loss of the step before: this one's may still be on its way from the device.
-        if self.before is not None and not math.isfinite(float(self.before["loss"])):
-            raise NotFinite("the loss is not finite", step - 1)
-        self.before = logs
-        self.bar.update(1)
-        if step % LOG_EVERY and step != self.steps:
-            return
-        now = time.monotonic()
-        speed = (step - self.since[1]) * self.model.config.data.batch / max(now - self.since[0], 1e-9)
-        self.since = (now, step)
-        values = {name: float(logs[name]) for name in ("loss", *self.model.loss_names)}
-        self.bar.set_postfix_str(
-            " ".join(f"{name} {value:.3f}" for name, value in values.items()) + f", {speed:.0f} images/s", refresh=False
-        )
-        self.add(step, {**values, "learning_rate": float(self.model.optimizer.lr.numpy()), "images_per_second": speed})
-
-    def check(self, step: int) -> None:
-        """NotFinite if the loss up to this step or a weight is not finite: for what must not be written."""
-        if self.before is not None and not math.isfinite(float(self.before["loss"])):
-            raise NotFinite("the loss is not finite", step)
-        if not all(tf.reduce_all(tf.math.is_finite(v)) for v in self.model.trainable_variables):
-            raise NotFinite("a weight is not finite", step)
-
-    def add(self, step: int, values: dict) -> None:
-        """One row of metrics.csv, and TensorBoard scalars."""
-        row = {"step": step, **{name: rounded(value) for name, value in values.items()}}
-        self.rows.append(row)
-        if self.file:
-            try:
-                with open(self.file, "a", newline="") as file:
-                    self._write(file, row)
-            except OSError as e:
-                raise InputError(f"{self.file}: cannot be written: {io_error_text(e)}") from None
-        with self.events(step):
-            for name, value in values.items():
-                tf.summary.scalar(name, value)
-
-    @contextlib.contextmanager
-    def events(self, step: int):
-        """What tf.summary is given within it goes to TensorBoard's file."""
-        with self._written(), self.writer.as_default(step):
-            yield
-
-    @contextlib.contextmanager
-    def _written(self):
-        try:
-            yield
-        except tf.errors.OpError as e:
-            raise InputError(f"{self.run}: cannot write events for TensorBoard: {io_error_text(e)}") from None
-
-    def close(self):
-        """Also after an error, of which Keras does not tell: the message is to stand on a line of its own."""
-        self.bar.close()
-        with contextlib.suppress(tf.errors.OpError):  # of events that could not be written; the others have been
-            self.writer.close()
-
-
-def rounded(value: float) -> float:
-    """As it stands in metrics.csv: what is compared must be the same after an interruption."""
-    return float(f"{value:.6g}")
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.csv with a step and at least one number, as numbers; a line cut by a kill is left out."""
-    rows = []
-    with contextlib.suppress(OSError), open(run / "metrics.csv", newline="", errors="replace") as file:
-        for row in csv.DictReader(file):
-            with contextlib.suppress(ValueError, TypeError):
-                rows.append({k: int(v) if k == "step" else float(v) for k, v in row.items() if v})
-    return [row for row in rows if len(row) > 1 and "step" in row]
-
-
-def ap_history(rows: list[dict]) -> list[float]:
-    """The APs among the rows of read_metrics, in their order."""
-    return [row["AP"] for row in rows if "AP" in row]
-
-
-def patience_exhausted(history: list[float], patience: int) -> bool:
-    """Whether the last `patience` of these APs brought no better one; never with patience 0."""
-    return bool(patience and history) and len(history) - 1 - history.index(max(history)) >= patience
 
 
 def save(model, run: Path, step: int, strategy, **options) -> None:
@@ -174,47 +35,88 @@ def save(model, run: Path, step: int, strategy, **options) -> None:
 
 
 class Checkpoints(Stepwise):
-    """Saves model and optimizer every train.checkpoint_every steps and at the last step, and ends the training there."""
+    """Saves model and optimizer every train.checkpoint_every steps, before each evaluation, and when the training ends.
+
+    Ends it at the last step. `known` steps are those of the checkpoints that this training may delete, see runs.save.
+    """
 
     def __init__(self, run: Path, done: int, strategy, log: Log):
         super().__init__(done)
         self.run, self.strategy, self.log = run, strategy, log
+        self.known = runs.steps(run)
+
+    def set_model(self, model):
+        super().set_model(model)
+        self.means = [variable.numpy() for metric in model.loss_metrics for variable in metric.variables]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Keras has just reset them; a checkpoint that came between two others holds what they had summed up.
+        variables = [variable for metric in self.model.loss_metrics for variable in metric.variables]
+        for variable, value in zip(variables, self.means, strict=True):
+            variable.assign(value)
 
     def on_step(self, step, logs):
         train = self.model.config.train
-        if step % train.checkpoint_every == 0 or step >= train.steps or self.model.stop_training:
-            self.log.check(step)
-            replicas.average_batch_norm(self.model)
-            save(self.model, self.run, step, self.strategy)
+        due = step % train.checkpoint_every == 0
+        if due:
+            self.model.reset_metrics()  # the losses are means since then
         if step >= train.steps:
             self.model.stop_training = True
+        if due or self.model.stop_training or is_evaluated(train, step):
+            self.log.check(step)
+            replicas.average_batch_norm(self.model)
+            save(self.model, self.run, step, self.strategy, known=self.known)
+            if replicas.is_chief(self.strategy):
+                directory.remove_set_aside(self.run)
+
+
+def is_evaluated(train: TrainConfig, step: int) -> bool:
+    """Whether there is an evaluation after this step."""
+    return bool(train.evaluate_every) and (step % train.evaluate_every == 0 or step >= train.steps)
+
+
+def is_evaluation_missing(train: TrainConfig, step: int, run: Path) -> bool:
+    """Whether a training that was interrupted after `step` did not come to the evaluation there, by its metrics.csv."""
+    return step > 0 and is_evaluated(train, step) and not any(r["step"] == step and "AP" in r for r in read_metrics(run))
 
 
 class Evaluation(Stepwise):
     """COCO evaluation on data.val every train.evaluate_every steps and at the last one; the best model goes to run/best.
 
     All replicas of all workers take their share of the images. Ends the training after train.patience evaluations
-    without a better AP.
+    without a better AP. `stop` is the StopOnSignal that comes before it: what a signal prevents is made up for by the
+    training that goes on.
     """
 
-    def __init__(self, run: Path, done: int, strategy, log: Log):
+    def __init__(self, run: Path, done: int, strategy, log: Log, stop=None):
         super().__init__(done)
-        self.run, self.strategy, self.log = run, strategy, log
+        self.run, self.strategy, self.log, self.stop = run, strategy, log, stop
         self.chief = replicas.is_chief(strategy)
+        self.known = runs.steps(run / "best")
         self.truth, self.pictures = None, []
 
     def set_model(self, model):
+        if model is self.model:
+            return
         super().set_model(model)
         _, workers = replicas.worker(self.strategy)
         devices = self.strategy.num_replicas_in_sync // workers
-        self.predictor = run_predictor(model, strategy=self.strategy, devices=devices)
+        predictor = run_predictor(model, strategy=self.strategy, devices=devices)
+
+        def run(images):
+            if self.stop:
+                self.stop.check()
+            return predictor.run(images)
+
+        self.predictor = dataclasses.replace(predictor, run=run)
 
     def on_step(self, step, logs):
+        if is_evaluated(self.model.config.train, step) and not (self.stop and self.stop.number):
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Measures the model as it stands after `step`, which has been saved."""
         config = self.model.config
-        if step % config.train.evaluate_every and step != config.train.steps:
-            return
-        self.log.check(step)
-        replicas.average_batch_norm(self.model)
         before = ap_history(self.log.rows)
         with averaged(self.model):
             metrics = evaluate(
@@ -226,7 +128,7 @@ class Evaluation(Stepwise):
             )
             values = {name: rounded(metrics.values[name]) for name in APS}
             if values["AP"] > max(before, default=-2.0):
-                save(self.model, self.run / "best", step, self.strategy, keep=1, weights_only=True)
+                save(self.model, self.run / "best", step, self.strategy, keep=1, weights_only=True, known=self.known)
                 if self.chief:
                     self._describe_best(step, metrics)
             if self.chief:

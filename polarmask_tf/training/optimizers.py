@@ -39,6 +39,24 @@ class StepDecay(tf_keras.optimizers.schedules.LearningRateSchedule):
         return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "boundaries": list(self.boundaries)}
 
 
+class _KernelDecay:
+    """Decoupled decay of convolution kernels alone. A class, since Keras saves no call of exclude_from_weight_decay."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])
+
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
+class AdamW(_KernelDecay, tf_keras.optimizers.AdamW):
+    """Adam with decoupled decay of the kernels."""
+
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
+class SGD(_KernelDecay, tf_keras.optimizers.SGD):
+    """SGD with decoupled decay of the kernels."""
+
+
 @tf_keras.saving.register_keras_serializable(PACKAGE)
 class PaperSGD(tf_keras.optimizers.SGD):
     """SGD as the published models were trained: the decay is L2 in the gradient, after clipping; the biases of
@@ -82,9 +100,4 @@ def make(config: Config) -> tf_keras.optimizers.Optimizer:
         options = {"l2": train.weight_decay, "bias_lr_multiplier": train.bias_lr_multiplier, "momentum": train.momentum}
         return PaperSGD(**options, **common)
     common["weight_decay"] = train.weight_decay
-    if train.optimizer == "adamw":
-        optimizer = tf_keras.optimizers.AdamW(**common)
-    else:
-        optimizer = tf_keras.optimizers.SGD(momentum=train.momentum, **common)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta", "scale"])  # convolution kernels alone decay
-    return optimizer
+    return AdamW(**common) if train.optimizer == "adamw" else SGD(momentum=train.momentum, **common)

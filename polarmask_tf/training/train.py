@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from polarmask_tf import config as configs
 from polarmask_tf.config import Config
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import pipeline
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import lock
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.ops import targets
-from polarmask_tf.training import optimizers, replicas
-from polarmask_tf.training.callbacks import Checkpoints, Evaluation, Log, NotFinite, Profile, ap_history, patience_exhausted
+from polarmask_tf.training import checks, directory, optimizers, replicas
+from polarmask_tf.training.callbacks import Checkpoints, Evaluation, Profile, is_evaluation_missing
+from polarmask_tf.training.checks import check_layout
+from polarmask_tf.training.log import Log, NotFinite, ap_history, patience_exhausted
+from polarmask_tf.training.preemption import StopOnSignal, Stopped, noted_signals
 from polarmask_tf.training.watchdog import WORKER_LOST_ERRORS, worker_watchdog
 from polarmask_tf.weights import pretrained, runs
 from polarmask_tf.weights.state_dict import summarize
@@ -43,69 +47,57 @@ def train(
     config.model.backbone.weights, if that is set. `profile`: steps between which TensorFlow's profiler runs.
 
     Returns the model; with train.ema its weights are the averages. Raises InputError if `run` holds another config's or
-    another data set's training (restart=True starts over), if the data or the weights cannot be read, if the loss is no
-    longer finite, or a worker is lost.
+    another data set's training (restart=True starts over) or is in use, if the data or the weights cannot be read, if the
+    loss is no longer finite, or a worker is lost: what can be checked is checked before anything in `run` changes. Raises
+    preemption.Stopped, a SystemExit, when SIGTERM, SIGINT or SIGHUP came, after the step and its checkpoint.
     """
-    if not config.data.train:
-        raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
+    run = Path(run)
     if profile and not 0 < profile[0] < profile[1] <= config.train.steps:
         raise InputError(
             f"--profile {profile[0]},{profile[1]}: give two of the {config.train.steps} steps, the earlier one first"
         )
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
-    info = records.load_dataset_info(config.data.train)
+    info = checks.check_data(config)
     strategy = strategy or tf.distribute.get_strategy()
     check_layout(config, strategy.num_replicas_in_sync)
     chief = replicas.is_chief(strategy)
     if chief:
-        runs.create_or_check(config, info, run, restart)
-        _warn_of_lost_levels(config)
-    with worker_watchdog(strategy):
-        replicas.assert_equal(strategy, 0, "")  # until the chief has prepared the directory
-        with strategy.scope():
-            model = build(config, info.classes)
-        found = runs.restore(model, run, training=True)
-        done, steps = runs.step_of(found), config.train.steps
-        replicas.assert_equal(strategy, done, f"found step {done} in {run}; is it on a file system that all workers see?")
-        if not found:
-            _start(model, start, chief)
-        if done >= steps:
+        directory.check(config, info, run, restart)
+        checks.warn(config, info)
+    with contextlib.ExitStack() as stack:
+        with worker_watchdog(strategy):
+            with strategy.scope():
+                model = build(config, info.classes)
+            if restart or not runs.checkpoints(run):
+                _start(model, start and directory.where_it_is(Path(start), run), chief)
+            replicas.assert_equal(strategy, 0, "")  # until all have read what the chief may now move
             if chief:
-                print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
-        else:
-            if done and chief:
-                print(f"{run}: going on after step {done}")
-            _fit(model, info, run, done, strategy, profile)
-        for average, variable in zip(runs.ema_weights(model), model.trainable_variables, strict=False):
-            variable.assign(average)
+                stack.enter_context(lock(run, "train"))
+                _prepare(config, info, run, restart)
+            replicas.assert_equal(strategy, 0, "")  # until the chief has prepared the directory
+            found = runs.restore(model, run, training=True)
+            done = runs.step_of(found)
+            replicas.assert_equal(strategy, done, f"found step {done} in {run}; is it on a file system that all workers see?")
+            number, step = _fit(model, info, run, done, strategy, profile)
+        if number:
+            if chief:
+                again = shlex.join(["polarmask", "train", "--config", str(run / "config.yaml"), "--out", str(run)])
+                name = signal.Signals(number).name
+                print(f"polarmask: {name} after step {step}, which is saved; go on with: {again}", file=sys.stderr)
+            raise Stopped(number)
+    for average, variable in zip(runs.ema_weights(model), model.trainable_variables, strict=False):
+        variable.assign(average)
     return model
 
 
-def check_layout(config: Config, replicas: int) -> None:
-    """InputError for a batch, or a norm, that does not go with so many devices."""
-    train, each = config.train, config.data.batch // replicas
-    if config.data.batch % replicas:
-        raise InputError(f"data.batch is {config.data.batch}, images over all devices: not divisible by {replicas} devices")
-    if each % train.accumulate:
-        raise InputError(
-            f"data.batch is {config.data.batch}, {each} on each of {replicas} devices: not divisible by train.accumulate "
-            f"({train.accumulate})"
-        )
-    if config.model.backbone.norm == "sync" and replicas > 1 and (train.jit_compile or train.accumulate > 1):
-        raise InputError(
-            "model.backbone.norm: sync does not go with train.jit_compile or train.accumulate on several devices; "
-            "frozen and group do"
-        )
-
-
-def _warn_of_lost_levels(config: Config) -> None:
-    size = configs.input_size(config.data)
-    lost = targets.unreachable_levels(config.model.fpn.levels, size, config.targets.ranges)
-    if lost:
-        names = ", ".join(f"P{level}" for level in lost)
-        size = " x ".join(map(str, size))
-        print(f"warning: {names} can get no object in images of {size}; shorten model.fpn.levels", file=sys.stderr)
+def _prepare(config: Config, info, run: Path, restart: bool) -> None:
+    """The chief's part before all look for a checkpoint."""
+    had_begun = (run / "metrics.csv").is_file()
+    directory.create_or_check(config, info, run, restart)
+    if had_begun and not runs.checkpoints(run):
+        why = "--restart" if restart else "no checkpoint yet"
+        print(f"{run}: {why}: starting from step 0{runs.kept_aside(run)}")
 
 
 def build(config: Config, classes) -> PolarMask:
@@ -133,64 +125,68 @@ def _start(model: PolarMask, start: Path | None, chief: bool) -> None:
         average.assign(variable)
 
 
-def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> None:
+def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tuple[int, int]:
+    """Trains from step `done` on; returns the number of the signal that ended it, or 0, and the last step."""
     config, chief = model.config, replicas.is_chief(strategy)
     worker, workers = replicas.worker(strategy)
-    count = strategy.num_replicas_in_sync
+    count, steps = strategy.num_replicas_in_sync, config.train.steps
+    missing = is_evaluation_missing(config.train, done, run)
+    if done >= steps and not missing:
+        if chief:
+            print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
+        return 0, done
+    if done and chief:
+        print(f"{run}: going on after step {done}")
 
     def batches(**layout):
         return pipeline.training_batches(info, config, seed=config.train.seed, **layout)
 
-    data = batches(start_step=done, worker=worker, workers=workers, replicas=count)
-    if count > 1:
-        # The pipeline makes every replica's batch itself; TensorFlow would share out by decoding all on every worker.
-        data = strategy.distribute_datasets_from_function(lambda context, mine=data: mine)
-    # An epoch, to Keras, is the time from one checkpoint to the next.
-    every, steps = config.train.checkpoint_every, config.train.steps
-    log = Log(run, done, steps, chief)
-    if patience_exhausted(ap_history(log.rows), config.train.patience):
-        log.close()
-        if chief:
-            print(f"{run}: stopped at step {done}, since AP no longer rose; raise train.patience to go on")
-        return
-    callbacks = [log]
-    if config.train.evaluate_every:
-        callbacks.append(Evaluation(run, done, strategy, log))
-    callbacks.append(Checkpoints(run, done, strategy, log))
-    if profile and done < profile[0]:
-        callbacks.append(Profile(run, done, profile))
-    elif profile and chief:
-        print(f"{run}: no profile, since step {profile[0]} has been trained before; --restart to train anew")
-    try:
-        model.fit(
-            data,
-            steps_per_epoch=every,
-            initial_epoch=done // every,
-            epochs=math.ceil(steps / every),
-            verbose=0,
-            callbacks=callbacks,
-        )
-    except NotFinite as e:
-        saved = ""
-        if chief:
-            saved = f" and its batch is {_save_batch(batches(start_step=e.step - 1), run, e.step)}"
-        newest = runs.step_of(next(iter(runs.checkpoints(run)), None))
-        newest = f"the newest checkpoint is of step {newest}" if newest else "there is no checkpoint yet"
-        raise InputError(
-            f"{run}: {e} at step {e.step}; {newest}{saved}. Look at that batch, or start over with a lower train.learning_rate"
-        ) from None
-    except tf.errors.OpError as e:
-        if workers > 1 and isinstance(e, WORKER_LOST_ERRORS):
-            raise  # the watchdog says whom we lost
-        explained = pipeline.explain(e, info, config, seed=config.train.seed, step=log.step, worker=worker, workers=workers)
-        if explained is None:
-            raise
-        raise explained from None
-    finally:
-        log.close()
-        for callback in callbacks:
-            if isinstance(callback, Profile):
-                callback.on_train_end()  # Keras does not tell it of an error
+    with contextlib.ExitStack() as stack:
+        stop = StopOnSignal(done, strategy, stack.enter_context(noted_signals()))
+        log = Log(run, done, steps, chief)
+        stack.callback(log.close)
+        evaluation = Evaluation(run, done, strategy, log, stop)
+        callbacks = [log, stop, Checkpoints(run, done, strategy, log), evaluation]
+        if profile and done < profile[0]:
+            callbacks.append(Profile(run, done, profile))
+            stack.callback(callbacks[-1].on_train_end)  # Keras does not tell it of an error
+        elif profile and chief:
+            print(f"{run}: no profile, since step {profile[0]} has been trained before; --restart to train anew")
+        try:
+            if missing:  # a signal, a kill or an error came between a checkpoint and its evaluation
+                for callback in (log, evaluation):
+                    callback.set_model(model)
+                    callback.on_train_begin()
+                evaluation.evaluate(done)
+            if patience_exhausted(ap_history(log.rows), config.train.patience):
+                if chief:
+                    print(f"{run}: stopped at step {done}, since AP no longer rose; raise train.patience to go on")
+            elif done < steps:
+                data = batches(start_step=done, worker=worker, workers=workers, replicas=count)
+                if count > 1:
+                    # The pipeline makes every replica's batch itself; TensorFlow would decode all on every worker.
+                    data = strategy.distribute_datasets_from_function(lambda context, mine=data: mine)
+                model.fit(data, steps_per_epoch=steps - done, verbose=0, callbacks=callbacks)
+        except Stopped as stopped:
+            stop.number = stopped.number
+        except NotFinite as e:
+            saved = ""
+            if chief:
+                saved = f" and its batch is {_save_batch(batches(start_step=e.step - 1), run, e.step)}"
+            newest = runs.step_of(next(iter(runs.checkpoints(run)), None))
+            newest = f"the newest checkpoint is of step {newest}" if newest else "there is no checkpoint yet"
+            raise InputError(
+                f"{run}: {e} at step {e.step}; {newest}{saved}. Look at that batch, or start over with a lower "
+                "train.learning_rate"
+            ) from None
+        except (tf.errors.OpError, UnicodeDecodeError) as e:
+            if workers > 1 and isinstance(e, WORKER_LOST_ERRORS):
+                raise  # the watchdog says whom we lost
+            explained = pipeline.explain(e, info, config, seed=config.train.seed, step=log.step, worker=worker, workers=workers)
+            if explained is None:
+                raise
+            raise explained from None
+        return stop.number, log.step
 
 
 def _save_batch(batches: tf.data.Dataset, run: Path, step: int) -> Path:
@@ -203,18 +199,16 @@ def _save_batch(batches: tf.data.Dataset, run: Path, step: int) -> Path:
 
 def start_from(model: PolarMask, run: Path, chief: bool = True) -> None:
     """Gives `model` the weights of a run (or .keras file) that have its names and shapes, and tells which have not."""
-    theirs = {variable.name: variable for variable in _weights(runs.load_model(run))}
-    mine = _weights(model)
-    other = [v.name for v in mine if v.name not in theirs or theirs[v.name].shape != v.shape]
-    for variable in mine:
-        if variable.name not in other:
-            variable.assign(theirs[variable.name])
+    theirs, mine = _weights(runs.load_model(run)), _weights(model)
+    anew = [name for name, variable in mine.items() if name not in theirs or theirs[name].shape != variable.shape]
+    for name in set(mine) - set(anew):
+        mine[name].assign(theirs[name])
     if chief:
-        print(
-            f"starting from {run}: {len(mine) - len(other)} of {len(mine)} tensors"
-            + (f"; anew: {summarize(other)}" if other else "")
-        )
+        rest = f"; anew: {summarize(anew)}" if anew else ""
+        print(f"starting from {run}: {len(mine) - len(anew)} of {len(mine)} tensors{rest}")
 
 
-def _weights(model: PolarMask) -> list:
-    return [*model.backbone.variables, *model.decoder.variables, *model.head.variables]  # without the metrics' state
+def _weights(model: PolarMask) -> dict[str, tf.Variable]:
+    """Without the metrics' state."""
+    variables = [*model.backbone.variables, *model.decoder.variables, *model.head.variables]
+    return dict(zip(runs.variable_names(model, variables), variables, strict=True))

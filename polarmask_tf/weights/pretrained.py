@@ -11,6 +11,7 @@ import tf_keras
 
 from polarmask_tf.config import BackboneConfig, ModelConfig
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import readable_by_tensorflow
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.weights.state_dict import read_tensors, summarize
 
@@ -194,16 +195,20 @@ def applications_tensors(network: tf_keras.Model) -> dict[str, np.ndarray]:
 
 
 def _load_garden(backbone: tf_keras.Model, path: str, kind: str) -> None:
-    found = tf.train.latest_checkpoint(path) if Path(path).is_dir() else path.removesuffix(".index")
-    if not found or not Path(f"{found}.index").is_file():
-        raise InputError(f"{path}: no checkpoint of tf-models-official (a directory with one, or a prefix: FILE.index exists)")
-    # What its trainer saves has the backbone under this name, beside model, optimizer and global_step.
-    checkpoint = tf.train.Checkpoint(backbone=backbone)
-    try:
-        checkpoint.read(found).assert_existing_objects_matched().expect_partial()
-    except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{found}: damaged, or without the backbone of a {kind} of this multiplier ({reason})") from None
+    is_folder = Path(path).is_dir()
+    with readable_by_tensorflow(Path(path) / "checkpoint" if is_folder else path.removesuffix(".index")) as prefix:
+        prefix = tf.train.latest_checkpoint(Path(prefix).parent) if is_folder else prefix
+        if not prefix or not Path(f"{prefix}.index").is_file():
+            raise InputError(
+                f"{path}: no checkpoint of tf-models-official (a directory with one, or a prefix: FILE.index exists)"
+            )
+        # What its trainer saves has the backbone under this name, beside model, optimizer and global_step.
+        checkpoint = tf.train.Checkpoint(backbone=backbone)
+        try:
+            checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
+        except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
+            reason = " ".join(str(e).split())[:200]
+            raise InputError(f"{path}: damaged, or without the backbone of a {kind} of this multiplier ({reason})") from None
 
 
 def _check_stride(config: BackboneConfig, wanted: str) -> None:

@@ -14,95 +14,24 @@ import numpy as np
 import tensorflow as tf
 
 from polarmask_tf import config as configs
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import pretrained, runs
 from polarmask_tf.weights.state_dict import read_tensors
 
-# The 80 classes of COCO in the order of their ids, which is that of the released models' class scores.
-COCO = {
-    1: "person",
-    2: "bicycle",
-    3: "car",
-    4: "motorcycle",
-    5: "airplane",
-    6: "bus",
-    7: "train",
-    8: "truck",
-    9: "boat",
-    10: "traffic light",
-    11: "fire hydrant",
-    13: "stop sign",
-    14: "parking meter",
-    15: "bench",
-    16: "bird",
-    17: "cat",
-    18: "dog",
-    19: "horse",
-    20: "sheep",
-    21: "cow",
-    22: "elephant",
-    23: "bear",
-    24: "zebra",
-    25: "giraffe",
-    27: "backpack",
-    28: "umbrella",
-    31: "handbag",
-    32: "tie",
-    33: "suitcase",
-    34: "frisbee",
-    35: "skis",
-    36: "snowboard",
-    37: "sports ball",
-    38: "kite",
-    39: "baseball bat",
-    40: "baseball glove",
-    41: "skateboard",
-    42: "surfboard",
-    43: "tennis racket",
-    44: "bottle",
-    46: "wine glass",
-    47: "cup",
-    48: "fork",
-    49: "knife",
-    50: "spoon",
-    51: "bowl",
-    52: "banana",
-    53: "apple",
-    54: "sandwich",
-    55: "orange",
-    56: "broccoli",
-    57: "carrot",
-    58: "hot dog",
-    59: "pizza",
-    60: "donut",
-    61: "cake",
-    62: "chair",
-    63: "couch",
-    64: "potted plant",
-    65: "bed",
-    67: "dining table",
-    70: "toilet",
-    72: "tv",
-    73: "laptop",
-    74: "mouse",
-    75: "remote",
-    76: "keyboard",
-    77: "cell phone",
-    78: "microwave",
-    79: "oven",
-    80: "toaster",
-    81: "sink",
-    82: "refrigerator",
-    84: "book",
-    85: "clock",
-    86: "vase",
-    87: "scissors",
-    88: "teddy bear",
-    89: "hair drier",
-    90: "toothbrush",
-}
+# The 80 classes of COCO in the order of their ids, which is that of the released models' class scores. Ten ids name nothing.
+_NAMES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking
+meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie,
+suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis
+racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog,
+pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell
+phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+"""
+_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+_IDS = [number for number in range(1, 91) if number not in _UNUSED]
+COCO = dict(zip(_IDS, " ".join(_NAMES.split()).split(", "), strict=True))
 COCO_CLASSES = [{"name": name, "category_id": number} for number, name in COCO.items()]
 
 
@@ -126,7 +55,7 @@ def import_weights(
         raise InputError(f"{run}: exists already; choose another --out")
     tensors = read_tensors(checkpoint)
     tensors = {_renamed(key): value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
-    classes = records.load_dataset_info(data).classes if data else COCO_CLASSES
+    classes = dataset.load(data).classes if data else COCO_CLASSES
     _check_kind(checkpoint, tensors, config, len(classes))
     model = PolarMask(config, classes)
     left = _assign(checkpoint, tensors, model)

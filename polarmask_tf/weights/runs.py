@@ -10,28 +10,23 @@ import re
 import shutil
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import tensorflow as tf
 import tf_keras
-import yaml
 
 from polarmask_tf import config as configs
 from polarmask_tf.config import Config
-from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write, io_error_text, make_directory
+from polarmask_tf.data import dataset
+from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.files import atomic_write, io_error_text, make_directory, read_file, readable_by_tensorflow
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.weights import earlier
+from polarmask_tf.weights.state_dict import without_numbers
 
-# What may differ when a training goes on: how long it lasts, what is watched, how the same numbers are computed.
-MAY_CHANGE = (
-    "train.steps",
-    "train.checkpoint_every",
-    "train.evaluate_every",
-    "train.patience",
-    "train.jit_compile",
-    "data.damaged",
-)
 UNFINISHED = "unfinished"  # where in checkpoints/ the next one is written
+SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, until a new checkpoint stands
 
 
 def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
@@ -43,9 +38,10 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     run = Path(run)
     config, classes = read_run(run)
     config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
+    configs.check(config.postprocess, "postprocess.")
     model = PolarMask(config, classes)
     if not restore(model, run):
-        raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run})")
+        raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")
     return model
 
 
@@ -62,7 +58,7 @@ def load_model(path: str | os.PathLike, **overrides) -> PolarMask:
     try:
         model = tf_keras.models.load_model(path)
     except Exception as error:  # zip, HDF5, JSON and Keras errors are of a dozen classes
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise InputError(f"{path}: damaged, or not a .keras file that PolarMask.save wrote ({reason})") from None
     if not isinstance(model, PolarMask):
         raise InputError(f"{path}: holds a {type(model).__name__}, not a PolarMask")
@@ -75,52 +71,41 @@ def read_run(run: Path) -> tuple[Config, list]:
     """Config and classes of a run directory, without loading weights."""
     if not (run / "config.yaml").is_file() or not (run / "dataset.json").is_file():
         raise InputError(f"{run}: not a run directory (config.yaml and dataset.json are expected in it)")
+    file = run / "dataset.json"
     try:
-        classes = json.loads((run / "dataset.json").read_text())["classes"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{run / 'dataset.json'}: damaged; copy dataset.json from the training data") from None
+        content = json.loads(read_file(file, 2**20 * 100))
+        classes = dataset.parse_classes(content.get("classes") if isinstance(content, dict) else None)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {io_error_text(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({error}); copy dataset.json from the training data") from None
     return configs.load_saved(run / "config.yaml"), classes
 
 
-def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
-    """Makes the run directory, or refuses one that belongs to something else. Lengthening a training is allowed."""
-    # A run that ended before its first checkpoint, of missing weights for example, holds nothing to protect.
-    if (run / "config.yaml").is_file() and not restart and checkpoints(run):
-        before, classes = read_run(run)
-        if classes != info.classes:
-            raise InputError(
-                f"{run}: was trained on {len(classes)} classes, and {config.data.train} has {len(info.classes)}, or others; "
-                "choose another --out, or --restart"
-            )
-        old, new = (_flatten(yaml.safe_load(configs.dump(c))) for c in (before, config))
-        changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
-        if changed:
-            key = changed[0]
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise InputError(
-                f"{run}: holds a training with {key}={old[key]}, now {new[key]}{more}; choose another --out, or --restart"
-            )
-    elif run.is_dir() and not (run / "config.yaml").is_file() and any(path.suffix != ".tmp" for path in run.iterdir()):
-        raise InputError(f"{run}: exists and is not a run directory; choose another --out")
-    if restart and (run / "config.yaml").is_file():
-        made = ("checkpoints/*", "events.out.tfevents.*", "not_finite_step_*.npz")
-        _remove([run / "best", run / "metrics.csv", run / "plugins", *(path for name in made for path in run.glob(name))])
-    _tidy(run / "checkpoints", checkpoints(run))
-    write_run(run, config, {"classes": info.classes, "name": info.name, "num_images": info.num_images})
-
-
 def write_run(run: Path, config: Config, dataset: dict) -> None:
-    """Makes the run directory and writes config.yaml and dataset.json into it; InputError if it cannot."""
+    """Makes the run directory and writes config.yaml, unless it says the same, and dataset.json; InputError if it cannot."""
     make_directory(run)
-    atomic_write(run / "config.yaml", configs.dump(config))
+    try:
+        same = (run / "config.yaml").is_file() and configs.load(run / "config.yaml") == config
+    except InputError:  # of an earlier version
+        same = False
+    if not same:
+        atomic_write(run / "config.yaml", configs.dump(config))
     atomic_write(run / "dataset.json", json.dumps(dataset, indent=1))
 
 
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def kept_aside(run: Path) -> str:
+    """The end of a line that says where --restart keeps what was there, if it does."""
+    aside = run / SET_ASIDE
+    return f"; what was there before --restart is in {aside}" if checkpoints(aside) else ""
+
+
+def check_resumable(run: Path, names) -> None:
+    """InputError where a checkpoint of these tensors does not hold all that a training goes on from."""
+    if earlier.is_earlier(names):
+        raise InputError(f"{run}: was trained by an earlier version, which this one cannot resume: give it to --start")
+    if not any(name.startswith("optimizer/") for name in names):
+        raise InputError(f"{run}: holds weights alone, which no training can resume: give it to --start")
 
 
 def save(
@@ -132,45 +117,68 @@ def save(
     chief: bool = True,
     weights_only: bool = False,
     passing: tuple = (),
+    known: set[int] | None = None,
 ) -> None:
     """Writes the checkpoint run/checkpoints/step-<step> and deletes all but the newest `keep`; InputError if it cannot.
 
     It is written beside and moved, the index last: a checkpoint that has an index is whole. Of several workers all must
     call this, since values are gathered from them, but only the chief's files stay. Errors of the classes `passing` are
-    passed on as they are.
+    passed on as they are. `known`: the steps of the checkpoints that are this training's to delete, to which `step` is
+    added; where there is another one, somebody else trains into `run`, and nothing is touched. Default: all there are.
     """
     folder = run / "checkpoints"
-    with contextlib.ExitStack() as stack:
-        try:
-            beside = folder / UNFINISHED if chief else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _remove([beside])
-            # TensorFlow writes an index in place, and a kill would leave half of it under the checkpoint's own name.
-            written = Path(_checkpoint(model, weights_only).save(str(beside / "step")))
-            if not chief:
-                return
-            (folder / f"step-{step}.index").unlink(missing_ok=True)  # of one that could not be read
-            for path in sorted(beside.glob(f"{written.name}.*")):  # .data-00000-of-00001, .index
-                os.replace(path, folder / f"step-{step}{path.suffix}")
-        except passing:
-            raise
-        except (tf.errors.OpError, OSError) as e:
-            _remove([beside])
-            raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {io_error_text(e)}") from None
+    beside = folder / UNFINISHED / uuid.uuid4().hex if chief else Path(tempfile.mkdtemp())
+    try:
+        if chief:
+            _refuse_others(run, step, known)
+        # TensorFlow writes an index in place, and a kill would leave half of it under the checkpoint's own name.
+        written = Path(_checkpoint(model, weights_only).save(str(beside / "step")))
+        if not chief:
+            return
+        _refuse_others(run, step, known)
+        (folder / f"step-{step}.index").unlink(missing_ok=True)  # of one that could not be read
+        for path in sorted(beside.glob(f"{written.name}.*")):  # .data-00000-of-00001, .index
+            os.replace(path, folder / f"step-{step}{path.suffix}")
+    except passing:
+        raise
+    except (tf.errors.OpError, OSError) as e:
+        raise InputError(f"{folder}: cannot write the checkpoint of step {step}: {io_error_text(e)}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where another one writes
+            (folder / UNFINISHED).rmdir()
+    if known is not None:
+        known.add(step)
     # A later one is none that this training went on from: it could not be read.
-    _tidy(folder, [path for path in checkpoints(run) if step_of(path) <= step][:keep])
+    tidy(folder, [path for path in checkpoints(run) if step_of(path) <= step][:keep], known)
 
 
-def _tidy(folder: Path, keep: list[str]) -> None:
-    """Deletes the checkpoints that are not to be kept, and what a kill left of others."""
+def _refuse_others(run: Path, step: int, known: set[int] | None) -> None:
+    others = sorted(steps(run) - known) if known is not None else []
+    if others:
+        raise InputError(
+            f"{run}: the checkpoint of step {others[-1]} is not this training's: another one writes there too; this one ends "
+            f"after step {step}, which is not saved, and deletes nothing"
+        )
+
+
+def tidy(folder: Path, keep: list[str], known: set[int] | None = None) -> None:
+    """Deletes what is not to `keep`: checkpoints of `known` steps; without it all of them, and what a kill left of others."""
     kept = {Path(path).name for path in keep}
     ours = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+(\.index|\.data-.+|_temp)", path.name)]
+    if known is not None:
+        ours = [path for path in ours if path.stem in {f"step-{step}" for step in known}]
     others = sorted((path for path in ours if path.stem not in kept), reverse=True)  # an index before its data
-    _remove([folder / UNFINISHED, *others])
+    remove([*([folder / UNFINISHED] if known is None else ()), *others])
 
 
-def _remove(paths) -> None:
+def remove(paths) -> None:
+    """Deletes files and whole directories, where they are there."""
     for path in list(paths):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+UNREADABLE = (tf.errors.OpError, AssertionError, ValueError, IndexError)  # TensorFlow's reader raises all of these
 
 
 def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | None:
@@ -182,43 +190,53 @@ def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | Non
     paths = checkpoints(run)
     for path in paths:
         try:
-            names = _check(path, training)
-            legacy = any(name.startswith("model/") for name in names)
-            if legacy and training:
-                raise InputError(f"{run}: was trained by an earlier version, which this one cannot resume: give it to --start")
-            averages = {}
-            if not training and any(name.startswith("average/") for name in names):
-                averages = {"average": [tf.Variable(v) for v in model.trainable_variables]}
-            # TensorFlow would tell of every value that is left over, a line each; what matters is asserted.
-            status = _checkpoint(model, not training, legacy, **averages).restore(path).expect_partial()
-            status.assert_consumed() if training else status.assert_existing_objects_matched()
-            for variable, value in zip(model.trainable_variables, averages.get("average", ()), strict=False):
-                variable.assign(value)
+            with readable_by_tensorflow(path) as readable:
+                _restore(model, run, readable, training)
             return path
-        except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
-            damage = " ".join(str(e).split())[:200]
+        except UNREADABLE as e:
+            reason = one_line(e, 200)
             if path == paths[-1]:
-                raise InputError(
-                    f"{path}: damaged, or of another model, and no older one is left; train again with --restart ({damage})"
-                ) from None
-            print(f"warning: {path} cannot be read, the checkpoint before it is used ({damage})", file=sys.stderr)
+                raise InputError(f"{path}: {_why_unreadable(e)} ({reason})") from None
+            print(f"warning: {path} cannot be read, the checkpoint before it is used ({reason})", file=sys.stderr)
     return None
 
 
-def _check(path: str, training: bool) -> list[str]:
-    """The names in a checkpoint. Raises what TensorFlow does where the values that are needed are not as they were written."""
+def _restore(model: PolarMask, run: Path, path: str, training: bool) -> None:
     reader = tf.train.load_checkpoint(path)
     names = list(reader.get_variable_to_shape_map())
+    if training:
+        check_resumable(run, names)
     for name in names:
         if training or not name.startswith("optimizer/"):
             reader.get_tensor(name)  # compares its checksum
-    return names
+    old = earlier.is_earlier(names)
+    # TensorFlow would tell of every value that is left over, a line each; what matters is asserted.
+    status = _checkpoint(model, not training, earlier.parts(model) if old else None).restore(path).expect_partial()
+    status.assert_consumed() if training else status.assert_existing_objects_matched()
+    if not training and any(name.startswith("average/") for name in names):
+        variables = model.trainable_variables
+        order = earlier.order_of_averages(reader, variable_names(model, variables)) if old else range(len(variables))
+        for variable, place in zip(variables, order, strict=True):
+            variable.assign(reader.get_tensor(f"average/{place}/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)):
+        return "cannot be read, and no older one is left"
+    if isinstance(error, (AssertionError, ValueError)):
+        return "is of another model than config.yaml and dataset.json beside it say"
+    return "damaged, and no older one is left; train again with --restart, or into another --out"
 
 
 def checkpoints(run: Path) -> list[str]:
     """Paths of the whole checkpoints of a run, the newest first."""
-    steps = [path.stem.rpartition("-")[2] for path in (run / "checkpoints").glob("step-*.index")]
-    return [str(run / "checkpoints" / f"step-{step}") for step in sorted(map(int, filter(str.isdigit, steps)), reverse=True)]
+    return [str(run / "checkpoints" / f"step-{step}") for step in sorted(steps(run), reverse=True)]
+
+
+def steps(run: Path) -> set[int]:
+    """Of how many steps the whole checkpoints of a run are."""
+    names = [path.stem.rpartition("-")[2] for path in (run / "checkpoints").glob("step-*.index")]
+    return {int(name) for name in names if name.isdecimal()}
 
 
 def step_of(path: str | None) -> int:
@@ -233,33 +251,14 @@ def ema_weights(model: PolarMask) -> list:
     return getattr(model.optimizer, "inner_optimizer", model.optimizer)._model_variables_moving_average
 
 
-def _checkpoint(model, weights_only, legacy=False, **more):
-    # Not the model as a whole: its metrics and its optimizer hang on it too. The names are Model Garden's.
-    parts = {"backbone": model.backbone, "decoder": model.decoder, "head": model.head, **more}
-    if legacy:
-        parts = {"model": _as_before(model), **more}
+def variable_names(model: PolarMask, variables) -> list[str]:
+    """The same names for equal networks, however many models a process has made."""
+    return without_numbers(variable.name.removeprefix(f"{model.name}/") for variable in variables)
+
+
+def _checkpoint(model, weights_only, parts=None):
+    # Not the model as a whole: its metrics and its optimizer belong to it too. The names are Model Garden's.
+    parts = parts or {"backbone": model.backbone, "decoder": model.decoder, "head": model.head}
     if not weights_only:
-        parts |= {"optimizer": model.optimizer, "average": ema_weights(model)}
+        parts |= {"optimizer": model.optimizer, "average": ema_weights(model), "losses": model.loss_metrics}
     return tf.train.Checkpoint(**parts)
-
-
-def _as_before(model) -> dict:
-    """The parts of a model under the names of checkpoints that were written before decoder and towers had theirs."""
-    backbone, head = model.backbone, model.head
-    if hasattr(backbone, "stages"):
-        names = ("stem", "stem_norm", "stem2", "stem2_norm")
-        layers = {name: getattr(backbone, name) for name in names if hasattr(backbone, name)}
-        backbone = tf.train.Checkpoint(**layers, stages=[list(blocks) for blocks in backbone.stages])
-    towers = {}
-    for tower in head.towers:
-        convs, norms = getattr(head, f"{tower}_convs"), list(getattr(head, f"{tower}_norms"))
-        if head.config.norm == "batch":
-            count = len(head.levels)
-            names = [str(level) for level in head.levels]
-            norms = [dict(zip(names, norms[i : i + count], strict=True)) for i in range(0, len(norms), count)]
-        towers[tower] = [list(pair) for pair in zip(convs, norms, strict=True)]
-    outputs = {name: getattr(head, name) for name in ("classes", "centerness", "rays", "boxes") if hasattr(head, name)}
-    scales = {f"scale{level}": scale for level, scale in head.scales.items()}
-    if "box" in head.towers:
-        scales |= {f"box_scale{level}": scale for level, scale in head.box_scales.items()}
-    return {"backbone": backbone, "fpn": model.decoder, "head": tf.train.Checkpoint(towers=towers, **outputs, **scales)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -47,6 +49,19 @@ def summarize(names, most: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
+
+
+def without_numbers(names) -> list[str]:
+    """Names of variables without the numbers that Keras gives within a process: "conv2d_7/kernel:0" is "conv2d/kernel".
+
+    Of several that are then alike, the second is "conv2d/kernel 2", and so on: equal networks have equal names.
+    """
+    seen, plain = collections.Counter(), []
+    for name in names:
+        name = re.sub(r"_\d+(?=/)", "", name.removesuffix(":0"))
+        seen[name] += 1
+        plain.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return plain
 
 
 def _read_npz(path: Path) -> dict:

@@ -6,11 +6,8 @@ watched.
 """
 
 import argparse
-import base64
 import collections
-import http.client
 import io
-import json
 import os
 import random
 import statistics
@@ -25,11 +22,11 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import grpc
 import numpy as np
 import tensorflow as tf
 from PIL import Image
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+from polarmask_tf.inference import client
 
 SERVER = Path(__file__).resolve().parents[2] / "tests/helpers/serving_server.py"
 TOLERANCE = 1e-5  # of scores, and of coordinates relative to the image
@@ -38,7 +35,7 @@ SIZES = [(1, 1), (1, 700), (64, 96), (97, 33), (240, 320), (480, 640), (333, 500
 
 
 def make_model(folder):
-    """The serving export of a small network with weights of chance."""
+    """The serving export of a small network with random weights."""
     from polarmask_tf import config as configs
     from polarmask_tf.export.serving import export_serving
     from polarmask_tf.modeling.polarmask import PolarMask
@@ -129,40 +126,18 @@ def make_references(directory, requests):
     return references
 
 
-def over_rest(address, name):
-    """ask(files) -> arrays by name, or None for a refusal; anything else raises. One connection, kept."""
-    connection = http.client.HTTPConnection(address, timeout=120)
+def over(url):
+    """ask(files) -> arrays by name, or None for a refusal of bad input; anything else raises."""
+    ask_once = client.asker(url)
 
     def ask(contents):
-        inputs = [{"b64": base64.b64encode(content).decode()} for content in contents]
-        body = json.dumps({"inputs": {"image_bytes": inputs}})
-        connection.request("POST", f"/v1/models/{name}:predict", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        document = json.loads(answer.read())
-        if answer.status == 400 and document["error"]:
-            return None
-        if answer.status != 200:
-            raise RuntimeError(f"HTTP {answer.status}: {document}")
-        return {key: np.array(value) for key, value in document["outputs"].items()}
-
-    return ask
-
-
-def over_grpc(address, name):
-    """The same by gRPC."""
-    stub = prediction_service_pb2_grpc.PredictionServiceStub(grpc.insecure_channel(address))
-
-    def ask(contents):
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = name
-        request.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto(contents, tf.string))
         try:
-            answer = stub.Predict(request, timeout=120)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.INVALID_ARGUMENT and error.details():
+            outputs = ask_once("serving_default", "image_bytes", contents, 120)
+        except client.Refused as error:
+            if error.code in client.BAD_INPUT and str(error):
                 return None
             raise
-        return {key: tf.make_ndarray(value) for key, value in answer.outputs.items()}
+        return {name: np.asarray(value) for name, value in outputs.items()}
 
     return ask
 
@@ -224,8 +199,8 @@ def soak(process, name, rest, grpc_address, requests, references, args):
     began, samples = time.monotonic(), []
     end = began + args.seconds
 
-    def client(number):
-        ask = over_grpc(grpc_address, name) if number % 2 else over_rest(rest, name)
+    def run(number):
+        ask = over(f"grpc://{grpc_address}/{name}" if number % 2 else f"http://{rest}/v1/models/{name}")
         choice = random.Random(args.seed * 1000 + number)
         while time.monotonic() < end:
             index = choice.randrange(len(requests))
@@ -234,13 +209,12 @@ def soak(process, name, rest, grpc_address, requests, references, args):
                 problem = None if same(ask(contents), references[index]) else "another answer"
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-                ask = over_grpc(grpc_address, name) if number % 2 else over_rest(rest, name)
             with lock:
                 counts["refused" if references[index] is None else "answered"] += 1
                 if problem:
                     wrong.append(f"request {index} ({what}): {problem}")
 
-    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(args.clients)]
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(args.clients)]
     for thread in threads:
         thread.start()
     shown = began

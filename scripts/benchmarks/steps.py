@@ -21,7 +21,7 @@ from polarmask_tf import config
 from polarmask_tf.data import pipeline
 from polarmask_tf.data.convert import convert
 from polarmask_tf.files import atomic_write, format_csv
-from polarmask_tf.inference.evaluate import coco_metrics, polygons_to_rle
+from polarmask_tf.inference.coco_metrics import coco_metrics, polygons_to_rle
 from polarmask_tf.ops import geometry, targets
 from polarmask_tf.tools.benchmark import as_jpeg, in_turns, synthetic_picture
 from polarmask_tf.tools.benchmark_train import synthetic_coco, synthetic_data, wavy_outlines

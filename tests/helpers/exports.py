@@ -99,7 +99,8 @@ def damaged_images(folder):
 def fake_model(fit, size):
     """What the exporters use of a model; it marks the brightest pixel of what it sees with hexagons of RADIUS pixels."""
     config = configs.Config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit, size=size))
+    rays = dataclasses.replace(config.model, rays=6)
+    config = dataclasses.replace(config, model=rays, data=dataclasses.replace(config.data, fit=fit, size=size))
     return types.SimpleNamespace(
         config=config,
         classes=CLASSES,

@@ -33,9 +33,10 @@ SETTINGS = (
     "train.evaluate_every=10",
 )
 STEPS, EVERY = 60, 3
-# Seconds that may pass between what a kill waits for and the kill. A start takes longer than 12 s, the first evaluation
-# some seconds, a step and a checkpoint far less than one.
-MOMENTS = {"start-up": 12.0, "steps": 0.3, "checkpoint": 0.03, "evaluation": 4.0}
+# Seconds that may pass between what a kill waits for and the kill: about what a start, some steps, a checkpoint and an
+# evaluation take. Where they take less, the next checkpoint but one is the end of it: so a training of 20 checkpoints has
+# room for several kills however fast the machine is, and one that comes too late finds a training that has ended.
+MOMENTS = {"start-up": 12.0, "steps": 0.3, "checkpoint": 0.03, "evaluation": 4.0, "end": 0.3}
 A_ROUND = ("start-up",) * 3 + ("steps",) * 3 + ("checkpoint",) * 2 + ("evaluation",) * 2
 LIMIT = 600  # seconds after which a start that neither ends nor comes to its moment has hung
 
@@ -79,28 +80,33 @@ def kill(process: subprocess.Popen, kind: str, run: Path, log: Path, rng: random
 
     if kind == "steps":
         least += EVERY
+    if kind == "end":
+        least = STEPS
     end = time.monotonic() + LIMIT
     while process.poll() is None and not reached():
         assert time.monotonic() < end, f"{kind}: nothing happens, see {log}"
         time.sleep(0.001 if kind == "checkpoint" else 0.02)
-    time.sleep(rng.uniform(0, MOMENTS[kind]))
+    moment, last = time.monotonic() + rng.uniform(0, MOMENTS[kind]), newest(run) + 2 * EVERY
+    while process.poll() is None and time.monotonic() < moment and newest(run) < last:
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
 
 def round_of_kills(words: list[str], run: Path, rng: random.Random, kinds=A_ROUND, tell=lambda line: None) -> int:
-    """Trains into `run` with a kill of each kind, in random order, and then to the end; returns how many kills it was."""
+    """Trains into `run` with a kill of each kind, in random order, one after the last checkpoint, and then to the end; returns
+    how many kills it was: fewer where the training ended before."""
     kills, found = 0, 0
-    for kind in (*rng.sample(kinds, len(kinds)), None):
+    for kind in (*rng.sample(kinds, len(kinds)), "end", None):
         log = run.with_name(f"{run.name}_{kills}.log")
         process = start(words, log)
         killed = kind is not None and kill(process, kind, run, log, rng)
         status = process.wait(LIMIT)
         text = log.read_text()
         assert "Traceback" not in text and "warning:" not in text, text
-        went_on = re.search(r"going on after step (\d+)", text)
-        if went_on or not killed:  # a kill may come before it says so
-            assert int(went_on[1] if went_on else 0) == found, f"step {found} was saved: {text}"
+        said = re.search(r"(?:already trained for|going on after step) (\d+)", text)
+        if said or not killed:  # a kill may come before it says so
+            assert int(said[1] if said else 0) == found, f"step {found} was saved: {text}"
         if not killed:
             assert status == 0, text
             return kills

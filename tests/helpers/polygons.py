@@ -64,3 +64,19 @@ def raster_moments(mask, scale=8):
 
 def iou(a, b):
     return (a & b).sum() / (a | b).sum()
+
+
+def polar_star(rng, x, y, radius, rays=36):
+    """A polygon float64 [rays, 2] of random lengths at even angles, as the network gives them."""
+    angle = 2 * np.pi * np.arange(rays) / rays
+    return (x, y) + np.stack([np.cos(angle), np.sin(angle)], -1) * rng.uniform(0.5, 1, (rays, 1)) * radius
+
+
+def brute_raster(polygon, height, width):
+    """Pixels whose center is inside by the even-odd rule: crossings of a ray towards +x, edge by edge."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    inside = np.zeros((height, width), bool)
+    for (x1, y1), (x2, y2) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+        if y1 != y2:
+            inside ^= ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) / (y2 - y1) * (x2 - x1))
+    return inside

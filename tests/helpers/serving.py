@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import io
 import json
+import socket
 import threading
 import time
 
@@ -52,6 +53,43 @@ def scripted(*answers):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def hostile(serve):
+    """The address of a server that calls serve(socket) when it has read a request's beginning."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def talk(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            serve(connection)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    finally:
+        server.close()
+
+
+def sends(first, again, pause=0.0):
+    """serve for `hostile`: `first`, then `again` for ever (for as long as anybody listens)."""
+
+    def serve(connection):
+        connection.sendall(first)
+        while True:
+            connection.sendall(again)
+            time.sleep(pause)
+
+    return serve
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def encoded(image, kind="PNG", mode="RGB", **options):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from polarmask_tf import config as configs
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "model.rays=12",
@@ -25,6 +27,19 @@ TINY = [
     "postprocess.max_detections=20",
     "postprocess.score_threshold=0.001",
 ]
+TINIEST = [  # for what needs steps and no learning
+    *TINY,
+    "model.backbone.width=4",
+    "model.fpn.levels=[5]",
+    "targets.ranges=[]",
+    "model.backbone.norm=group",
+    "model.backbone.freeze_at=5",
+    "train.optimizer=sgd",
+]
+
+
+def load(*settings: str) -> configs.Config:
+    return configs.load("shapes", [*TINIEST, *settings])
 
 
 def command(data: Path, run: Path, *settings: str, arguments: tuple = ()) -> list[str]:

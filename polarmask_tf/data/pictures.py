@@ -1,0 +1,126 @@
+"""The bytes that a record holds of one picture: the file's own where any reader takes them alike, else its pixels anew.
+
+Pixels come from lite.read_image, as in `predict`: what is trained on is what is predicted on.
+"""
+
+import contextlib
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from polarmask_tf import lite
+from polarmask_tf.data.report import Report, Unusable
+from polarmask_tf.files import read_file
+
+_MOST_BYTES = 2**29  # of a file; a record must stay below 2 GB
+_ORIENTATION = 274  # tag of EXIF
+_CORRUPT = "corrupt or truncated image, or not an image"
+# First bytes: format in a record, end of a whole file, modes of 8 bits that every reader makes the same RGB of.
+_PLAIN = {
+    b"\xff\xd8": ("jpeg", b"\xff\xd9", ("L", "RGB")),
+    b"\x89P": ("png", b"IEND\xaeB`\x82", ("1", "L", "LA", "P", "RGB", "RGBA")),
+}
+
+
+def find(folder: Path, name: str, allow_outside: bool) -> Path:
+    """The path of an image file of the JSON; Unusable if there is none, or if it lies outside `folder`.
+
+    `folder` is resolved; a link counts as what it points to.
+    """
+    try:
+        path = os.path.realpath(folder / name)
+        if not (allow_outside or path.startswith(os.path.join(folder, ""))):
+            raise Unusable("image outside the images directory (--allow-outside takes such)")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # also keeps from waiting at a pipe
+            raise Unusable("missing image")
+    except (FileNotFoundError, NotADirectoryError):
+        raise Unusable("missing image") from None
+    except (OSError, ValueError):  # too long, links in a circle
+        raise Unusable("unreadable image file") from None
+    return Path(path)
+
+
+def stored(path: Path, size: tuple[int, int], options, report: Report, where: str) -> tuple[bytes, str]:
+    """(bytes, format) of a picture that must have `size` (width, height); Unusable otherwise.
+
+    `options` are those of convert.convert: verify (decode all pixels in any case), decoded (store pixels), exif, bit_depth.
+    """
+    try:
+        data = read_file(path, _MOST_BYTES)
+    except (OSError, ValueError):
+        raise Unusable("unreadable image file") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's opinion of odd EXIF blocks and large images
+            return _stored(data, size, options, report, where)
+    except (Unusable, MemoryError):
+        raise
+    except Exception:  # Pillow's parsers fail in every way there is: struct.error, SyntaxError, ZeroDivisionError, ...
+        raise Unusable(_CORRUPT) from None
+
+
+def _stored(data, size, options, report, where):
+    format, end, modes = _PLAIN.get(data[:2], (None, b"", ()))
+    orientation, turn = 1, False
+    if format or data[:4] == b"RIFF":
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            # Of a PNG Pillow would decode all pixels, to look behind them as well.
+            told = format != "png" or "exif" in image.info or image.size != size
+            orientation = image.getexif().get(_ORIENTATION, 1) if told else 1
+            orientation = orientation if orientation in range(1, 9) else 1
+            turn = _turns(image.size, size, orientation, options.exif, report, where)
+            if format and image.mode in modes and not turn and not options.decoded:
+                # Some files carry padding or a second picture behind the end marker; then decoding has the last word.
+                if options.verify or not data.rstrip(b"\0\r\n ").endswith(end):
+                    image.load()
+                    if end not in data:
+                        raise Unusable(_CORRUPT)
+                return data, format
+    pixels = lite.read_image(io.BytesIO(data), **({"bit_depth": options.bit_depth} if options.bit_depth else {}))
+    if turn:
+        picture = Image.fromarray(pixels)
+        picture.getexif()[_ORIENTATION] = orientation
+        pixels = np.asarray(ImageOps.exif_transpose(picture))
+    if pixels.shape[:2] != size[::-1]:
+        raise Unusable("size mismatch")
+    if not options.bit_depth:
+        _tell_of_few_grays(data, report, where)
+    return encode(pixels, "bmp" if options.decoded else "png")
+
+
+def _turns(actual, wanted, orientation, exif, report, where) -> bool:
+    """Whether a picture is to be turned as its EXIF says: `exif` is "apply", "ignore" or, by the size in the JSON, "auto"."""
+    upright = actual[::-1] if orientation > 4 else actual
+    turn = orientation > 1 and (exif == "apply" or (exif == "auto" and actual != wanted == upright))
+    if (upright if turn else actual) != wanted:
+        raise Unusable("size mismatch (EXIF orientation)" if wanted in (actual, upright) else "size mismatch")
+    if turn:
+        report.note("image turned by its EXIF orientation, and stored as turned", f"{where}: orientation {orientation}")
+    elif orientation > 1 and upright == actual and exif == "auto":
+        what = "EXIF orientation that the size does not tell, ignored: annotations are taken to fit the image as stored"
+        report.note(f"{what} (--exif apply: as viewers show it)", f"{where}: orientation {orientation}")
+    elif orientation > 1:
+        report.note("EXIF orientation ignored: annotations fit the image as stored", f"{where}: orientation {orientation}")
+    return turn
+
+
+def _tell_of_few_grays(data, report, where):
+    """A note on 12 bits in files of 16: their brightest pixel is dark."""
+    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF", "PNG", "PPM")) as image:
+        largest = int(np.asarray(image).max()) if image.mode.startswith("I") else 2**16
+        if largest < 2**14:
+            what = f"{where}: {largest // 256 + 1} levels, its largest value is {largest}"
+            report.note("16-bit image of which less than 64 gray levels are left (see --bit-depth)", what)
+
+
+def encode(pixels: np.ndarray, format: str) -> tuple[bytes, str]:
+    """uint8 RGB [h, w, 3] as a file: "png", or "bmp", which is read faster than any decoder works."""
+    file = io.BytesIO()
+    gray = format == "png" and (pixels == pixels[..., :1]).all()  # BMP readers disagree about gray
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(file, format, **({"compress_level": 1} if format == "png" else {}))
+    return file.getvalue(), format

@@ -1,0 +1,36 @@
+"""What of somebody else's data could not be used: counted and named, never dropped in silence."""
+
+from __future__ import annotations
+
+from polarmask_tf.errors import InputError, one_line
+
+
+class Unusable(Exception):
+    """An image or an annotation that has to be skipped; the text is the reason, the same for all of a kind."""
+
+
+class Report:
+    """What was skipped and what is worth knowing: reason -> [count, first example]."""
+
+    def __init__(self, strict: bool = False):
+        self.strict = strict
+        self.skipped: dict[str, list] = {}
+        self.notes: dict[str, list] = {}
+
+    def skip(self, reason: str, where: str, count: int = 1) -> None:
+        where = one_line(where, 200)
+        if self.strict:
+            raise InputError(f"{where}: {reason}; mend it, or leave out --strict to skip such things")
+        self.skipped.setdefault(reason, [0, where])[0] += count
+
+    def note(self, reason: str, where: str, count: int = 1) -> None:
+        self.notes.setdefault(reason, [0, one_line(where, 200)])[0] += count
+
+    def merge(self, other: Report) -> None:
+        for mine, theirs in ((self.skipped, other.skipped), (self.notes, other.notes)):
+            for reason, (count, example) in theirs.items():
+                mine.setdefault(reason, [0, example])[0] += count
+
+    def lines(self) -> list[str]:
+        kinds = (("skipped", self.skipped), ("note:", self.notes))
+        return [f"{kind} {n} x {reason} (first: {where})" for kind, found in kinds for reason, (n, where) in found.items()]
