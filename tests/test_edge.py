@@ -435,7 +435,7 @@ def test_what_tensorflow_cannot_convert_is_one_line(run_and_data, tmp_path, caps
 def test_a_model_is_exported_as_its_run_is(model, run_and_data, tmp_path):
     rows = export_model(model, str(tmp_path), images=str(run_and_data[1]), precisions=["int8"])
     assert set(rows) == {"saved_model", "model_int8.tflite"} and rows["saved_model"]["detections"] > 10
-    with pytest.raises(InputError, match="^max_detections: of a model, set it in config.postprocess"):
+    with pytest.raises(InputError, match=r"^max_detections: of a model, set it in config\.postprocess"):
         export_model(model, tmp_path, max_detections=7)
     with pytest.raises(InputError, match="--max-ap-drop nan"):
         export_model(model, tmp_path, max_ap_drop=float("nan"))
