@@ -115,7 +115,7 @@ def test_growth_compares_with_the_first_of_a_kind(tmp_path, monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["what", "batch", "instances", "rays", "cpu_ms", "ratio", "peak_mb"]
     assert lines[2].split() == ["batch", "2", "10", "36", "66.0", "1.00", "512"] and len(lines) == 3 + len(rows)
-    assert lines[-1] == "36 rays relative to 4, in turns: 1.250 of the CPU time"
+    assert lines[-1] == "the paper's network with 36 rays relative to 4, in turns: 1.250 of the CPU time"
 
 
 def test_the_ratio_of_rays_is_of_the_second_to_the_first(monkeypatch):

@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import flatbuffers
@@ -22,6 +24,8 @@ from polarmask_tf import cli, lite
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import flatbuffer, quantize, tflite
+from polarmask_tf.export.export import export_model
+from polarmask_tf.files import lock
 from polarmask_tf.inference import evaluate
 from polarmask_tf.inference.predictor import load_predictor, run_predictor
 from polarmask_tf.modeling.polarmask import PolarMask
@@ -352,6 +356,100 @@ def test_8_bits_need_images(run_and_data, tmp_path, capsys):
     (run / "config.yaml").write_text(text.replace(str(run_and_data[1]), str(tmp_path / "gone")))
     assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), "--precision", "int8"]) == 2
     assert "give --images DATA" in capsys.readouterr().err
+
+
+def never(*_, **__):
+    raise AssertionError("something was converted")
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "out[1]"], "out[1]/saved_model: TensorFlow loads no SavedModel from a path with [ or \\ in it"),
+        (["--out", "a\\b"], "TensorFlow loads no SavedModel"),
+        (["--out", "out[1]", "--serving"], "TensorFlow loads no SavedModel"),
+        (["--out", "a_file"], "a_file: cannot be made: "),
+        (["--out", "taken"], "taken/saved_model: in the way, and no SavedModel that could be replaced"),
+        (["--out", "out", "--data", "empty"], "empty"),
+        (["--out", "out", "--images", "empty"], "empty"),
+        (["--out", "locked"], "locked: in use by polarmask export"),
+    ],
+)
+def test_what_can_be_known_is_found_before_anything_is_converted(run_and_data, tmp_path, capsys, monkeypatch, words, message):
+    (tmp_path / "a_file").write_text("mine")
+    (tmp_path / "taken" / "saved_model").mkdir(parents=True)
+    (tmp_path / "taken" / "saved_model" / "notes.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tf.saved_model, "save", never)
+    with lock(tmp_path / "locked", "export"):
+        before = listing(tmp_path)
+        assert cli.main(["export", str(run_and_data[0]), *words]) == 2
+        assert listing(tmp_path) == before
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_directory_with_spaces(run_and_data, tmp_path):
+    out = tmp_path / "with some spaces"
+    assert cli.main(["export", str(run_and_data[0]), "--out", str(out)]) == 0
+    image = next(images(1, 64, 96))
+    one, other = (load_predictor(out / name)(image) for name in ("saved_model", "model.tflite"))
+    np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+
+
+def test_what_tensorflow_cannot_convert_is_one_line(run_and_data, tmp_path, capsys, monkeypatch):
+    run, _ = run_and_data
+    assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    detect = PolarMask.detect
+
+    def strange(model, images_, **options):  # TensorFlow Lite has no such function
+        found = detect(model, images_, **options)
+        return {**found, "detection_scores": tf.math.lgamma(found["detection_scores"])}
+
+    monkeypatch.setattr(PolarMask, "detect", strange)
+    capsys.readouterr()
+    assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith(f"polarmask: error: {tmp_path}/model.tflite: TensorFlow cannot make it: ") and error.count("\n") == 1
+    )
+    assert (tmp_path / "model.tflite").read_bytes() == before[tmp_path / "model.tflite"]
+    monkeypatch.undo()
+
+    def full_disk(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "{{node SaveV2}} x/y; No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", full_disk)
+    (tmp_path / "saved_model" / "mine").write_text("still the older one")
+    assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"polarmask: error: {tmp_path}: cannot be written: No space left on device\n"
+    assert (tmp_path / "saved_model" / "mine").read_text() and not [n for n in listing(tmp_path) if n.startswith(".export-")]
+
+
+def test_a_model_is_exported_as_its_run_is(model, run_and_data, tmp_path):
+    rows = export_model(model, str(tmp_path), images=str(run_and_data[1]), precisions=["int8"])
+    assert set(rows) == {"saved_model", "model_int8.tflite"} and rows["saved_model"]["detections"] > 10
+    with pytest.raises(InputError, match=r"^max_detections: of a model, set it in config\.postprocess"):
+        export_model(model, tmp_path, max_detections=7)
+    with pytest.raises(InputError, match="--max-ap-drop nan"):
+        export_model(model, tmp_path, max_ap_drop=float("nan"))
+
+
+def test_a_file_knows_its_checksum(files):
+    for path in files.values():
+        content = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            described = json.loads(archive.read("metadata.json"))
+            length = archive.getinfo("metadata.json").header_offset
+        assert described["flatbuffer_bytes"] == length
+        assert described["flatbuffer_sha256"] == hashlib.sha256(content[:length]).hexdigest()
+        assert content[4:8] == b"TFL3" and content[length : length + 2] == b"PK"
 
 
 # ---- what files cost

@@ -14,6 +14,7 @@ from polarmask_tf import lite
 from polarmask_tf.data import dataset
 from polarmask_tf.export import export, graph, parity, tflite
 from polarmask_tf.inference.predictor import Detections, load_predictor, network_input, run_predictor
+from polarmask_tf.ops import placement
 
 SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47), (120, 50), (427, 640), (2000, 3)]
 
@@ -22,7 +23,7 @@ SIZES = [(50, 120), (200, 90), (64, 96), (480, 640), (1, 1), (3, 2000), (33, 47)
 @pytest.mark.parametrize("fit", ["letterbox", "stretch", "short_side"])
 def test_the_graphs_resizing_is_pillows(fit, size):
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    placed, filled = graph.resize(image[None], (64, 96), fit)
+    placed, filled = placement.resize(image[None], (64, 96), fit)
     expected, (back_x, back_y) = network_input(image, configs.DataConfig(size=(64, 96), fit=fit))
     assert placed.shape[1:] == expected.shape
     assert np.abs(placed[0].numpy().astype(int) - expected).max() <= 1
@@ -39,7 +40,7 @@ def test_the_graph_finds_the_same_canvas_for_every_size():
         expected, back = network_input(image, configs.DataConfig(size=(48, 90), fit="short_side"))
         assert expected.shape[:2] == tuple(-(-side // 32) * 32 for side in rounded)
         np.testing.assert_allclose(back, np.divide(size, rounded)[::-1])
-        placed, filled = graph.resize(image[None], (48, 90), "short_side")
+        placed, filled = placement.resize(image[None], (48, 90), "short_side")
         assert placed.shape[1:] == expected.shape
         np.testing.assert_allclose(filled, np.divide(rounded, expected.shape[:2])[::-1], rtol=1e-6)
 

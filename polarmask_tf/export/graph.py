@@ -15,6 +15,7 @@ from polarmask_tf import __version__
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.ops.placement import resize
 
 
 def metadata(model: PolarMask, resize: str | None = None) -> dict:
@@ -42,35 +43,8 @@ def metadata(model: PolarMask, resize: str | None = None) -> dict:
     }
 
 
-def resize(images: tf.Tensor, size: tuple[int, int], fit: str) -> tuple[tf.Tensor, tf.Tensor]:
-    """uint8 [B, h, w, 3] to what the network takes, [B, H, W, 3]: scaled as DataConfig.fit says, padded with zeros.
-
-    H and W are `size`; with short_side the scaled image's own sides in multiples of 32. Returns the padded images, uint8, and
-    the part of their width and height that the images fill, float32 [2], in (0, 1].
-    """
-    # In double precision the same sides as lite.letterbox finds: one rounded otherwise is another picture.
-    source = tf.cast(tf.shape(images)[1:3], tf.float64)
-    factors = tf.constant(size, tf.float64) / source
-    if fit == "letterbox":
-        factors = tf.reduce_min(factors)
-    elif fit == "short_side":
-        factors = tf.minimum(size[0] / tf.reduce_min(source), size[1] / tf.reduce_max(source))
-    resized = tf.maximum(tf.round(source * factors), 1.0)
-    canvas = tf.math.ceil(resized / 32) * 32 if fit == "short_side" else tf.constant(size, tf.float64)
-    padded = tf.raw_ops.ScaleAndTranslate(
-        images=images,
-        size=tf.cast(canvas, tf.int32),
-        scale=tf.cast(resized / source, tf.float32),
-        translation=tf.zeros(2),
-        kernel_type="triangle",
-        antialias=True,
-    )
-    padded = tf.ensure_shape(padded, [None, *((None, None) if fit == "short_side" else size), 3])
-    return tf.cast(tf.clip_by_value(tf.round(padded), 0.0, 255.0), tf.uint8), tf.cast((resized / canvas)[::-1], tf.float32)
-
-
 def detect(model: PolarMask, padded: tf.Tensor, filled: tf.Tensor) -> dict:
-    """Detections in images that `resize` padded, relative to the images themselves.
+    """Detections in images that placement.resize padded, relative to the images themselves.
 
     `filled` is the part of width and height that they fill, float32 [2], or [B, 2] where they differ.
     """

@@ -13,8 +13,9 @@ import tensorflow as tf
 from polarmask_tf.config import CONVENTIONS, DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import decode, model_garden
-from polarmask_tf.export.graph import check_saved_model_path, detect, metadata, resize, saving
+from polarmask_tf.export.graph import check_saved_model_path, detect, metadata, saving
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.ops.placement import resize
 
 CONTRACTS = ("model_garden",)
 WARM_UP_SIZE = (96, 128)  # height and width of the picture in the warm-up requests
@@ -72,7 +73,7 @@ def place_encoded(contents: tf.Tensor, data: DataConfig, max_pixels: int, exampl
 
 
 def _place(images, data):
-    """graph.resize, with the height and width filled, in pixels."""
+    """placement.resize, with the height and width filled, in pixels."""
     padded, filled = resize(images, data.size, data.fit)
     return padded, tf.round(filled[::-1] * tf.cast(tf.shape(padded)[1:3], tf.float32))
 

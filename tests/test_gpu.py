@@ -1,0 +1,167 @@
+"""Exported files on LiteRT's GPU delegate: the numbers of its CPU.
+
+No GPU is needed: the delegate's WebGPU runs on a software Vulkan, SwiftShader, which Debian's chromium packages bring with the
+loader that finds it. Each file runs in a process of its own, which a driver may crash.
+"""
+
+import ctypes.util
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.edge_table import make, pictures
+
+from polarmask_tf import config
+from polarmask_tf.export import flatbuffer, tflite
+
+SIZE = 96
+EDGE = sorted(path.stem for path in config.configs_dir().glob("edge*.yaml"))
+SCORES, POLYGONS, LOGITS = 2e-5, 5e-5, 1e-4  # the largest difference that is allowed; polygons are relative to the image
+PLACES = ("/usr/lib/chromium", "/usr/lib/chromium-browser", "/opt/google/chrome", "/usr/lib/x86_64-linux-gnu")
+RUN = """
+import sys
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+
+file, image, out = sys.argv[1:]
+model = CompiledModel.from_file(file, HardwareAccelerator.GPU | HardwareAccelerator.CPU)
+details = model.get_output_tensor_details("serving_default")
+names = model.get_signature_list()["serving_default"]["outputs"]
+given, made = model.create_input_buffers(0), model.create_output_buffers(0)
+given[0].write(np.load(image))
+model.run_by_index(0, given, made)
+values = {}
+for name, buffer in zip(names, made):
+    shape = details[name]["shape"]
+    values[name] = buffer.read(int(np.prod(shape)), np.dtype(details[name]["dtype"])).reshape(shape)
+np.savez(out, whole=model.is_fully_accelerated(), **values)
+"""
+
+
+@pytest.fixture(scope="session")
+def vulkan(tmp_path_factory):
+    """The environment in which LiteRT finds SwiftShader and no other device."""
+    driver = next((path for place in PLACES if (path := Path(place, "libvk_swiftshader.so")).is_file()), None)
+    if driver is None:
+        pytest.skip("no libvk_swiftshader.so here (Debian: apt-get install chromium)")
+    loader = next((place for place in PLACES if Path(place, "libvulkan.so.1").is_file()), None)
+    if loader is None and ctypes.util.find_library("vulkan") is None:
+        pytest.skip("no libvulkan.so.1 here (Debian: apt-get install libvulkan1)")
+    description = tmp_path_factory.mktemp("vulkan") / "swiftshader.json"
+    described = {"file_format_version": "1.0.0", "ICD": {"library_path": str(driver), "api_version": "1.0.5"}}
+    description.write_text(json.dumps(described))
+    environment = {**os.environ, "VK_ICD_FILENAMES": str(description), "VK_DRIVER_FILES": str(description)}
+    if loader:
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (loader, os.environ.get("LD_LIBRARY_PATH"))))
+    return environment
+
+
+@pytest.fixture
+def both(vulkan, tmp_path):
+    """both(file) -> its outputs for a picture on the CPU, and on the GPU with "whole", whether all of it ran there."""
+    image = np.roll(next(pictures(SIZE)), 9, axis=1)[np.newaxis]
+    np.save(tmp_path / "image.npy", image)
+
+    def run(file):
+        from ai_edge_litert.interpreter import Interpreter
+
+        expected = Interpreter(model_path=str(file)).get_signature_runner("serving_default")(images=image)
+        command = [sys.executable, "-c", RUN, str(file), str(tmp_path / "image.npy"), str(tmp_path / "out.npz")]
+        done = subprocess.run(command, env=vulkan, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "SwiftShader" in done.stderr  # and not a device that this machine may have
+        with np.load(tmp_path / "out.npz") as found:
+            return expected, dict(found)
+
+    return run
+
+
+def export(model, folder, precision="fp32", raw=False):
+    file = folder / tflite.file_name(precision, raw)
+    return tflite.export_tflite(model, file, precision, raw=raw, images=functools.partial(pictures, SIZE))
+
+
+def assert_equal_detections(expected, found, at_least):
+    """The same objects, in an order in which only nearly equal scores may have changed places."""
+    count = int(expected["num_detections"][0])
+    assert count == int(found["num_detections"][0]) >= at_least
+    scores, classes, polygons = (
+        [outputs[f"detection_{name}"][0][:count] for outputs in (expected, found)] for name in ("scores", "classes", "polygons")
+    )
+    left = set(range(count))
+    for row in range(count):
+        equal = [
+            other
+            for other in left
+            if abs(scores[1][other] - scores[0][row]) <= SCORES
+            and classes[1][other] == classes[0][row]
+            and np.abs(polygons[1][other] - polygons[0][row]).max() <= POLYGONS
+        ]
+        assert equal, f"detection {row} of {count}, score {scores[0][row]}: not found"
+        left.remove(equal[0])
+
+
+def assert_equal_logits(expected, found):
+    assert found.pop("whole")  # every operation on the accelerator
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert 0.01 < np.abs(value).max() < 50, name
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=LOGITS, err_msg=name)
+
+
+@pytest.mark.parametrize("name", EDGE)
+def test_every_edge_config(name, both, tmp_path):
+    model = make(name, SIZE, 60)
+    for precision in ("fp32", "fp16"):
+        expected, found = both(export(model, tmp_path, precision))
+        assert_equal_detections(expected, found, 30)
+        assert len(set(expected["detection_classes"][0].tolist())) > 3
+    assert_equal_logits(*both(export(model, tmp_path, raw=True)))
+
+
+OTHERWISE = {
+    "places whose number no 4 divides": ["postprocess.pre_nms_top_k=7"],
+    "pairs of a location and a class": ["postprocess.multi_label=true", "postprocess.pre_nms_top_k=25"],
+    "all there is": ["postprocess.multi_label=true", "postprocess.pre_nms_top_k=1000"],
+    "images normalised by themselves": ["model.normalization=image"],
+    "four rays": ["model.rays=4"],
+    "a box branch": ["model.head.box=true"],
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_users_may_set(what, both, tmp_path):
+    model = make("edge_small", SIZE, 20, *OTHERWISE[what], classes=3)
+    assert_equal_detections(*both(export(model, tmp_path)), 8)
+
+
+def test_group_norm_runs_whole_on_the_accelerator(both, tmp_path):
+    model = make("edge_small", SIZE, 60, "model.head.norm=group", "model.backbone.norm=group")
+    assert_equal_logits(*both(export(model, tmp_path, raw=True)))
+    assert_equal_detections(*both(export(model, tmp_path)), 30)
+
+
+def test_8_bits_are_8_bits_there_too(both, tmp_path):
+    """Within what rounding differently makes of it, a tenth of the distance to float32."""
+    model = make("edge", SIZE, 60)
+    exact, _ = both(export(model, tmp_path, raw=True))
+    expected, found = both(export(model, tmp_path, "int8", raw=True))
+    assert found.pop("whole")
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).mean() < 0.1 * np.abs(value - exact[name]).mean(), name
+
+
+def test_no_tensor_has_more_than_four_dimensions(tmp_path):
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    model = make("edge_small", SIZE, 20, "model.head.norm=group")
+    content = export(model, tmp_path, raw=True).read_bytes()
+    tensors = schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0].tensors
+    assert max(len(tensor.shape) for tensor in tensors if tensor.shape is not None) == 4
+    assert {"SUM", "TILE"} <= {kind for kind, *_ in flatbuffer.operations(content)}
