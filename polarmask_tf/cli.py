@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="converted training data (data.train)")
     add("--out", type=Path, required=True, help="run directory")
     add("--set", **setting, help="override, like train.steps=100")
-    add("--restart", action="store_true", help="start over, deleting the run's checkpoints")
+    add("--restart", action="store_true", help="start over; the first new checkpoint replaces what was there")
     add("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
     _add_devices(add)
     text = "how long to wait for the other workers at the start (default %(default)s)"

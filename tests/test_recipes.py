@@ -86,7 +86,11 @@ def slurm(folder, srun):
     """Starts the sbatch file with a stand-in for Slurm's srun, and one for scontrol that notes what it is given."""
     tools = folder / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for name, text in {"srun": srun, "scontrol": f'echo "$*" >> {folder / "scontrol"}\n'}.items():
+    for name, text in {
+        "srun": srun,
+        "scontrol": f'echo "$*" >> {folder / "scontrol"}\n',
+        "sleep": "exec /bin/sleep 0.1",
+    }.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}")
         (tools / name).chmod(0o755)
     environment = {**os.environ, "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_ID": "77"}
@@ -106,7 +110,7 @@ def test_the_sbatch_file_starts_all_again_when_they_fail(tmp_path, failures, sta
 def test_the_sbatch_file_puts_a_job_whose_time_is_up_back_into_the_queue(tmp_path):
     """When the tasks, which get the signal too, have saved and ended: not before."""
     log = tmp_path / "log"
-    srun = f'trap "sleep 1; echo saved >> {log}; exit 143" TERM\necho started >> {log}\nwhile :; do sleep 0.1; done\n'
+    srun = f'trap "/bin/sleep 1; echo saved >> {log}; exit 143" TERM\necho started >> {log}\nwhile :; do sleep 0.1; done\n'
     job = slurm(tmp_path, srun)
     while not log.exists():
         assert job.poll() is None

@@ -130,7 +130,7 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
     config, chief = model.config, replicas.is_chief(strategy)
     worker, workers = replicas.worker(strategy)
     count, steps = strategy.num_replicas_in_sync, config.train.steps
-    missing = is_evaluation_missing(config.train, done, run)
+    missing = replicas.all_gather(strategy, [is_evaluation_missing(config.train, done, run)])[0]  # as the chief reads it
     if done >= steps and not missing:
         if chief:
             print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
