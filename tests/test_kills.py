@@ -271,7 +271,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_those_before(model, run):
 @pytest.fixture
 def log(tmp_path):
     log = callbacks.Log(tmp_path, 0, 100, True)
-    log.set_model(SimpleNamespace(parts=("class",), trainable_variables=[]))
+    log.set_model(SimpleNamespace(loss_names=("class",), trainable_variables=[]))
     log.on_train_begin()
     yield log
     log.close()
@@ -280,13 +280,12 @@ def log(tmp_path):
 def test_metrics_that_cannot_be_written_are_one_line(log, tmp_path):
     log.add(20, {"loss": 1.0})
     whole = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "metrics.csv.tmp").symlink_to("/dev/full")
     again = callbacks.Log(tmp_path, 20, 100, True)
     again.set_model(log.model)
-    with pytest.raises(InputError, match=r"metrics.csv: cannot be written: No space left on device$"):
+    with files_of_at_most(10), pytest.raises(InputError, match=r"metrics.csv: cannot be written: File too large$"):
         again.on_train_begin()
     again.close()
-    assert (tmp_path / "metrics.csv").read_bytes() == whole and not (tmp_path / "metrics.csv.tmp").exists()
+    assert (tmp_path / "metrics.csv").read_bytes() == whole and not list(tmp_path.glob(".*"))
     (tmp_path / "metrics.csv").unlink()
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"metrics.csv: cannot be written: No space left on device$"):
@@ -309,7 +308,9 @@ def test_the_best_ap_is_the_same_after_an_interruption(config, tmp_path, monkeyp
     """Two equal APs: the first is the best, also where it was read back from metrics.csv."""
     saved = []
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.0))
-    model = SimpleNamespace(config=config, parts=(), trainable_variables=[], non_trainable_variables=[], stop_training=False)
+    model = SimpleNamespace(
+        config=config, loss_names=(), trainable_variables=[], non_trainable_variables=[], stop_training=False
+    )
     metrics = SimpleNamespace(values={"AP": 0.12345649, "AP50": 1 / 3, "AP75": 0.0})
     monkeypatch.setattr(callbacks, "evaluate", lambda *args, **kwargs: metrics)
     monkeypatch.setattr(runs, "save", lambda model, run, step, **kwargs: saved.append(step))
@@ -319,7 +320,7 @@ def test_the_best_ap_is_the_same_after_an_interruption(config, tmp_path, monkeyp
         log = callbacks.Log(tmp_path, step - 10, 100, True)
         log.set_model(model)
         log.on_train_begin()
-        evaluation = callbacks.Evaluation(tmp_path, step - 10, tf.distribute.get_strategy(), [], log)
+        evaluation = callbacks.Evaluation(tmp_path, step - 10, tf.distribute.get_strategy(), log)
         evaluation.model, evaluation.predictor = model, None
         evaluation.on_step(step, None)
         log.close()

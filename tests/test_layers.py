@@ -1,4 +1,4 @@
-"""modeling/layers.py: strided 1x1 convolutions of few channels, whose gradient in oneDNN writes outside its memory."""
+"""modeling/layers.py: strided 1x1 convolutions, whose gradient in oneDNN writes outside its memory with few channels."""
 
 import os
 import subprocess
@@ -10,10 +10,8 @@ import tensorflow as tf
 
 from polarmask_tf.modeling.layers import Conv
 
-THIN, WIDE = (1, 4, 12, 15), (16, 20)
 
-
-@pytest.mark.parametrize("channels", THIN + WIDE)
+@pytest.mark.parametrize("channels", (1, 4, 12, 15, 16, 20))
 @pytest.mark.parametrize("size", [(16, 16), (7, 10)])
 def test_a_strided_1x1_convolution_takes_every_other_pixel(channels, size):
     """Numbers and gradients against matrix products of every other pixel; numbers against TensorFlow's own operation too."""
@@ -56,11 +54,11 @@ def test_a_batch_of_one_on_two_threads_ends_no_process():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("channels", WIDE + THIN)
-def test_a_network_as_wide_as_those_shipped_keeps_the_one_operation(channels):
+@pytest.mark.parametrize("channels", (4, 16))
+@pytest.mark.parametrize("size", [(16, 16), (7, 10), (None, None)])
+def test_no_graph_has_a_strided_1x1_convolution(channels, size):
     layer = Conv(8, 1, 2)
-    layer.build((None, 16, 16, channels))
-    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((1, 16, 16, channels))).graph
-    strides = [list(op.get_attr("strides")) for op in graph.get_operations() if op.type == "Conv2D"]
-    slices = [op.name for op in graph.get_operations() if op.type == "StridedSlice"]
-    assert (strides, len(slices)) == (([[1, 2, 2, 1]], 0) if channels in WIDE else ([[1, 1, 1, 1]], 1))
+    layer.build((None, *size, channels))
+    graph = tf.function(layer).get_concrete_function(tf.TensorSpec((1, *size, channels))).graph
+    [strides] = [list(op.get_attr("strides")) for op in graph.get_operations() if op.type == "Conv2D"]
+    assert strides == [1, 1, 1, 1]
