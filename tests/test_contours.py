@@ -45,6 +45,7 @@ def disc(radius, x=0.0, y=0.0):
 def test_trace_encloses_exactly_the_pixels(mask):
     rings = contours.trace(mask)
     assert sum(map(contours.shoelace, rings)) == mask.sum()
+    assert sum(map(len, rings)) == contours.corners(mask)
     assert np.array_equal(inside(rings, grid(*mask.shape, 1)).reshape(mask.shape), mask)
 
 

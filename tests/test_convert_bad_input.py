@@ -118,6 +118,10 @@ BAD_ANNOTATIONS = {
         spoil_annotation(segmentation={"size": [16, 24], "counts": [100, HUGE]}),
         spoil_annotation(segmentation=RLE | {"counts": RLE["counts"] + "1"}),
     ],
+    "RLE of more than 5,000,000 runs": [
+        spoil_annotation(segmentation={"size": [16, 24], "counts": [384] + [0] * 5_000_000}),
+        spoil_annotation(segmentation=RLE | {"counts": "0" * 5_000_001}),
+    ],
     "malformed RLE (broken 'counts')": [
         spoil_annotation(segmentation=RLE | {"counts": text})
         for text in ("", "ö", RLE["counts"] + "o", "ooooooooooooooo1", "abc\0", " ", "1N")
@@ -166,7 +170,7 @@ BAD_IMAGES = {
     "malformed image entry (no positive integer 'height')": spoil_image(height=0),
     "malformed image entry (no positive integer 'width')": lambda document: document["images"][1].pop("width"),
     "image that is listed twice": spoil_image(id=1, file_name="good.jpg"),
-    "image of more than 178 megapixels": spoil_image(height=100_000, width=100_000),
+    "image of more than 120 megapixels": spoil_image(height=100_000, width=100_000),
 }
 
 

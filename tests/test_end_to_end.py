@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_one_line(work, tmp_path, capsys):
     assert re.match(r"warning: \S*step-8 cannot be read, the checkpoint before it is used \(.*\)\n$", warning)
     data = next((run / "checkpoints").glob("step-4.data*"))
     data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(InputError, match="step-4: damaged, or of another model, and no older one is left"):
+    with pytest.raises(InputError, match="step-4: damaged, and no older one is left"):
         load_run(run)
 
 
@@ -244,12 +244,23 @@ def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
 
 def test_the_readmes_python(work, tmp_path, monkeypatch):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    (tmp_path / "exported").symlink_to(work / "export")
+    # The same on a network and data that fit a test.
+    smaller = {
+        '"edge", ["data.batch=8"]': f'"shapes", {[s for s in settings() if s != "--set"]}',
+        'classes=["cat", "dog"]': "classes=4",
+        "jit_compile=True": "jit_compile=False",
+        "epochs=10": "epochs=1, verbose=0",
+    }
+    for text, other in smaller.items():
+        assert text in code
+        code = code.replace(text, other)
+    (tmp_path / "data").symlink_to(work / "data")
     (tmp_path / "photo.jpg").symlink_to(next((work / "shapes/val/images").iterdir()))
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert names["found"].polygons.shape[1:] == (12, 2)
+    assert names["result"].polygons.shape[1:] == (12, 2)
+    assert (tmp_path / "model.keras").is_file() and (tmp_path / "drawn.png").is_file()
 
 
 def test_what_a_server_wants(work, tmp_path, capsys):
@@ -280,7 +291,7 @@ def test_upper_bound_summary_and_model_benchmark(work, tmp_path, capsys):
     assert {file.name for file in tmp_path.iterdir()} == {"upper_bound.csv", "upper_bound.png"}
     assert polarmask("upper-bound", work / "data/val", "--rays", "3") == 2
     assert polarmask("summary", "shapes", "--classes", "4", *settings()) == 0
-    assert re.search(r"^total .* MB$", capsys.readouterr().out, re.M)
+    assert re.search(r"^total ", capsys.readouterr().out, re.M)
     assert polarmask("benchmark", work / "run", "--repeats", "1", "--csv", tmp_path / "fps.csv") == 0
     rows = (tmp_path / "fps.csv").read_text().splitlines()
     assert len(rows) == 3 and "fps" in rows[0] and "network and post-processing" in rows[2]

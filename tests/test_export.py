@@ -11,6 +11,7 @@ from PIL import Image
 from helpers.exports import RADIUS, expected_scale, fake_model, hexagon_around_brightest, spot
 from polarmask_tf import config as configs
 from polarmask_tf import lite
+from polarmask_tf.data import dataset
 from polarmask_tf.export import export, graph, parity, tflite
 from polarmask_tf.inference.predictor import Detections, load_predictor, network_input, run_predictor
 
@@ -108,7 +109,7 @@ def test_one_graph_for_inputs_of_every_size():
 
 @pytest.fixture(scope="module")
 def short_side_export(tmp_path_factory):
-    """A real network with weights of chance whose images are resized by their shorter side: run directory and exports."""
+    """A real network with random weights whose images are resized by their shorter side: run directory and exports."""
     from polarmask_tf.data import records
     from polarmask_tf.modeling.polarmask import PolarMask
     from polarmask_tf.weights import runs
@@ -156,7 +157,7 @@ def short_side_export(tmp_path_factory):
                 ),
             )
     content = {
-        "format": records.FORMAT,
+        "format": dataset.FORMAT,
         "name": "val",
         "num_images": len(images),
         "num_instances": 5,

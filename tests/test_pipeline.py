@@ -70,7 +70,7 @@ def test_batches_hold_one_orientation_and_lose_no_image(info):
         seen = np.bincount(np.concatenate([ids(images) for images, _ in batches]), minlength=11)
         assert seen.min() > 0
         if block == 2048:
-            # 7 lying images in 3 batches, 4 standing ones in 2: 12 epochs of 5 batches, each image once or twice in each.
+            # 7 landscape images in 3 batches, 4 portrait ones in 2: 12 epochs of 5 batches, each image once or twice in each.
             for first in range(0, 60, 5):
                 epoch = [ids(images) for images, _ in batches[first : first + 5]]
                 counts = np.bincount(np.concatenate(epoch), minlength=11)
@@ -425,11 +425,32 @@ def test_every_epoch_of_training_data_has_an_order_of_its_own(tmp_path):
     assert by_config[0] == by_config[1] != epochs[0]  # train.seed; a data set of its own begins with the first epoch
 
 
+@pytest.mark.usefixtures("traced_once")
+def test_keras_takes_the_epochs_one_after_the_other(tmp_path):
+    """Of three epochs of `fit` and two more, every batch once, whatever iterators Keras makes."""
+    info, config = converted(tmp_path), config_of(batch=4)
+    data = pipeline.training_data(info.directory, config, seed=5)
+    seen = []
+
+    def note(images):
+        seen.append(ids(images))
+        return np.zeros((len(images), 1), np.float32)
+
+    x = data.map(lambda images, _: tf.ensure_shape(tf.numpy_function(note, [images], tf.float32), [None, 1]))
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    for epochs in (3, 2):
+        model.fit(x.map(lambda x: (x, x)), epochs=epochs, verbose=0)
+    straight = pipeline.training_batches(info, config, seed=5).take(5 * len(data))
+    assert seen == [ids(images) for images, _ in straight.as_numpy_iterator()]
+
+
 def test_validation_data_are_every_image_once_as_stored(tmp_path):
     info = converted(tmp_path)
     config = config_of(batch=4, flip="both", scale=(0.5, 2.0), crop=(32, 32), damaged="skip")
     first, again = (list(pipeline.validation_data(info.directory, config).as_numpy_iterator()) for _ in range(2))
     assert [ids(images) for images, _ in first] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]  # shard by shard
+    assert len(pipeline.validation_data(info.directory, config_of(batch=4))) == 3
     for one, other in zip(first, again, strict=True):
         tf.nest.map_structure(np.testing.assert_array_equal, one, other)
     for images, instances in first:
@@ -442,6 +463,7 @@ def test_validation_data_are_every_image_once_as_stored(tmp_path):
 def test_validation_data_of_both_orientations(tmp_path):
     info = converted(tmp_path)
     data = pipeline.validation_data(info.directory, config_of(batch=4, **SHORT))
+    assert len(data) == 3
     seen = [(ids(images), images.shape[1:3]) for images, _ in data.as_numpy_iterator()]
     assert [shape for _, shape in seen] == [(64, 96), (64, 96), (96, 64)]
     assert sorted(n for numbers, _ in seen for n in numbers) == list(range(11))

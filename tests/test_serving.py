@@ -541,7 +541,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
 
 
 def test_a_network_finds_what_it_finds_in_keras(tmp_path):
-    """A real network with weights of chance, against the run's predictor, which decodes and resizes by Pillow.
+    """A real network with random weights, against the run's predictor, which decodes and resizes by Pillow.
 
     The images need no resizing, but inputs of the network of different sizes: in one request each is seen as if alone.
     """

@@ -29,7 +29,7 @@ from polarmask_tf.weights import runs
 pytestmark = pytest.mark.slow
 
 TINY = (*training.TINY, "model.backbone.width=4")
-QUICK = (  # where nothing hangs on the network: half the time until the first step
+QUICK = (  # where nothing depends on the network: half the time until the first step
     "model.backbone.freeze_at=5",
     "model.fpn.levels=[5]",
     "targets.ranges=[]",

@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.coco_metrics import polygons_to_rle
@@ -104,6 +106,18 @@ def test_annotations_may_come_as_a_converted_directory_and_in_any_number(tmp_pat
     assert sorted(ious_of(apart, (12,))[:, 0, 0]) == pytest.approx(sorted(ious_of(together, (12,))[:, 0, 0]), abs=1e-6)
 
 
+def test_records_that_do_not_fit_are_named(tmp_path):
+    make_shapes(tmp_path, train=1, val=0, progress=False)
+    info = convert(tmp_path / "train/annotations.json", tmp_path / "train/images", tmp_path / "data", progress=False)
+    (data,) = records.read_shard(info.shard_paths[0])
+    example = tf.train.Example.FromString(data)
+    example.features.feature["image/object/polygon/ring_lengths"].int64_list.value[0] += 1
+    with open(info.shard_paths[0], "wb") as file:
+        records.write_record(file, example.SerializeToString())
+    with pytest.raises(InputError, match=r"image 1: polygons that do not fit its objects; run `polarmask convert`"):
+        upper_bound(tmp_path / "data", (8,), progress=False)
+
+
 def test_every_instance_left_out_is_counted_and_named(tmp_path):
     path = coco_file(
         tmp_path / "a.json",
@@ -193,7 +207,7 @@ def test_no_picture_has_so_many_pixels(tmp_path, side, kind):
     whole = [[0, 0, side, 0, side, side, 0, side]] if kind == "polygon" else {"size": [side, side], "counts": [0, side * side]}
     document["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": whole}]
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"holds no instance.*image of more than 178 megapixels.*annotation of a skipped"):
+    with pytest.raises(InputError, match=r"holds no instance.*image of more than 120 megapixels.*annotation of a skipped"):
         upper_bound(path, (8,), progress=False)
 
 

@@ -54,6 +54,14 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     return rings
 
 
+def corners(mask: np.ndarray) -> int:
+    """How many vertices the rings of `trace` have in all, without tracing."""
+    padded = np.pad(np.asarray(mask, np.uint8), 1)
+    around = padded[:-1, :-1] + padded[1:, :-1] + padded[:-1, 1:] + padded[1:, 1:]  # pixels set, of the four at each point
+    touching = (around == 2) & (padded[:-1, :-1] == padded[1:, 1:])
+    return int(np.count_nonzero(around & 1) + 2 * np.count_nonzero(touching))
+
+
 def _runs(edges):
     """The runs of True along the rows of a bool [L, N]: row, first, last + 1 of each run."""
     padded = np.zeros((edges.shape[0], edges.shape[1] + 2), bool)

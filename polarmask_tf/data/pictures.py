@@ -5,6 +5,8 @@ Pixels come from lite.read_image, as in `predict`: what is trained on is what is
 
 import contextlib
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -31,14 +33,16 @@ def find(folder: Path, name: str, allow_outside: bool) -> Path:
     `folder` is resolved; a link counts as what it points to.
     """
     try:
-        path = (folder / name).resolve()
-        if not (allow_outside or path.is_relative_to(folder)):
+        path = os.path.realpath(folder / name)
+        if not (allow_outside or path.startswith(os.path.join(folder, ""))):
             raise Unusable("image outside the images directory (--allow-outside takes such)")
-        if not path.is_file():  # also keeps from waiting at a pipe
+        if not stat.S_ISREG(os.stat(path).st_mode):  # also keeps from waiting at a pipe
             raise Unusable("missing image")
-    except (OSError, ValueError, RuntimeError):  # too long, links in a circle
+    except (FileNotFoundError, NotADirectoryError):
+        raise Unusable("missing image") from None
+    except (OSError, ValueError):  # too long, links in a circle
         raise Unusable("unreadable image file") from None
-    return path
+    return Path(path)
 
 
 def stored(path: Path, size: tuple[int, int], options, report: Report, where: str) -> tuple[bytes, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import tensorflow as tf
@@ -81,8 +82,9 @@ def training_data(directory, config: Config, *, seed: int | None = None) -> tf.d
 def validation_data(directory, config: Config) -> tf.data.Dataset:
     """Finite batches (images, instances) of converted data as they are stored, for `model.evaluate` and `validation_data`.
 
-    No augmentation, the same each time, every image once; the last batch may be smaller. With data.fit: short_side
-    landscape images come first, so that batches are of one orientation. Raises InputError for data that are not usable.
+    No augmentation, the same each time, every image once; the last batch may be smaller. With data.fit: short_side, for
+    which all records are looked at here, landscape images come first, so that batches are of one orientation. Raises
+    InputError for data that are not usable.
     """
     info = dataset.load(directory)
     data = dataclasses.replace(config.data, flip="none", scale=(1.0, 1.0), crop=(), sizes=())
@@ -97,11 +99,18 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
         return parsed.map(example, num_parallel_calls=tf.data.AUTOTUNE).batch(data.batch)
 
     parsed = stored.map(records.parse)
+    groups = [parsed]
     if data.fit == "short_side":
-        landscape = parsed.filter(no_autograph(lambda record: record["height"] <= record["width"]))
-        portrait = parsed.filter(no_autograph(lambda record: record["height"] > record["width"]))
-        return batches(landscape).concatenate(batches(portrait)).prefetch(tf.data.AUTOTUNE)
-    return batches(parsed).prefetch(tf.data.AUTOTUNE)
+        landscape, portrait = (lambda record: record["height"] <= record["width"]), (lambda r: r["height"] > r["width"])
+        groups = [parsed.filter(no_autograph(landscape)), parsed.filter(no_autograph(portrait))]
+    found = functools.reduce(tf.data.Dataset.concatenate, map(batches, groups)).prefetch(tf.data.AUTOTUNE)
+    if data.damaged == "skip":
+        return found  # nobody knows how many there are
+    counts = [info.num_images]
+    if data.fit == "short_side":  # their sizes have to be looked at
+        upright = sum(image["height"] > image["width"] for image, _ in records.iter_records(info))
+        counts = [info.num_images - upright, upright]
+    return found.apply(tf.data.experimental.assert_cardinality(sum(-(-count // data.batch) for count in counts)))
 
 
 def _batches(examples, info, config, seed, size) -> tf.data.Dataset:

@@ -27,6 +27,7 @@ load_dataset_info = dataset.load  # its name before dataset.py, until every room
 CONVERTED_SINCE = "a record of another conversion than dataset.json: converted again while it was in use, or files mixed"
 _AGAIN = "run `polarmask convert` again to rewrite the data set"
 _MOST_BYTES = 2**31  # of a record: no protobuf message is larger
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 # The schema, as it is read: key -> type of the values, and whether there are many. What is not here is not needed to train.
 _FEATURES = {
     "image/encoded": (bytes, False),
@@ -35,10 +36,7 @@ _FEATURES = {
     "image/dataset_id": (bytes, False),  # of the conversion; earlier versions had none
     "image/height": (int, False),
     "image/width": (int, False),
-    "image/object/bbox/xmin": (float, True),  # in widths and heights of the image
-    "image/object/bbox/ymin": (float, True),
-    "image/object/bbox/xmax": (float, True),
-    "image/object/bbox/ymax": (float, True),
+    **{f"image/object/bbox/{side}": (float, True) for side in _SIDES},  # in widths and heights of the image
     "image/object/class/label": (int, True),  # from 1 on
     "image/object/is_crowd": (int, True),
     "image/object/area": (float, True),
@@ -87,10 +85,7 @@ def encode_example(
         "image/source_id": [str(image_id).encode()],
         "image/height": [height],
         "image/width": [width],
-        "image/object/bbox/xmin": boxes[:, 0],
-        "image/object/bbox/ymin": boxes[:, 1],
-        "image/object/bbox/xmax": boxes[:, 2],
-        "image/object/bbox/ymax": boxes[:, 3],
+        **{f"image/object/bbox/{side}": boxes[:, column] for column, side in enumerate(_SIDES)},
         "image/object/class/label": [i.label + 1 for i in instances],
         "image/object/class/text": [i.name.encode() for i in instances],
         "image/object/is_crowd": [int(i.is_crowd) for i in instances],
@@ -217,7 +212,7 @@ def parse(serialized) -> dict:
         },
     )
     height, width = tf.cast(record["image/height"], tf.int32), tf.cast(record["image/width"], tf.int32)
-    boxes = tf.stack([record[f"image/object/bbox/{side}"] for side in ("xmin", "ymin", "xmax", "ymax")], axis=-1)
+    boxes = tf.stack([record[f"image/object/bbox/{side}"] for side in _SIDES], axis=-1)
     return {
         "image/encoded": record["image/encoded"],
         "height": height,
@@ -235,36 +230,34 @@ def parse(serialized) -> dict:
     }
 
 
-def fault(record: dict, info: DatasetInfo, image):
-    """TF function: why training cannot use a parsed record of `info` with its decoded `image`, a text; "" if it can."""
+def fault(record: dict, info: DatasetInfo, image=None):
+    """TF function: why a parsed record of `info`, with its decoded `image`, cannot be used, a text; "" if it can."""
     import tensorflow as tf
 
-    labels, lengths, of = record["labels"], record["ring_lengths"], record["ring_instance"]
+    labels, lengths, of, classes = record["labels"], record["ring_lengths"], record["ring_instance"], len(info.classes)
     count, rings = tf.size(labels), tf.minimum(tf.size(lengths), tf.size(of))
     owners = tf.clip_by_value(of[:rings], 0, tf.maximum(count - 1, 0))
     edges = tf.math.unsorted_segment_sum(lengths[:rings], owners, tf.maximum(count, 1))
     aligned = (tf.size(record["is_crowd"]) == count) & (tf.size(lengths) == tf.size(of))
     ordered = tf.reduce_all(of[1:] >= of[:-1]) & tf.reduce_all((of >= 0) & (of < count)) & tf.reduce_all(lengths > 0)
     whole = (tf.reduce_sum(lengths) == tf.shape(record["xy"])[0]) & (tf.reduce_max(edges) <= info.max_edges)
-    faults = {
-        CONVERTED_SINCE: tf.not_equal(record["dataset_id"], info.id) & (record["dataset_id"] != "") & (info.id != ""),
-        f"a label outside the {len(info.classes)} classes of dataset.json": tf.reduce_any(
-            (labels < 0) | (labels >= len(info.classes))
-        ),
-        "an image of another size than the record says": tf.reduce_any(
-            tf.shape(image)[:2] != tf.stack([record["height"], record["width"]])
-        ),
-        "polygons that do not fit its objects": ~(aligned & ordered & whole & tf.reduce_all(tf.math.is_finite(record["xy"]))),
-    }
+    finite = tf.reduce_all(tf.math.is_finite(record["xy"]))
+    resized = image is not None and tf.reduce_any(tf.shape(image)[:2] != (record["height"], record["width"]))
+    faults = [
+        (CONVERTED_SINCE, (record["dataset_id"] != info.id) & (record["dataset_id"] != "") & (info.id != "")),
+        (f"a label outside the {classes} classes of dataset.json", tf.reduce_any((labels < 0) | (labels >= classes))),
+        ("an image of another size than the record says", resized),
+        ("polygons that do not fit its objects", ~(aligned & ordered & whole & finite)),
+    ]
     text = tf.constant("")
-    for reason, there in reversed(faults.items()):
+    for reason, there in reversed(faults):
         text = tf.where(there, reason, text)
     return text
 
 
 def iter_images(path) -> Iterator[tuple[int, bytes]]:
     """Yields (COCO image id, bytes of the image file) of every image of a converted data set."""
-    for image, features in _iter_records(dataset.load(path)):
+    for image, features in iter_records(dataset.load(path)):
         yield image["id"], _values(features, "image/encoded", bytes)[0]
 
 
@@ -275,7 +268,7 @@ def read_ground_truth(path) -> dict:
     """
     info = dataset.load(path)
     images, annotations = [], []
-    for image, features in _iter_records(info):
+    for image, features in iter_records(info):
         images.append(image)
         annotations += _annotations(features, image, info)
     categories = [{"id": c["category_id"], "name": c["name"]} for c in info.classes]
@@ -302,21 +295,13 @@ def _annotations(features, image, info):
             mask = segmentation.to_rle({"size": size, "counts": rle.decode(errors="replace")}, *size)
         except segmentation.Unusable as reason:
             raise InputError(f"{where}: {reason}; {_AGAIN}") from None
-        annotations.append(
-            {
-                "id": annotation_id,
-                "image_id": image["id"],
-                "category_id": info.classes[label - 1]["category_id"],
-                "area": area,
-                "bbox": [float(v) for v in (left, top, right - left, bottom - top)],
-                "iscrowd": is_crowd,
-                "segmentation": mask,
-            }
-        )
+        ids = {"id": annotation_id, "image_id": image["id"], "category_id": info.classes[label - 1]["category_id"]}
+        box = [float(v) for v in (left, top, right - left, bottom - top)]
+        annotations.append({**ids, "area": area, "bbox": box, "iscrowd": is_crowd, "segmentation": mask})
     return annotations
 
 
-def _iter_records(info: DatasetInfo):
+def iter_records(info: DatasetInfo):
     """Yields ({"id", "file_name", "height", "width"}, features) of each record; InputError for a shard that is cut short,
     damaged, of another conversion or not ours."""
     import tensorflow as tf

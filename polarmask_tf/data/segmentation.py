@@ -11,9 +11,11 @@ from polarmask_tf.data import contours
 from polarmask_tf.data.report import Unusable
 
 # Bounds that no annotation of a real picture meets, so that a few bytes of JSON cannot cost minutes or gigabytes.
-MAX_PIXELS = 178_956_970  # of a picture; Pillow opens no larger one
+MAX_PIXELS = 120_000_000  # of a picture: lite.py reads no larger one
 MAX_VERTICES, MAX_PARTS = 100_000, 10_000  # of one annotation: seconds of simplification, and of merging
+MAX_RUNS = 5_000_000  # of an RLE: 60 bytes each
 RELATIVE = "polygon within the first pixel (are its coordinates fractions of width and height?)"
+_MANY_RUNS = f"RLE of more than {MAX_RUNS:,} runs"
 _LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation; pycocotools takes 40 bytes for each
 # How far the boundary of a traced mask may move, in pixels, while its staircase turns into lines.
 _STAIRCASE = 0.35
@@ -92,7 +94,8 @@ def _traced(mask, max_size, max_corners):
     """The outline of a mask at the finest of the resolutions 1, 1/2, 1/4, ... that keeps to both maxima."""
     scale = 1
     while True:
-        if max(mask.shape) <= max_size:
+        # Counting first costs little and spares tracing what is too intricate, which can take minutes and gigabytes.
+        if max(mask.shape) <= max_size and (mask.size < 2**17 or contours.corners(mask) <= max_corners):
             rings = contours.trace(mask)
             if sum(map(len, rings)) <= max_corners or max(mask.shape) <= 16:
                 return [ring * scale for ring in rings]
@@ -152,13 +155,19 @@ def _polygons(parts, height, width):
     drawable = [part for part in parts if len(part) > 2]
     if not drawable:
         raise Unusable("polygon with fewer than 3 points")
-    length = sum(np.abs(part - np.roll(part, 1, axis=0)).max(axis=1).sum() for part in drawable)
-    if length > min(2 * height * width, _LONGEST_OUTLINE) + 8 * reach:
+    longest = min(2 * height * width, _LONGEST_OUTLINE) + 8 * reach
+    # Measured only where it can be too long.
+    if len(points) * max(right - left, bottom - top) > longest and sum(map(_length, drawable)) > longest:
         raise Unusable("polygon with an outline longer than the image can hold")
     rings = [ring for ring in map(oriented, drawable) if ring is not None]
     if not rings:
         raise Unusable("polygon of zero area")
     return drawable, rings
+
+
+def _length(ring):
+    """In steps from pixel to pixel."""
+    return np.abs(ring - np.roll(ring, 1, axis=0)).max(axis=1).sum()
 
 
 def _rasterized(parts, height, width):
@@ -173,6 +182,8 @@ def _checked_rle(segmentation, height, width):
     if size != [height, width]:
         raise Unusable("RLE of the wrong size")
     if isinstance(counts, list):
+        if len(counts) > MAX_RUNS:
+            raise Unusable(_MANY_RUNS)
         if not (set(map(type, counts)) == {int} and min(counts) >= 0):
             raise Unusable("malformed RLE ('counts' are not integers >= 0)")
         total = sum(counts)
@@ -197,6 +208,8 @@ def _decompress(text: str) -> np.ndarray:
     ends = np.flatnonzero(codes & 32 == 0)
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
         raise Unusable("malformed RLE (broken 'counts')")
+    if len(ends) > MAX_RUNS:
+        raise Unusable(_MANY_RUNS)
     starts = np.concatenate([[0], ends[:-1] + 1])
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
     if shifts.max() > 30:  # runs have 32 bits

@@ -123,7 +123,7 @@ def examine(content: tf.Tensor, max_pixels: int) -> tuple[tf.Tensor, tf.Tensor]:
         return content, tf.constant(1, tf.int64), tf.constant(1, tf.int64), problem
 
     content, width, height, problem = tf.switch_case(_kind(header), [jpeg, png, gif, bmp, webp, other])
-    pixels = tf.cast(width, tf.float64) * tf.cast(height, tf.float64)  # of a made-up header: more than int64 holds
+    pixels = tf.cast(width, tf.float64) * tf.cast(height, tf.float64)  # of a forged header: more than int64 holds
     limit = f"pixels (width x height), the limit set at export is {max_pixels}"
     too_many = tf.strings.format(f"{{}} x {{}} {limit}", (width, height))
     for wrong, why in ((pixels > max_pixels, too_many), (tf.equal(pixels, 0), "an image without pixels")):

@@ -58,7 +58,7 @@ def split_at_postprocess(content: bytes) -> tuple[bytes, bytes | None]:
     """
     found = operations(content)
     late = [part == "after" for part in parts(found)]
-    moving = set(schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0].inputs)  # what hangs on the image
+    moving = set(schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0].inputs)  # what depends on the image
     for _, inputs, outputs, _ in found:
         if moving & set(inputs):
             moving |= set(outputs)

@@ -55,7 +55,7 @@ def detect(
             scores, classes, where = _above(maps, pre_nms_top_k, score_threshold, centerness_offset)
         else:
             scores, classes, where = _best(maps, pre_nms_top_k, multi_label, centerness_offset)
-        # Lengths before the levels are joined: by a column of units LiteRT's GPU delegate multiplies as if all were the first.
+        # Lengths before the levels are joined: LiteRT's GPU delegate takes a column of constants, of units, for its first row.
         lengths = [
             geometry.rays_from_logits(tf.gather(tf.reshape(maps[name], [-1, maps[name].shape[-1]]), where), ray_units[level])
             for name in ("ray_logits", "ltrb_logits")
@@ -139,13 +139,14 @@ def _flat(maps: dict, offset: float):
 
 
 def _top(scores: tf.Tensor, k: int):
-    """The k highest scores and their indices; all of them, as they are, where there are no more."""
-    count = scores.shape[0]
-    if count is not None and count <= k:
-        return scores, tf.range(count)
-    if count is not None:  # LiteRT's GPU delegate sorts wrongly where the number is no multiple of 4
-        scores = tf.pad(scores, [[0, -count % 4]], constant_values=-1.0)
-    return tf.math.top_k(scores, _at_most(k, scores))
+    """The k highest scores and their indices, or all of them if there are fewer.
+
+    Sorted even then: indices that are constants would make columns of constants of the centers, which see `detect`.
+    """
+    highest, count = _at_most(k, scores), scores.shape[0]
+    if count is not None and count % 4:  # LiteRT's GPU delegate sorts wrongly where the number is no multiple of 4
+        scores = tf.concat([scores, -tf.ones([-count % 4])], axis=0)
+    return tf.math.top_k(scores, highest)
 
 
 def _at_most(k: int, x: tf.Tensor):

@@ -137,8 +137,15 @@ def _of_records(info):
     for annotation in truth["annotations"]:
         annotation["label"] = label_of[annotation["category_id"]]
         of_image[annotation["image_id"]].append(annotation)
-    shards = tf.data.TFRecordDataset([str(path) for path in info.shard_paths])
-    for image, record in zip(truth["images"], shards.map(records.parse).as_numpy_iterator(), strict=True):
+
+    def parsed(serialized):
+        record = records.parse(serialized)
+        return record, records.fault(record, info)
+
+    shards = tf.data.TFRecordDataset([str(path) for path in info.shard_paths]).map(parsed).as_numpy_iterator()
+    for image, (record, fault) in zip(truth["images"], shards, strict=True):
+        if fault:
+            raise InputError(f"{info.directory}: image {image['id']}: {fault.decode()}; run `polarmask convert` again")
         rings = np.split(record["xy"], np.cumsum(record["ring_lengths"])[:-1])
         found = []
         for index, annotation in enumerate(of_image[image["id"]]):  # in the record's order

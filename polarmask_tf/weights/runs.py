@@ -257,7 +257,7 @@ def variable_names(model: PolarMask, variables) -> list[str]:
 
 
 def _checkpoint(model, weights_only, parts=None):
-    # Not the model as a whole: its metrics and its optimizer hang on it too. The names are Model Garden's.
+    # Not the model as a whole: its metrics and its optimizer belong to it too. The names are Model Garden's.
     parts = parts or {"backbone": model.backbone, "decoder": model.decoder, "head": model.head}
     if not weights_only:
         parts |= {"optimizer": model.optimizer, "average": ema_weights(model), "losses": model.loss_metrics}
