@@ -342,11 +342,11 @@ def test_no_program_is_run_for_postscript(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", lite.FORMATS)
 def test_every_format_that_is_named_is_read(tmp_path, name):
-    Image.init()
-    if name not in Image.SAVE:
-        pytest.skip(f"this Pillow writes no {name}")
     content = io.BytesIO()
-    Image.new("RGB", (40, 30), (200, 20, 90)).save(content, name)
+    if name == "SUN":  # which Pillow reads alone: a header of eight numbers, and rows of blue, green, red
+        content.write(struct.pack(">8I", 0x59A66A95, 40, 30, 24, 40 * 30 * 3, 1, 0, 0) + bytes((90, 20, 200)) * 40 * 30)
+    else:
+        Image.new("RGB", (40, 30), (200, 20, 90)).save(content, name)
     assert np.abs(lite.read_image(content.getvalue()).astype(int) - (200, 20, 90)).max() <= 8
 
 

@@ -21,7 +21,7 @@ from polarmask_tf import config, lite
 WEB = Path(__file__).resolve().parents[1] / "exports/web"
 DRIVER = Path(__file__).parent / "helpers/web_page.mjs"
 HEIGHT, WIDTH = 96, 128
-CLASSES = [{"name": name, "category_id": 7} for name in ("circle", "rectangle", "triangle", "star")]
+CLASSES = [{"name": name, "category_id": 7 + i} for i, name in enumerate(("circle", "rectangle", "triangle", "star"))]
 # float32 in both, but XNNPACK for WASM sums in another order than the native one: measured were 1e-7 in scores and, as rays are
 # the exponentials of logits, 1e-4 pixels in polygons. Ten to twenty times that is allowed.
 SCORES, PIXELS = 1e-6, 2e-3
