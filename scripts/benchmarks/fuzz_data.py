@@ -173,12 +173,12 @@ def change_shard(rng, data):
 
 def dataset(count=1):
     """The dataset.json of `count` records in one shard."""
-    from polarmask_tf.data import records
+    from polarmask_tf.data import dataset as dataset_file
 
     classes = [{"name": "one", "category_id": 1}, {"name": "two", "category_id": 7}]
-    info = records.DatasetInfo(
+    info = dataset_file.DatasetInfo(
         **{
-            **dict.fromkeys(records.DatasetInfo.__dataclass_fields__),
+            **dict.fromkeys(dataset_file.DatasetInfo.__dataclass_fields__),
             "directory": Path(),
             "name": "data",
             "num_images": count,
@@ -191,7 +191,7 @@ def dataset(count=1):
             "skipped": {"empty mask": 1},
         }
     )
-    return json.loads(records.dump_dataset_info(info))
+    return json.loads(dataset_file.dump(info))
 
 
 def prepare_record(folder, out):
@@ -211,13 +211,13 @@ def prepare_record(folder, out):
 
 
 def prepare_dataset(folder, out):
-    from polarmask_tf.data import records
+    from polarmask_tf.data import dataset as dataset_file
 
     (folder / "data-00000-of-00001.tfrecord").write_bytes(shards(out)[0])
 
     def run(data):
         (folder / "dataset.json").write_bytes(data)
-        records.load_dataset_info(folder)
+        dataset_file.load(folder)
 
     return refusing(run)
 
