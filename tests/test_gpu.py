@@ -126,12 +126,12 @@ def test_every_edge_config(name, both, tmp_path):
 
 
 OTHERWISE = {
+    "three classes": [],
     "places whose number no 4 divides": ["postprocess.pre_nms_top_k=7"],
     "pairs of a location and a class": ["postprocess.multi_label=true", "postprocess.pre_nms_top_k=25"],
     "all there is": ["postprocess.multi_label=true", "postprocess.pre_nms_top_k=1000"],
     "images normalised by themselves": ["model.normalization=image"],
     "four rays": ["model.rays=4"],
-    "a box branch": ["model.head.box=true"],
 }
 
 

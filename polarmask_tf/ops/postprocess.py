@@ -112,13 +112,24 @@ def _best(maps: dict, top_k: int, multi_label: bool, offset: float):
     logits, centerness = _flat(maps, offset)
     if not multi_label:
         # The largest logit has the largest score: one sigmoid a location. Which class it is, only the best need to know.
+        count = logits.shape[-1]
+        logits = _by_fours(logits)
         scores = tf.sigmoid(tf.reduce_max(logits, axis=-1)) * centerness
         scores, where = _top(scores, top_k)
-        return scores, tf.argmax(tf.gather(logits, where), axis=-1, output_type=tf.int32), where
+        return scores, tf.argmax(tf.gather(logits, where), axis=-1, output_type=tf.int32) % count, where
     scores = tf.reshape(tf.sigmoid(logits) * tf.expand_dims(centerness, 1), [-1])
     scores, index = _top(scores, top_k)
     num_classes = logits.shape[-1]
     return scores, index % num_classes, index // num_classes
+
+
+def _by_fours(logits: tf.Tensor) -> tf.Tensor:
+    """[L, C] with some columns a second time, so that 4 divides their number: where it does not, LiteRT's GPU delegate looks
+    for the largest among zeros, too."""
+    count = logits.shape[-1]
+    if count < 3:
+        return tf.tile(logits, [1, 4 // count])
+    return tf.concat([logits, tf.slice(logits, [0, 0], [-1, -count % 4])], axis=1) if count % 4 else logits
 
 
 def _above(maps: dict, top_k: int, threshold: float, offset: float):
