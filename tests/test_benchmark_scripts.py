@@ -13,7 +13,7 @@ import pytest
 from benchmarks import growth, steps
 
 from helpers import training
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import dataset, pipeline
 from polarmask_tf.tools import benchmark, benchmark_train
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"
@@ -62,7 +62,7 @@ def data(tmp_path_factory):
 
 def test_a_synthetic_batch_is_like_one_of_the_pipelines(data):
     settings = training.load(f"data.train={data}", "data.size=[64,96]")
-    info = records.load_dataset_info(data)
+    info = dataset.load(data)
     images, instances = next(iter(pipeline.training_batches(info, settings).take(1)))
     made_images, made = growth.synthetic_batch(settings, 7, edges=16)
     assert (made_images.shape, made_images.dtype) == (images.shape, np.uint8)

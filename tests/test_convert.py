@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from polarmask_tf import files, lite
-from polarmask_tf.data import contours, convert, records
+from polarmask_tf.data import contours, convert, dataset, records
 from polarmask_tf.errors import InputError
 
 
@@ -257,7 +257,7 @@ def test_a_set_is_the_old_or_the_new_one_at_every_moment(coco, tmp_path, monkeyp
                 ended = False
             else:
                 ended = True
-        info = records.load_dataset_info(out)
+        info = dataset.load(out)
         assert (info.id != before.id) == (len(calls) > 3 and stop > 3) or ended
         assert len(records.read_ground_truth(out)["images"]) == 5
         if ended:
@@ -400,7 +400,7 @@ def test_an_interrupted_run_leaves_no_half_shard(coco, tmp_path, processes, end)
         assert output.count("Traceback") == 1  # of the parent, which the command line catches; none of a worker
     else:
         with pytest.raises(InputError, match=r"no dataset\.json"):
-            records.load_dataset_info(out)
+            dataset.load(out)
     deadline = time.monotonic() + 20
     while group_is_alive(process.pid):
         assert time.monotonic() < deadline, "workers outlive the run"

@@ -124,7 +124,7 @@ BAD_ANNOTATIONS = {
     ],
     "malformed RLE (broken 'counts')": [
         spoil_annotation(segmentation=RLE | {"counts": text})
-        for text in ("", "ö", RLE["counts"] + "o", "ooooooooooooooo1", "abc\0", " ", "1N")
+        for text in ("", "ö", "\ud800", RLE["counts"] + "o", "ooooooooooooooo1", "abc\0", " ", "1N")
     ],
     "malformed RLE ('counts' are not integers >= 0)": [
         spoil_annotation(segmentation={"size": [16, 24], "counts": counts}) for counts in ([-1, 385], [1.5, 382.5], ["384"], [])
@@ -442,7 +442,7 @@ def test_annotations_without_a_usable_object_are_refused_with_the_way_out(case, 
     with pytest.raises(InputError, match=rf"annotations\.json: no usable object: .*{said}") as error:
         case.run()
     assert "\n" not in str(error.value)
-    assert records.load_dataset_info(case.out) == before
+    assert dataset.load(case.out) == before
     if kind == "crowds":
         assert case.run(crowd_as_instances=True).num_crowd == 0
 
@@ -514,7 +514,7 @@ def test_a_set_without_usable_images_is_fatal_and_leaves_the_old_one(case):
     with pytest.raises(InputError, match=r"empty data set.*skipped 3 x missing image \(first: image 1, good.jpg\)"):
         case.run()
     assert {path.name: path.read_bytes() for path in case.out.iterdir()} == kept
-    assert records.load_dataset_info(case.out) == before
+    assert dataset.load(case.out) == before
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -90,8 +90,7 @@ def test_twelve_bits_in_sixteen_are_told(tmp_path, name, monkeypatch):
     path = written(tmp_path, name)
     encoded, _, report = stored(path)
     ((reason, (count, where)),) = report.notes.items()
-    assert "less than 64 gray levels are left (see --bit-depth)" in reason and count == 1
-    assert where == f"here: {GRAY16.max() // 256 + 1} levels, its largest value is {GRAY16.max()}"
+    assert "few gray levels are left" in reason and "--bit-depth" in reason and (count, where) == (1, "here")
     encoded, _, report = stored(path, bit_depth=12)
     assert not report.notes
     np.testing.assert_array_equal(lite.read_image(io.BytesIO(encoded)), lite.read_image(path, bit_depth=12))
@@ -108,5 +107,6 @@ def test_what_a_record_cannot_hold_is_unusable(tmp_path):
         ("text.tif", (41, 30), "corrupt or truncated"),
         ("other.tif", (41, 31), "size mismatch"),
     ):
-        with pytest.raises(Unusable, match=reason):
+        with pytest.raises(Unusable, match=reason) as error:
             stored(tmp_path / name, size)
+        assert bool(error.value.detail) == ("corrupt" in reason)  # what the reader says

@@ -248,7 +248,7 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
                 path = pictures.find(task.folder, image["file_name"], options.allow_outside)
                 encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
             except Unusable as reason:
-                report.skip(str(reason), where)
+                report.skip(str(reason), f"{where}: {reason.detail}" if reason.detail else where)
                 if image["annotations"]:
                     report.skip("annotation of a skipped image", where, len(image["annotations"]))
             except MemoryError:

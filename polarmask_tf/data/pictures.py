@@ -3,7 +3,6 @@
 Pixels come from lite.read_image, as in `predict`: what is trained on is what is predicted on.
 """
 
-import contextlib
 import io
 import os
 import stat
@@ -11,14 +10,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from polarmask_tf import lite
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.files import read_file
 
 _MOST_BYTES = 2**29  # of a file; a record must stay below 2 GB
-_ORIENTATION = 274  # tag of EXIF
 _CORRUPT = "corrupt or truncated image, or not an image"
 # First bytes: format in a record, end of a whole file, modes of 8 bits that every reader makes the same RGB of.
 _PLAIN = {
@@ -60,19 +58,18 @@ def stored(path: Path, size: tuple[int, int], options, report: Report, where: st
             return _stored(data, size, options, report, where)
     except (Unusable, MemoryError):
         raise
-    except Exception:  # Pillow's parsers fail in every way there is: struct.error, SyntaxError, ZeroDivisionError, ...
-        raise Unusable(_CORRUPT) from None
+    except Exception as error:  # Pillow's parsers fail in every way there is: struct.error, SyntaxError, ZeroDivisionError, ...
+        raise Unusable(_CORRUPT, str(error)) from None
 
 
 def _stored(data, size, options, report, where):
     format, end, modes = _PLAIN.get(data[:2], (None, b"", ()))
-    orientation, turn = 1, False
+    turn, notes = False, []
     if format or data[:4] == b"RIFF":
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             # Of a PNG Pillow would decode all pixels, to look behind them as well.
             told = format != "png" or "exif" in image.info or image.size != size
-            orientation = image.getexif().get(_ORIENTATION, 1) if told else 1
-            orientation = orientation if orientation in range(1, 9) else 1
+            orientation = lite.orientation(image) if told else 1
             turn = _turns(image.size, size, orientation, options.exif, report, where)
             if format and image.mode in modes and not turn and not options.decoded:
                 # Some files carry padding or a second picture behind the end marker; then decoding has the last word.
@@ -81,15 +78,12 @@ def _stored(data, size, options, report, where):
                     if end not in data:
                         raise Unusable(_CORRUPT)
                 return data, format
-    pixels = lite.read_image(io.BytesIO(data), **({"bit_depth": options.bit_depth} if options.bit_depth else {}))
-    if turn:
-        picture = Image.fromarray(pixels)
-        picture.getexif()[_ORIENTATION] = orientation
-        pixels = np.asarray(ImageOps.exif_transpose(picture))
+    pixels = lite.read_image(data, exif="apply" if turn else "ignore", bit_depth=options.bit_depth, notes=notes)
     if pixels.shape[:2] != size[::-1]:
         raise Unusable("size mismatch")
-    if not options.bit_depth:
-        _tell_of_few_grays(data, report, where)
+    for text in notes:
+        if not text.startswith("EXIF"):  # of which _turns says more
+            report.note(f"{text} (see --bit-depth)", where)
     return encode(pixels, "bmp" if options.decoded else "png")
 
 
@@ -107,15 +101,6 @@ def _turns(actual, wanted, orientation, exif, report, where) -> bool:
     elif orientation > 1:
         report.note("EXIF orientation ignored: annotations fit the image as stored", f"{where}: orientation {orientation}")
     return turn
-
-
-def _tell_of_few_grays(data, report, where):
-    """A note on 12 bits in files of 16: their brightest pixel is dark."""
-    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF", "PNG", "PPM")) as image:
-        largest = int(np.asarray(image).max()) if image.mode.startswith("I") else 2**16
-        if largest < 2**14:
-            what = f"{where}: {largest // 256 + 1} levels, its largest value is {largest}"
-            report.note("16-bit image of which less than 64 gray levels are left (see --bit-depth)", what)
 
 
 def encode(pixels: np.ndarray, format: str) -> tuple[bytes, str]:

@@ -21,9 +21,9 @@ from polarmask_tf.data import dataset, segmentation
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text
+from polarmask_tf.lite import MAX_PIXELS
 
 REPAIR_HINT = "run `polarmask convert` again, or go on without the rest of the shard: data.damaged=skip"
-load_dataset_info = dataset.load  # its name before dataset.py, until every room says dataset.load
 CONVERTED_SINCE = "a record of another conversion than dataset.json: converted again while it was in use, or files mixed"
 _AGAIN = "run `polarmask convert` again to rewrite the data set"
 _MOST_BYTES = 2**31  # of a record: no protobuf message is larger
@@ -332,7 +332,7 @@ def _image(features) -> dict:
     """What is not an object; ValueError for a record that lacks it."""
     ((number,), (name,), (_,)) = (_values(features, f"image/{key}", bytes) for key in ("source_id", "filename", "encoded"))
     ((height,), (width,)) = (_values(features, f"image/{key}", int) for key in ("height", "width"))
-    if not 0 < height * width <= segmentation.MAX_PIXELS or height < 0:
+    if not 0 < height * width <= MAX_PIXELS or height < 0:
         raise ValueError("no size of an image")
     return {"id": int(number), "file_name": name.decode(), "height": height, "width": width}
 

@@ -6,7 +6,14 @@ from polarmask_tf.errors import InputError, one_line
 
 
 class Unusable(Exception):
-    """An image or an annotation that has to be skipped; the text is the reason, the same for all of a kind."""
+    """An image or an annotation that has to be skipped; the text is the reason, the same for all of a kind.
+
+    `detail` is what is known of this one beyond that.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 class Report:

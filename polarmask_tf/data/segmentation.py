@@ -11,7 +11,6 @@ from polarmask_tf.data import contours
 from polarmask_tf.data.report import Unusable
 
 # Bounds that no annotation of a real picture meets, so that a few bytes of JSON cannot cost minutes or gigabytes.
-MAX_PIXELS = 120_000_000  # of a picture: lite.py reads no larger one
 MAX_VERTICES, MAX_PARTS = 100_000, 10_000  # of one annotation: seconds of simplification, and of merging
 MAX_RUNS = 5_000_000  # of an RLE: 60 bytes each
 RELATIVE = "polygon within the first pixel (are its coordinates fractions of width and height?)"
@@ -204,7 +203,7 @@ def _decompress(text: str) -> np.ndarray:
     Five bits a character (48 is zero), bit 5 for "more follows", the last one's bit 4 is the sign; from the fourth run on
     the difference to the run before the last (pycocotools/common/maskApi.c, rleToString).
     """
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes & 32 == 0)
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
         raise Unusable("malformed RLE (broken 'counts')")

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.lite.python.convert import ConverterError
 
 from polarmask_tf import lite
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import graph, parity, serving, tflite
 from polarmask_tf.files import atomic_write, io_error_text, lock
@@ -68,7 +68,7 @@ def export_model(
     pictures = _first_images([images, data, own.val, own.train], PARITY_IMAGES)
     calibration = _first_images([own.train, images, data, own.val], CALIBRATION_IMAGES) if "int8" in precisions else None
     if data:
-        records.load_dataset_info(data)
+        dataset.load(data)
     if calibration == []:
         raise InputError("int8 is calibrated on images, and the run's training data is not here: give --images DATA")
     if raw:

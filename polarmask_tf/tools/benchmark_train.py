@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from polarmask_tf.config import Config
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import dataset, pipeline
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import format_table, io_error_text
@@ -36,7 +36,7 @@ def benchmark_training(config: Config, strategy: tf.distribute.Strategy, *, step
     check_layout(config, strategy.num_replicas_in_sync)
     with contextlib.ExitStack() as stack:
         if config.data.train:
-            info = records.load_dataset_info(config.data.train)
+            info = dataset.load(config.data.train)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             info = convert(synthetic_data(folder), folder, folder / "train", processes=1, progress=False)
@@ -48,8 +48,8 @@ def benchmark_training(config: Config, strategy: tf.distribute.Strategy, *, step
             info, config, seed=config.train.seed, worker=worker, workers=workers, replicas=count
         )
 
-        def on_devices(dataset):
-            return iter(strategy.distribute_datasets_from_function(lambda _: dataset) if count > 1 else dataset)
+        def on_devices(batches):
+            return iter(strategy.distribute_datasets_from_function(lambda _: batches) if count > 1 else batches)
 
         step, local, rows = model.make_train_function(), count // workers, []
         try:

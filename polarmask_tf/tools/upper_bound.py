@@ -78,8 +78,8 @@ def upper_bound(
     Raises InputError if the source is not usable, if nothing usable is in it, or for numbers that make no sense.
     """
     rays = tuple(sorted(set(rays)))
-    if not rays or rays[0] < 4:
-        raise InputError(f"upper-bound: rays are {list(rays)}; give numbers of at least 4")
+    if not rays or rays[0] < 4 or rays[-1] > 3600:
+        raise InputError(f"upper-bound: rays are {list(rays)}; give numbers of 4 to 3600")
     if limit is not None and limit < 1:
         raise InputError(f"upper-bound: limit is {limit}, must be at least 1")
     began = time.monotonic()

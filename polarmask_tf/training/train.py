@@ -201,8 +201,9 @@ def start_from(model: PolarMask, run: Path, chief: bool = True) -> None:
     """Gives `model` the weights of a run (or .keras file) that have its names and shapes, and tells which have not."""
     theirs, mine = _weights(runs.load_model(run)), _weights(model)
     anew = [name for name, variable in mine.items() if name not in theirs or theirs[name].shape != variable.shape]
-    for name in set(mine) - set(anew):
-        mine[name].assign(theirs[name])
+    for name in mine:  # in the same order on all workers, who together assign BatchNorm's moving statistics
+        if name not in anew:
+            mine[name].assign(theirs[name])
     if chief:
         rest = f"; anew: {summarize(anew)}" if anew else ""
         print(f"starting from {run}: {len(mine) - len(anew)} of {len(mine)} tensors{rest}")

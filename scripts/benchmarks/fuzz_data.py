@@ -137,9 +137,9 @@ def _example(rng):
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(file, "PNG")
     ring = np.array([[2.0, 2.0], [18.0, 3.0], [17.0, 16.0]])
+    rle = coco_mask.frPyObjects([ring.ravel()], 24, 32)[0]["counts"]
     instances = [
-        records.Instance(n, n % 2, "one", n == 2, 100.0, (2.0, 2.0, 18.0, 16.0), [ring, ring + 1], b"02", None)
-        for n in range(3)
+        records.Instance(n, n % 2, "one", n == 2, 100.0, (2.0, 2.0, 18.0, 16.0), [ring, ring + 1], rle, None) for n in range(3)
     ]
     return records.encode_example(
         encoded=file.getvalue(), format="png", file_name="a.png", image_id=1, height=24, width=32, instances=instances
@@ -177,19 +177,21 @@ def dataset(count=1):
 
     classes = [{"name": "one", "category_id": 1}, {"name": "two", "category_id": 7}]
     info = dataset_file.DatasetInfo(
-        **{
-            **dict.fromkeys(dataset_file.DatasetInfo.__dataclass_fields__),
-            "directory": Path(),
-            "name": "data",
-            "num_images": count,
-            "num_instances": 2 * count,
-            "num_crowd": count,
-            "classes": classes,
-            "max_instances": 2,
-            "max_edges": 6,
-            "shard_paths": [Path("data-00000-of-00001.tfrecord")],
-            "skipped": {"empty mask": 1},
-        }
+        directory=Path(),
+        name="data",
+        num_images=count,
+        num_instances=2 * count,
+        num_crowd=count,
+        classes=classes,
+        max_instances=2,
+        max_edges=6,
+        shard_paths=[Path("data-00000-of-00001.tfrecord")],
+        skipped={"empty mask": 1},
+        notes={"odd": 1},
+        id="this",
+        instances_per_image={1: count} if count else {},
+        exif="apply",
+        bit_depth=12,
     )
     return json.loads(dataset_file.dump(info))
 

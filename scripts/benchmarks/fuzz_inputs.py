@@ -1,5 +1,6 @@
 """Mutations for fuzz.py: of bytes, and of JSON values that keep what makes them JSON."""
 
+import copy
 import json
 import math
 import re
@@ -51,7 +52,7 @@ def mutate_json(rng, value):
     """JSON text of a value of which one to four places were changed."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        value = _change(rng, value)
+        value = copy.deepcopy(_change(rng, value))  # the next change must not reach what HOSTILE holds
     return to_text(value, rng)
 
 
@@ -88,7 +89,14 @@ def _change(rng, value):
             del holder[key:]
         case 4 | 5 if isinstance(old, (int, float)) and not isinstance(old, bool):
             holder[key] = rng.choice(
-                (-old, old + 0.5, str(old), old * 10 ** rng.randrange(1, 12), old + rng.choice((-1, 1)), [old])
+                (
+                    -old,
+                    old + 0.5 if abs(old) < 1e300 else old,
+                    str(old),
+                    old * 10 ** rng.randrange(1, 12),
+                    old + rng.choice((-1, 1)),
+                    [old],
+                )
             )
         case 6 if isinstance(old, list) and old:
             holder[key] = rng.choice(

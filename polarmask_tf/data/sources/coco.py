@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 from polarmask_tf.data.report import Report, Unusable
-from polarmask_tf.data.segmentation import MAX_PIXELS, RELATIVE
+from polarmask_tf.data.segmentation import RELATIVE
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text, read_file
+from polarmask_tf.lite import MAX_PIXELS
 
 _MOST_BYTES = 10 * 2**30
 # By keys of the whole file: what it is instead.
