@@ -15,6 +15,7 @@ from polarmask_tf.config.schema import (
     TrainConfig,
     check,
     input_size,
+    needs_mask_iou,
 )
 from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, to_dict
 
@@ -39,5 +40,6 @@ __all__ = [
     "input_size",
     "load",
     "load_saved",
+    "needs_mask_iou",
     "to_dict",
 ]

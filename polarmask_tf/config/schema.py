@@ -102,6 +102,7 @@ class HeadConfig(Section):
     kernel: typing.Literal[3, 1] = 3  # of the last convolutions, to classes, centerness and rays
     # batch: BatchNorm with statistics of each level, which an export folds into the convolution before it.
     norm: typing.Literal["group", "batch", "none"] = "group"
+    centerness_tower: typing.Literal["class", "ray"] = "class"  # that centerness is a convolution of; class as released
     box: bool = False  # a third tower for l, t, r, b; rays are cut at the box (table 1d)
     ray_unit: typing.Literal["pixel", "stride"] = "stride"  # rays = exp(.) as released, or stride * exp(.)
     ray_bias: float = _within(0.0, -20, 20)  # initial bias of the ray convolution: rays start at exp(ray_bias) units
@@ -166,7 +167,8 @@ class TargetConfig(Section):
     # Upper bounds of max(l, t, r, b) between levels, ascending; () = 64, 128, ... * input / 800.
     ranges: tuple[float, ...] = _checked((), lambda bounds: list(bounds) == sorted(bounds), "ascending numbers are needed")
     center: typing.Literal["mass", "box"] = "mass"  # what center sampling is around (figure 7)
-    centerness: typing.Literal["polar", "cartesian"] = "polar"  # equation 3, or FCOS's (table 1c)
+    # Equation 3; FCOS's (table 1c); or the IoU of the polygon that the network predicts there with the true one.
+    centerness: typing.Literal["polar", "cartesian", "iou"] = "polar"
     parts: typing.Literal["largest", "all"] = "largest"  # which polygons of an instance give center and rays
 
 
@@ -179,6 +181,9 @@ class LossConfig(Section):
     ray_weight: float = _within(1.0, 0, 10**6)  # with smooth_l1 this is table 1b's alpha
     centerness_weight: float = _within(1.0, 0, 10**6)
     box_weight: float = _within(1.0, 0, 10**6)  # of the box branch, where there is one
+    mask_weight: float = _within(0.0, 0, 10**6)  # of the dice loss between predicted and true polygons (ops/overlap.py)
+    # What ray, box and mask losses of a location are weighted by: its centerness target, or the IoU of its polygon.
+    weight_by: typing.Literal["centerness", "iou"] = "centerness"
 
 
 @dataclass(frozen=True)
@@ -273,8 +278,15 @@ class Config(Section):
             yield f"data.batch is {self.data.batch}: not a multiple of train.accumulate ({self.train.accumulate})"
         if self.train.evaluate_every and not self.data.val:
             yield "train.evaluate_every needs data.val, converted data to evaluate on"
+        if self.model.rays == 4 and needs_mask_iou(self):
+            yield "model.rays: 4 gives boxes; targets.centerness: iou, loss.weight_by: iou and loss.mask_weight need polygons"
         if ranges and len(ranges) != len(levels) - 1:
             yield f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"
+
+
+def needs_mask_iou(config: Config) -> bool:
+    """Whether training compares the predicted polygons with the true ones."""
+    return config.targets.centerness == "iou" or config.loss.weight_by == "iou" or config.loss.mask_weight > 0
 
 
 def input_size(data: DataConfig) -> tuple[int, int]:

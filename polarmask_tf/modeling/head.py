@@ -16,10 +16,10 @@ class PolarHead(tf_keras.layers.Layer):
     """{level: [B, h, w, c]} to {level: {"class_logits": [B, h, w, C], "centerness_logits": [B, h, w, 1], "ray_logits":
     [B, h, w, n]}}, all float32.
 
-    geometry.rays_from_logits makes lengths of the rays'. Two towers, for classes (and, as in the released models,
-    centerness) and for rays, shared over levels (but for BatchNorms, of which each level has its own); one learned scalar
-    a level for the rays. With config.box a third tower gives "ltrb_logits": [B, h, w, 4], the logits of l, t, r, b, with
-    scalars of their own.
+    geometry.rays_from_logits makes lengths of the rays'. Two towers, for classes and for rays; centerness comes from the
+    first, as in the released models, or from the second (config.centerness_tower). They are shared over levels (but for
+    BatchNorms, of which each level has its own); one learned scalar a level for the rays. With config.box a third tower
+    gives "ltrb_logits": [B, h, w, 4], the logits of l, t, r, b, with scalars of their own.
     Source: figure 2 and section 3.1; "Box Branch" in section 4.1.
     """
 
@@ -65,7 +65,7 @@ class PolarHead(tf_keras.layers.Layer):
         features = {tower: self._tower(x, tower, level, training) for tower in self.towers}
         outputs = {
             "class_logits": tf.cast(self.classes(features["class"]), tf.float32),
-            "centerness_logits": tf.cast(self.centerness(features["class"]), tf.float32),
+            "centerness_logits": tf.cast(self.centerness(features[self.config.centerness_tower]), tf.float32),
             "ray_logits": self.scales[level] * tf.cast(self.rays(features["ray"]), tf.float32),
         }
         if "box" in features:

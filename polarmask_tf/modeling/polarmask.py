@@ -18,12 +18,11 @@ from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.layers import PACKAGE
-from polarmask_tf.ops import geometry, losses, postprocess, targets
+from polarmask_tf.ops import geometry, losses, overlap, postprocess, targets
 
 # Nothing in the network and its losses branches on tensors, and AutoGraph would take seconds to find that out.
 _no_autograph = tf.autograph.experimental.do_not_convert
 LOSSES = ("class", "ray", "centerness")
-BOX_LOSSES = (*LOSSES, "box")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +70,8 @@ class PolarMask(tf_keras.Model):
         # By the size of whole images, also where training sees crops of them.
         self.ranges = config.targets.ranges or tuple(targets.scaled_bounds(model.fpn.levels, config.data.size))
         self.conventions = CONVENTIONS[config.conventions]
-        self.loss_names = BOX_LOSSES if model.head.box else LOSSES
+        self.needs_mask_iou = configs.needs_mask_iou(config)
+        self.loss_names = (*LOSSES, *["box"] * model.head.box, *["mask"] * (config.loss.mask_weight > 0))
         self.loss_metrics = [tf_keras.metrics.Mean(name=name) for name in ("loss", *self.loss_names)]
         self.xla = False  # compile(jit_compile=True)
         # They are means over all replicas already; Keras would add up those of the workers.
@@ -181,8 +181,8 @@ class PolarMask(tf_keras.Model):
 
         `x` are images, `y_pred` what the model gives for them, `y` the instances, see ops/targets.py; or, of a part of a
         training step, step.Prepared, which then gets the single losses. The optimizer adds the gradients of the replicas,
-        so the total is that of one device with the whole batch: focal loss / positives, centerness loss / positives, ray
-        loss and box loss weighted by the centerness targets / their sum.
+        so the total is that of one device with the whole batch: focal loss / positives, centerness loss / positives; ray,
+        box and mask loss weighted by the centerness targets / their sum, or by the IoU of the polygon / positives.
         """
         if sample_weight is not None:
             raise InputError("sample_weight: there is no such weight in the losses; leave it out")
@@ -223,18 +223,28 @@ class PolarMask(tf_keras.Model):
         def lengths(name):
             return geometry.rays_from_logits(tf.gather_nd(_flat(outputs, name), at), units)
 
-        weight = tf.maximum(encoded.centerness, 0.0)
-        ray_loss = tf.reduce_sum(losses.RAY_LOSSES[config.ray](lengths("ray_logits"), encoded.rays) * weight)
-        predicted = tf.gather_nd(_flat(outputs, "centerness_logits"), at)[:, 0]
         real = tf.cast(encoded.centerness >= 0, tf.float32)
-        centerness_loss = tf.reduce_sum(losses.centerness_loss(predicted, weight) * real)
-        sums = [class_loss, ray_loss, centerness_loss]
+        centerness = weight = tf.maximum(encoded.centerness, 0.0)
+        rays = lengths("ray_logits")
+        if self.needs_mask_iou:
+            areas = overlap.areas(rays, encoded.crossings, encoded.border)
+            iou = tf.stop_gradient(overlap.iou(areas)) * real
+            centerness = centerness * iou if self.config.targets.centerness == "iou" else centerness
+            weight = iou if config.weight_by == "iou" else centerness
+        sums = {"class": class_loss, "ray": tf.reduce_sum(losses.RAY_LOSSES[config.ray](rays, encoded.rays) * weight)}
+        predicted = tf.gather_nd(_flat(outputs, "centerness_logits"), at)[:, 0]
+        sums["centerness"] = tf.reduce_sum(losses.centerness_loss(predicted, centerness) * real)
         if "box" in self.loss_names:
             each = losses.iou_loss(lengths("ltrb_logits"), encoded.ltrb, pixel=float(self.conventions.whole_pixels))
-            sums.append(tf.reduce_sum(each * weight))
+            sums["box"] = tf.reduce_sum(each * weight)
+        if "mask" in self.loss_names:
+            sums["mask"] = tf.reduce_sum(overlap.dice_loss(areas) * weight)
         # Without positives on any replica the sums over positives are zero too; their counts only must not be.
-        least = (1.0, 1e-3, 1.0, 1e-3)
-        return [part / tf.maximum(count, low) for part, count, low in zip(sums, normalizers, least, strict=False)]
+        least = {"class": 1.0, "centerness": 1.0}
+        return [
+            sums[name] / tf.maximum(count, least.get(name, 1e-3))
+            for name, count in zip(self.loss_names, normalizers, strict=True)
+        ]
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()

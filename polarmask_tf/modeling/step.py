@@ -93,14 +93,18 @@ def _encode(model, images, instances) -> targets.Targets:
         ranges=model.ranges,
         centerness=config.targets.centerness,
         whole_pixels=model.conventions.whole_pixels,
+        mask_iou=model.needs_mask_iou,
     )
 
 
 def _normalizers(model, images, encoded) -> list:
     """What each of model.loss_names is to be divided by, of this replica."""
-    positives, weight = tf.cast(tf.shape(encoded.positives)[0], tf.float32), tf.reduce_sum(encoded.centerness)
+    positives = tf.cast(tf.shape(encoded.positives)[0], tf.float32)
+    # IoUs are known only behind the network; by their sum all replicas would have to wait for one another.
+    weight = tf.reduce_sum(encoded.centerness) if model.config.loss.weight_by == "centerness" else positives
     seen = tf.cast(tf.shape(images)[0], tf.float32) if model.conventions.count_images else 0.0
-    return [positives + seen, weight, positives, *([weight] if "box" in model.loss_names else [])]
+    counts = {"class": positives + seen, "centerness": positives}
+    return [counts.get(name, weight) for name in model.loss_names]
 
 
 def most_positives(model, images: int, instances) -> int:

@@ -48,24 +48,42 @@ def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tenso
     Source: "Distance Regression" in section 3.2, intersections computed exactly.
     """
     directions = ray_directions(rays)
-    normals = np.stack([-directions[:, 1], directions[:, 0]])  # [2, n]
+    border = None if window is None else distance_to_border(points, window, directions)
+    return farthest(crossings(points, edges, directions), border)
+
+
+def crossings(points: tf.Tensor, edges: tf.Tensor, directions: np.ndarray) -> tf.Tensor:
+    """Where rays from points [P, 2] in `directions` [A, 2] cross the polygons [P, E, 4] of these points.
+
+    float32 [P, E, A]: the distance where the ray leaves the polygon, minus it where the ray enters, 0 where it does not cross
+    the edge. Rings of one polygon must turn the same way (but for holes), as data.segmentation turns them.
+    """
+    normals = np.stack([-directions[:, 1], directions[:, 0]])  # [2, A]
     start = edges[..., :2] - points[:, tf.newaxis]
     end = edges[..., 2:] - points[:, tf.newaxis]
     # In the ray's frame (point = origin) an edge's ends lie `side` beside the ray and `along` it. Where the signs of the
     # sides differ, the edge crosses the ray's line; interpolating between its ends keeps the crossing on the edge, however
     # close to parallel the two are, and the divisor is never zero there.
-    start_side, end_side = tf.tensordot(start, normals, 1), tf.tensordot(end, normals, 1)  # [P, E, n]
+    start_side, end_side = tf.tensordot(start, normals, 1), tf.tensordot(end, normals, 1)  # [P, E, A]
     crosses = tf.not_equal(start_side > 0, end_side > 0)
     start_along, change = tf.tensordot(start, directions.T, 1), tf.tensordot(end - start, directions.T, 1)
     distance = tf.where(crosses, start_along + change * (start_side / (start_side - end_side)), 0.0)
-    if window is None:
+    twice_area = tf.reduce_sum(start[..., 0] * end[..., 1] - start[..., 1] * end[..., 0], axis=-1)
+    leaves = tf.equal(end_side > 0, (twice_area >= 0)[:, tf.newaxis, tf.newaxis])
+    distance = tf.maximum(distance, 0.0)  # behind the point
+    return tf.where(leaves, distance, -distance)
+
+
+def farthest(crossings: tf.Tensor, border: tf.Tensor | None = None) -> tf.Tensor:
+    """Ray lengths [P, A] to the farthest of `crossings` [P, E, A]; with `border` [P, A], not beyond it; at least 1e-6."""
+    distance = tf.abs(crossings)
+    if border is None:
         longest = tf.reduce_max(distance, axis=1)
     else:
-        leave = distance_to_border(points, window, directions)
-        beyond = distance > leave[:, tf.newaxis]
-        crossings = tf.reduce_sum(tf.cast(beyond, tf.float32), axis=1)
+        beyond = distance > border[:, tf.newaxis]
+        number = tf.reduce_sum(tf.cast(beyond, tf.float32), axis=1)
         longest = tf.reduce_max(tf.where(beyond, 0.0, distance), axis=1)
-        longest = tf.where(tf.math.floormod(crossings, 2.0) == 1.0, leave, longest)
+        longest = tf.where(tf.math.floormod(number, 2.0) == 1.0, border, longest)
     return tf.maximum(longest, EPSILON)
 
 

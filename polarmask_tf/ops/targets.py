@@ -13,9 +13,10 @@ import typing
 import tensorflow as tf
 
 from polarmask_tf.errors import InputError
-from polarmask_tf.ops import geometry
+from polarmask_tf.ops import geometry, overlap
 
 BACKGROUND, IGNORED = -1, -2
+MOST_CROSSINGS = 6  # of a direction with a contour, where memory is short; the error of an IoU was at most .001
 
 
 # The instances of a batch: what `fit`, `evaluate` and `encode` take beside images. B images, N places for instances in each,
@@ -64,6 +65,8 @@ class Targets(typing.NamedTuple):
     rays: tf.Tensor  # float32 [P, n], pixels
     centerness: tf.Tensor  # float32 [P]
     ltrb: tf.Tensor  # float32 [P, 4]: l, t, r, b to the sides of the instance's box, pixels
+    crossings: tf.Tensor  # float32 [P, K, A]: see geometry.crossings; without mask IoU in the losses K is 0
+    border: tf.Tensor  # float32 [P, A]: distance to the picture's border in these directions, pixels
 
 
 def level_ranges(levels: typing.Sequence[int], size: tuple[int, int], bounds: typing.Sequence[float] = ()) -> list:
@@ -144,7 +147,16 @@ def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=(), pixel=
 
 
 def encode(
-    instances: dict, *, rays: int, levels, size, radius=1.5, ranges=(), centerness="polar", whole_pixels=False
+    instances: dict,
+    *,
+    rays: int,
+    levels,
+    size,
+    radius=1.5,
+    ranges=(),
+    centerness="polar",
+    whole_pixels=False,
+    mask_iou=False,
 ) -> Targets:
     """Targets of a batch.
 
@@ -152,8 +164,9 @@ def encode(
       instances: see INSTANCES.
       rays: number of rays; 4 measure how far the box reaches (FCOS) and not where the contour is.
       levels, size, radius, ranges: see `assign`.
-      centerness: "polar", of the rays, or "cartesian", of the box.
+      centerness: "polar", of the rays, or "cartesian", of the box; "iou" is only known with the network's outputs: 1 here.
       whole_pixels: the released code's coordinates, see `_whole_pixels`.
+      mask_iou: whether losses need overlap.areas: what that takes comes as `crossings` and `border`.
     """
     window = tf.concat([0 * instances["window"], instances["window"]], axis=-1)
     boxes, centers, edges = instances["boxes"], instances["centers"], instances["edges"]
@@ -174,16 +187,26 @@ def encode(
     points = tf.gather(tf.concat([geometry.locations(size[0], size[1], 2**level) for level in levels], axis=0), location)
     chosen = tf.stack([image, tf.gather_nd(owner, positives)], axis=-1)
     distances = geometry.box_distances(points, tf.gather_nd(boxes, chosen))
+    per_ray = overlap.directions_per_ray(rays) if mask_iou else 1
+    directions = geometry.ray_directions(rays * per_ray)
+    border = geometry.distance_to_border(points, tf.gather(window, image), directions)
     if rays == 4:
+        crossings = tf.zeros([tf.shape(points)[0], 0, rays])
         lengths = geometry.box_rays(points, tf.gather_nd(boxes, chosen))
     else:
-        lengths = geometry.ray_lengths(points, tf.gather_nd(edges, chosen), rays, tf.gather(window, image))
+        crossings = geometry.crossings(points, tf.gather_nd(edges, chosen), directions)
+        lengths = geometry.farthest(crossings[..., ::per_ray], border[:, ::per_ray])
     labels = tf.gather(instances["classes"], tf.maximum(owner, 0), batch_dims=1)
     labels = tf.where(owner >= 0, labels, tf.where(instances["ignore"], IGNORED, BACKGROUND))
-    quality = geometry.polar_centerness(lengths) if centerness == "polar" else geometry.cartesian_centerness(distances)
+    quality = {
+        "polar": lambda: geometry.polar_centerness(lengths),
+        "cartesian": lambda: geometry.cartesian_centerness(distances),
+        "iou": lambda: tf.ones_like(lengths[:, 0]),
+    }[centerness]()
     # A location that sees nothing of its instance would have polar centerness 1 and teach the most.
     sees = tf.reduce_max(lengths, axis=-1) > geometry.EPSILON
-    return Targets(labels, positives, lengths, tf.where(sees, quality, 0.0), distances)
+    quality = tf.where(sees, quality, 0.0)
+    return Targets(labels, positives, lengths, quality, distances, crossings if mask_iou else crossings[:, :0], border)
 
 
 def select_images(targets: Targets, first, count: int) -> Targets:
@@ -204,8 +227,12 @@ def pad_positives(targets: Targets, rows: int | None) -> Targets:
         values = tf.pad(values, [[0, rows - tf.shape(values)[0]]] + [[0, 0]] * (values.shape.rank - 1), constant_values=fill)
         return tf.ensure_shape(values, [rows, *values.shape[1:]])
 
-    labels, positives, rays, centerness, ltrb = targets
-    return Targets(labels, pad(positives, 0), pad(rays, 1.0), pad(centerness, -1.0), pad(ltrb, 1.0))
+    # XLA holds all of them at once.
+    crossings = overlap.keep_farthest(targets.crossings, MOST_CROSSINGS)
+    labels, positives, rays, centerness, ltrb, _, border = targets
+    return Targets(
+        labels, pad(positives, 0), pad(rays, 1.0), pad(centerness, -1.0), pad(ltrb, 1.0), pad(crossings, 0.0), pad(border, 1.0)
+    )
 
 
 def _whole_pixels(boxes, centers, edges, window):
