@@ -408,3 +408,45 @@ def test_a_scene_from_its_masks_has_the_released_targets():
     np.testing.assert_array_equal(found.labels.numpy()[0] + 1, golden["labels"])
     np.testing.assert_array_equal(found.positives[:, 1], golden["pos_inds"])
     np.testing.assert_allclose(found.ltrb, golden["bbox_targets_pos"])
+
+
+# ---- chosen by cost
+
+
+def test_choose_equals_a_loop():
+    """The cheapest of each instance stay, of equals the first; the others are what they would be without it."""
+    rng = np.random.default_rng(0)
+    instances = {
+        "boxes": np.float32(
+            [[[0, 0, 60, 60], [10, 10, 40, 40], [0, 0, 0, 0]], [[90, 20, 120, 60], [0, 0, 0, 0], [0, 0, 0, 0]]]
+        ),
+        "centers": np.float32([[[30, 30], [25, 26], [0, 0]], [[104, 40], [0, 0], [0, 0]]]),
+        "classes": np.int32([[1, 0, -1], [2, -1, -1]]),
+        "edges": np.zeros([2, 3, 4, 4], np.float32),
+        "window": np.float32([[128, 64], [128, 64]]),
+        "ignore": rng.random((2, 8 * 16 + 4 * 8 + 2 * 4)) < 0.3,
+    }
+    options = {"rays": 36, "levels": (3, 4, 5), "size": (64, 128), "radius": 2.5, "mask_iou": True, "match": "cost"}
+    found = targets.encode(instances, **options)
+    labels, positives = found.labels.numpy(), found.positives.numpy()
+    assert len(set(map(tuple, positives.tolist()))) == len(positives)  # a location is a candidate of one instance
+    assert {0, 1, 3} == set(found.instance.numpy())
+    levels = [location < 128 or 2 * (location >= 160) + 3 for _, location in positives]
+    assert len(set(levels)) > 1  # of an instance of any size on every level
+    cost = rng.integers(0, 6, len(positives)).astype(np.float32)
+    expected = labels.copy()
+    kept = 0
+    for instance in (0, 1, 3):
+        mine = [i for i in range(len(cost)) if found.instance[i] == instance]
+        ranked = sorted(mine, key=lambda i: cost[i])
+        kept += min(len(mine), targets.CHOSEN)
+        assert len(mine) > targets.CHOSEN
+        for i in ranked[targets.CHOSEN :]:
+            image, location = positives[i]
+            expected[image, location] = targets.IGNORED if instances["ignore"][image, location] else targets.BACKGROUND
+    assert int(targets.count_chosen(found)) == kept == 27
+    for rows in (None, len(cost) + 5):  # padding is never chosen
+        padded = targets.pad_positives(found, rows)
+        chosen = targets.choose(padded, np.pad(cost, (0, len(padded.positives) - len(cost))))
+        np.testing.assert_array_equal(chosen.labels, expected)
+        assert np.count_nonzero(chosen.centerness >= 0) == kept

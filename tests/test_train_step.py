@@ -39,6 +39,7 @@ BRANCHES = {
     "four rays": ("model.rays=4",),
     "released": ("conventions=released", "model.head.box=true"),
     "iou": (*IOU, "model.head.box=true"),
+    "cost": (*IOU, "targets.match=cost", "targets.ranges=[]"),
 }
 
 
@@ -112,7 +113,7 @@ def test_the_parts_of_a_step_add_up_to_the_whole_batch(branch):
     model = kept(*BRANCHES[branch])
     expected = whole_batch(model, *batch())
     assert expected[0]["ray"] > 0 and ("box" in expected[0]) == (branch in ("released", "iou"))
-    assert ("mask" in expected[0]) == (branch == "iou")
+    assert ("mask" in expected[0]) == (branch in ("iou", "cost"))
     assert_same(stepped(model, *batch()), expected, 1e-6)
     for parts in (2, 4) if branch == "plain" else (4,):  # of four, one has no instance at all
         assert_same(stepped(model, *batch(), accumulate=parts), expected, 1e-5)
@@ -144,7 +145,9 @@ def test_targets_of_some_images_are_those_of_a_batch_of_them():
     for first, count in ((0, 1), (1, 2), (2, 2), (3, 1)):
         some = {name: value[first : first + count] for name, value in instances.items()}
         expected = steps.prepare(model, images[first : first + count], some).targets
-        for a, b in zip(targets.select_images(whole, first, count), expected, strict=True):
+        selected = targets.select_images(whole, first, count)
+        selected = selected._replace(instance=selected.instance - first * instances["classes"].shape[1])
+        for a, b in zip(selected, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -152,7 +155,7 @@ def test_targets_of_some_images_are_those_of_a_batch_of_them():
 
 
 def test_padded_rows_change_nothing():
-    for branch in ("plain", "released", "iou"):
+    for branch in ("plain", "released", "iou", "cost"):
         model = kept(*BRANCHES[branch])
         images, instances = batch()
         prepared = steps.prepare(model, images, instances)
@@ -200,7 +203,7 @@ def test_no_instance_has_more_positives_than_the_padding_holds(radius):
 # ---- XLA
 
 
-@pytest.mark.parametrize("branch", ["released", "iou"])
+@pytest.mark.parametrize("branch", ["released", "iou", "cost"])
 def test_xla_computes_the_same_step(branch):
     model = kept(*BRANCHES[branch], "model.backbone.freeze_at=5")  # its gradient: below
     expected = stepped(model, *batch())

@@ -170,6 +170,9 @@ class TargetConfig(Section):
     # Equation 3; FCOS's (table 1c); or the IoU of the polygon that the network predicts there with the true one.
     centerness: typing.Literal["polar", "cartesian", "iou"] = "polar"
     parts: typing.Literal["largest", "all"] = "largest"  # which polygons of an instance give center and rays
+    # Which of the locations around an instance's center learn it. static: all on the level of its size. cost: of those of
+    # all levels the 9 that come closest to it so far, by class, ray and mask loss (PolarNeXt).
+    match: typing.Literal["static", "cost"] = "static"
 
 
 @dataclass(frozen=True)
@@ -279,14 +282,23 @@ class Config(Section):
         if self.train.evaluate_every and not self.data.val:
             yield "train.evaluate_every needs data.val, converted data to evaluate on"
         if self.model.rays == 4 and needs_mask_iou(self):
-            yield "model.rays: 4 gives boxes; targets.centerness: iou, loss.weight_by: iou and loss.mask_weight need polygons"
+            yield (
+                "model.rays: 4 gives boxes; targets.centerness: iou, targets.match: cost, loss.weight_by: iou and "
+                "loss.mask_weight need polygons"
+            )
+        if self.targets.match == "cost":
+            if ranges:
+                yield "targets.match: cost chooses among all levels; it needs targets.ranges: []"
+            if self.loss.weight_by == "centerness" and self.targets.centerness != "iou":
+                yield "targets.match: cost needs loss.weight_by: iou, or targets.centerness: iou"
         if ranges and len(ranges) != len(levels) - 1:
             yield f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"
 
 
 def needs_mask_iou(config: Config) -> bool:
     """Whether training compares the predicted polygons with the true ones."""
-    return config.targets.centerness == "iou" or config.loss.weight_by == "iou" or config.loss.mask_weight > 0
+    targets, loss = config.targets, config.loss
+    return targets.centerness == "iou" or targets.match == "cost" or loss.weight_by == "iou" or loss.mask_weight > 0
 
 
 def input_size(data: DataConfig) -> tuple[int, int]:

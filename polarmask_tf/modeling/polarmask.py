@@ -209,11 +209,8 @@ class PolarMask(tf_keras.Model):
 
         Rows of `encoded` with a negative centerness are padding.
         """
-        config = self.config.loss
-        class_loss = losses.focal_loss(
-            _flat(outputs, "class_logits"), encoded.labels, gamma=config.focal_gamma, alpha=config.focal_alpha
-        )
-        at = encoded.positives
+        config, at = self.config.loss, encoded.positives
+        focal = {"gamma": config.focal_gamma, "alpha": config.focal_alpha}
         units = [
             tf.fill([tf.reduce_prod(tf.shape(maps["ray_logits"])[1:3])], self.ray_units[level])
             for level, maps in sorted(outputs.items())
@@ -223,22 +220,30 @@ class PolarMask(tf_keras.Model):
         def lengths(name):
             return geometry.rays_from_logits(tf.gather_nd(_flat(outputs, name), at), units)
 
-        real = tf.cast(encoded.centerness >= 0, tf.float32)
-        centerness = weight = tf.maximum(encoded.centerness, 0.0)
-        rays = lengths("ray_logits")
+        class_logits, rays = _flat(outputs, "class_logits"), lengths("ray_logits")
+        ray_losses = losses.RAY_LOSSES[config.ray](rays, encoded.rays)
         if self.needs_mask_iou:
             areas = overlap.areas(rays, encoded.crossings, encoded.border)
+            mask_losses = overlap.dice_loss(areas)
+        if self.config.targets.match == "cost":
+            classes = tf.maximum(tf.gather_nd(encoded.labels, at), 0)[:, tf.newaxis]  # 0: of padding
+            of_class = tf.gather_nd(class_logits, tf.concat([at, classes], axis=1))
+            cost = losses.focal_cost(of_class, **focal) + ray_losses + mask_losses
+            encoded = targets.choose(encoded, tf.stop_gradient(cost))
+        real = tf.cast(encoded.centerness >= 0, tf.float32)
+        centerness = weight = tf.maximum(encoded.centerness, 0.0)
+        if self.needs_mask_iou:
             iou = tf.stop_gradient(overlap.iou(areas)) * real
             centerness = centerness * iou if self.config.targets.centerness == "iou" else centerness
             weight = iou if config.weight_by == "iou" else centerness
-        sums = {"class": class_loss, "ray": tf.reduce_sum(losses.RAY_LOSSES[config.ray](rays, encoded.rays) * weight)}
+        sums = {"class": losses.focal_loss(class_logits, encoded.labels, **focal), "ray": tf.reduce_sum(ray_losses * weight)}
         predicted = tf.gather_nd(_flat(outputs, "centerness_logits"), at)[:, 0]
         sums["centerness"] = tf.reduce_sum(losses.centerness_loss(predicted, centerness) * real)
         if "box" in self.loss_names:
             each = losses.iou_loss(lengths("ltrb_logits"), encoded.ltrb, pixel=float(self.conventions.whole_pixels))
             sums["box"] = tf.reduce_sum(each * weight)
         if "mask" in self.loss_names:
-            sums["mask"] = tf.reduce_sum(overlap.dice_loss(areas) * weight)
+            sums["mask"] = tf.reduce_sum(mask_losses * weight)
         # Without positives on any replica the sums over positives are zero too; their counts only must not be.
         least = {"class": 1.0, "centerness": 1.0}
         return [

@@ -94,14 +94,17 @@ def _encode(model, images, instances) -> targets.Targets:
         centerness=config.targets.centerness,
         whole_pixels=model.conventions.whole_pixels,
         mask_iou=model.needs_mask_iou,
+        match=config.targets.match,
     )
 
 
 def _normalizers(model, images, encoded) -> list:
     """What each of model.loss_names is to be divided by, of this replica."""
-    positives = tf.cast(tf.shape(encoded.positives)[0], tf.float32)
+    chosen = model.config.targets.match == "cost"
+    positives = tf.cast(targets.count_chosen(encoded) if chosen else tf.shape(encoded.positives)[0], tf.float32)
     # IoUs are known only behind the network; by their sum all replicas would have to wait for one another.
-    weight = tf.reduce_sum(encoded.centerness) if model.config.loss.weight_by == "centerness" else positives
+    by_iou = model.config.loss.weight_by == "iou" or chosen
+    weight = positives if by_iou else tf.reduce_sum(encoded.centerness)
     seen = tf.cast(tf.shape(images)[0], tf.float32) if model.conventions.count_images else 0.0
     counts = {"class": positives + seen, "centerness": positives}
     return [counts.get(name, weight) for name in model.loss_names]

@@ -27,6 +27,13 @@ def focal_loss(logits: tf.Tensor, labels: tf.Tensor, *, gamma: float = 2.0, alph
     return tf.reduce_sum(tf.reduce_sum(loss, axis=-1) * counts)
 
 
+def focal_cost(logits: tf.Tensor, *, gamma: float = 2.0, alpha: float = 0.25) -> tf.Tensor:
+    """How much focal loss [P] a location of these logits [P] of its class costs more as a positive than as background."""
+    logits = tf.cast(logits, tf.float32)
+    log_p, log_not = -tf.nn.softplus(-logits), -tf.nn.softplus(logits)
+    return -alpha * tf.exp(gamma * log_not) * log_p + (1 - alpha) * tf.exp(gamma * log_p) * log_not
+
+
 def polar_iou_loss(predicted: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
     """log(sum max / sum min) over rays, [..., n] and [..., n] positive lengths to [...] (equations 7 and 8)."""
     longer = tf.reduce_sum(tf.maximum(predicted, target), axis=-1)

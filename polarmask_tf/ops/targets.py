@@ -10,12 +10,14 @@ import itertools
 import math
 import typing
 
+import numpy as np
 import tensorflow as tf
 
 from polarmask_tf.errors import InputError
 from polarmask_tf.ops import geometry, overlap
 
 BACKGROUND, IGNORED = -1, -2
+CHOSEN = 9  # locations that learn an instance, of those that could, where they are chosen by cost
 MOST_CROSSINGS = 6  # of a direction with a contour, where memory is short; the error of an IoU was at most .001
 
 
@@ -67,6 +69,8 @@ class Targets(typing.NamedTuple):
     ltrb: tf.Tensor  # float32 [P, 4]: l, t, r, b to the sides of the instance's box, pixels
     crossings: tf.Tensor  # float32 [P, K, A]: see geometry.crossings; without mask IoU in the losses K is 0
     border: tf.Tensor  # float32 [P, A]: distance to the picture's border in these directions, pixels
+    instance: tf.Tensor  # int32 [P]: which instance of the batch, image * N + its place
+    otherwise: tf.Tensor  # int32 [P]: the label if the location is not chosen, see `choose`
 
 
 def level_ranges(levels: typing.Sequence[int], size: tuple[int, int], bounds: typing.Sequence[float] = ()) -> list:
@@ -103,7 +107,7 @@ def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=(), pixel=
       valid: bool [B, N]; False rows are padding.
       levels: pyramid levels, level l with stride 2**l.
       size: height and width of the padded image, ints or tensors.
-      radius, ranges: see TargetConfig.
+      radius, ranges: see TargetConfig; ranges=None: every level takes every size.
       pixel: added to both sides of a box for its area: 1.0 where boxes end at their last pixel.
 
     Returns:
@@ -117,7 +121,8 @@ def assign(boxes, centers, valid, *, levels, size, radius=1.5, ranges=(), pixel=
     steps = tf.range(reach, dtype=tf.float32)
     grid = tf.reshape(tf.stack(tf.meshgrid(steps, steps), -1), [-1, 2])
     indices, first = [], 0
-    for level, (smallest, largest) in zip(levels, level_ranges(levels, size, ranges), strict=True):
+    limits = [(-1.0, 1e8)] * len(levels) if ranges is None else level_ranges(levels, size, ranges)
+    for level, (smallest, largest) in zip(levels, limits, strict=True):
         stride = 2**level
         rows, columns = -(-size[0] // stride), -(-size[1] // stride)
         cells = tf.floor(centers / stride - radius - 0.5)[..., tf.newaxis, :] + grid  # [B, N, K, 2]
@@ -157,6 +162,7 @@ def encode(
     centerness="polar",
     whole_pixels=False,
     mask_iou=False,
+    match="static",
 ) -> Targets:
     """Targets of a batch.
 
@@ -167,6 +173,7 @@ def encode(
       centerness: "polar", of the rays, or "cartesian", of the box; "iou" is only known with the network's outputs: 1 here.
       whole_pixels: the released code's coordinates, see `_whole_pixels`.
       mask_iou: whether losses need overlap.areas: what that takes comes as `crossings` and `border`.
+      match: "static", or "cost": positives are then candidates on every level, for `choose` to choose from.
     """
     window = tf.concat([0 * instances["window"], instances["window"]], axis=-1)
     boxes, centers, edges = instances["boxes"], instances["centers"], instances["edges"]
@@ -179,7 +186,7 @@ def encode(
         levels=levels,
         size=size,
         radius=radius,
-        ranges=ranges,
+        ranges=None if match == "cost" else ranges,
         pixel=float(whole_pixels),
     )
     positives = tf.cast(tf.where(owner >= 0), tf.int32)
@@ -197,7 +204,8 @@ def encode(
         crossings = geometry.crossings(points, tf.gather_nd(edges, chosen), directions)
         lengths = geometry.farthest(crossings[..., ::per_ray], border[:, ::per_ray])
     labels = tf.gather(instances["classes"], tf.maximum(owner, 0), batch_dims=1)
-    labels = tf.where(owner >= 0, labels, tf.where(instances["ignore"], IGNORED, BACKGROUND))
+    otherwise = tf.where(instances["ignore"], IGNORED, BACKGROUND)
+    labels = tf.where(owner >= 0, labels, otherwise)
     quality = {
         "polar": lambda: geometry.polar_centerness(lengths),
         "cartesian": lambda: geometry.cartesian_centerness(distances),
@@ -206,7 +214,39 @@ def encode(
     # A location that sees nothing of its instance would have polar centerness 1 and teach the most.
     sees = tf.reduce_max(lengths, axis=-1) > geometry.EPSILON
     quality = tf.where(sees, quality, 0.0)
-    return Targets(labels, positives, lengths, quality, distances, crossings if mask_iou else crossings[:, :0], border)
+    return Targets(
+        labels,
+        positives,
+        lengths,
+        quality,
+        distances,
+        crossings if mask_iou else crossings[:, :0],
+        border,
+        image * tf.shape(boxes)[1] + chosen[:, 1],
+        tf.gather_nd(otherwise, positives),
+    )
+
+
+def choose(targets: Targets, cost: tf.Tensor) -> Targets:
+    """The CHOSEN positives of each instance with the least cost [P]; the others get centerness -1, as padding has."""
+    real = targets.centerness >= 0
+    by_cost = tf.argsort(tf.where(real, cost, np.inf), stable=True)
+    by_instance = tf.gather(by_cost, tf.argsort(tf.gather(targets.instance, by_cost), stable=True))
+    instance = tf.gather(targets.instance, by_instance)
+    place = tf.range(tf.size(instance))
+    first = tf.searchsorted(instance, instance, side="left")
+    taken = tf.scatter_nd(by_instance[:, tf.newaxis], place - first, tf.shape(place)) < CHOSEN
+    # Added and not set: several rows of padding name one location.
+    labels = tf.gather_nd(targets.labels, targets.positives)
+    change = tf.where(real & ~taken, targets.otherwise - labels, 0)
+    labels = tf.tensor_scatter_nd_add(targets.labels, targets.positives, change)
+    return targets._replace(labels=labels, centerness=tf.where(taken, targets.centerness, -1.0))
+
+
+def count_chosen(targets: Targets) -> tf.Tensor:
+    """How many `choose` leaves, int32 []; before there is a cost."""
+    _, _, sizes = tf.unique_with_counts(targets.instance)
+    return tf.reduce_sum(tf.minimum(sizes, CHOSEN))
 
 
 def select_images(targets: Targets, first, count: int) -> Targets:
@@ -229,10 +269,10 @@ def pad_positives(targets: Targets, rows: int | None) -> Targets:
 
     # XLA holds all of them at once.
     crossings = overlap.keep_farthest(targets.crossings, MOST_CROSSINGS)
-    labels, positives, rays, centerness, ltrb, _, border = targets
-    return Targets(
-        labels, pad(positives, 0), pad(rays, 1.0), pad(centerness, -1.0), pad(ltrb, 1.0), pad(crossings, 0.0), pad(border, 1.0)
-    )
+    fills = {"rays": 1.0, "centerness": -1.0, "ltrb": 1.0, "border": 1.0, "instance": -1}
+    rest = targets._replace(crossings=crossings)._asdict()
+    labels = rest.pop("labels")
+    return Targets(labels, **{name: pad(values, fills.get(name, 0)) for name, values in rest.items()})
 
 
 def _whole_pixels(boxes, centers, edges, window):
