@@ -21,7 +21,7 @@ from polarmask_tf.export import quantize
 from polarmask_tf.export.graph import metadata
 from polarmask_tf.files import replacing
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.ops import geometry
+from polarmask_tf.ops import geometry, postprocess
 
 # float32; float16 weights, computed in float32; 8-bit weights alone; 8 bits but for what needs float, see quantize.py.
 PRECISIONS = ("fp32", "fp16", "dynamic", "int8")
@@ -133,7 +133,8 @@ def _assembling(model: PolarMask) -> dict:
     return {
         "ray_units": model.ray_units,
         "ray_limit": geometry.MAX_RAY_LOGIT,
-        "score_threshold": options.score_threshold,
+        "score_threshold": postprocess.uncalibrated(options.score_threshold, options.temperature),
+        "temperature": options.temperature,
         "candidates": options.pre_nms_top_k,
         "nms_iou": options.nms_iou_threshold,
         "max_detections": options.max_detections,

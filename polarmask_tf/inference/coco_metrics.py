@@ -24,10 +24,17 @@ class Metrics:
     instances: int  # annotations, crowd regions included
     detections: int
     per_class: list | None = None  # {"category_id", "name", "AP"} of each category, by id
+    # A row of image (id), score and iou for each detection: its IoU with the object that it is matched with, at 0.5 or more,
+    # or 0. What is matched with a crowd region is left out.
+    matches: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    calibration_error: float | None = None  # see calibration.py; None where there is nothing to measure
+    score_iou_correlation: float | None = None  # Pearson's, of the detections with a match
 
     def to_dict(self):
-        """For json.dump."""
-        return dataclasses.asdict(self)
+        """For json.dump, without `matches`."""
+        values = dataclasses.asdict(dataclasses.replace(self, matches=None))
+        del values["matches"]
+        return values
 
     def why_empty(self):
         """Why all numbers are -1, in words; "" where they are not."""
@@ -35,6 +42,32 @@ class Metrics:
             return ""
         crowd = f"; the {self.instances} annotations are crowd regions" if self.instances else ""
         return f"-1 stands for nothing to measure: none of the {self.images} images has an object to find{crowd}"
+
+
+BINS = 15  # of equal width, between 0 and 1
+
+
+def expected_calibration_error(scores, hits):
+    """Mean distance of the score from the precision, over BINS bins of the scores [M] in [0, 1] by their part of the M hits
+    (bool [M]) and misses."""
+    place = np.clip((scores * BINS).astype(int), 0, BINS - 1)
+    off = [abs(scores[place == i].sum() - hits[place == i].sum()) for i in range(BINS)]
+    return float(sum(off) / max(len(scores), 1))
+
+
+def _matches(coco_eval):
+    """Metrics.matches of an evaluation."""
+    rows = []
+    for image in coco_eval.evalImgs:
+        if image is None or image["aRng"] != coco_eval.params.areaRng[0]:
+            continue
+        key = image["image_id"], image["category_id"]
+        place = {annotation["id"]: i for i, annotation in enumerate(coco_eval._gts[key])}
+        for i, score in enumerate(image["dtScores"]):
+            match = int(image["dtMatches"][0, i])
+            if not image["dtIgnore"][0, i]:
+                rows.append((key[0], score, coco_eval.ious[key][i, place[match]] if match else 0.0))
+    return np.array(rows, [("image", np.int64), ("score", np.float64), ("iou", np.float64)])
 
 
 def polygons_to_rle(polygons, height, width):
@@ -177,7 +210,19 @@ def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm", 
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     classes = [{"category_id": int(c), "name": names[c], "AP": ap(category=k)} for k, c in enumerate(params.catIds)]
     counts = len(truth.dataset["images"]), len(truth.dataset["annotations"]), len(results)
-    return Metrics(values, max_detections, iou_type, *counts, classes if per_class else None)
+    matches = _matches(coco_eval)
+    hits = matches[matches["iou"] > 0]
+    varied = len(hits) > 1 and hits["score"].std() > 0 and hits["iou"].std() > 0
+    return Metrics(
+        values,
+        max_detections,
+        iou_type,
+        *counts,
+        classes if per_class else None,
+        matches,
+        expected_calibration_error(matches["score"], matches["iou"] > 0) if len(matches) else None,
+        float(np.corrcoef(hits["score"], hits["iou"])[0, 1]) if varied else None,
+    )
 
 
 def _mean(values):
@@ -198,6 +243,10 @@ def format_table(metrics):
         f" {titles[kind]} @[ IoU={iou:<9} | area={area:>6} | maxDets={limit:>{width}} ] = {value:0.3f}"
         for (kind, iou, area, limit), value in zip(rows, metrics.values.values(), strict=True)
     ]
+    if metrics.calibration_error is not None:
+        correlation = metrics.score_iou_correlation
+        tail = f"; correlation of score and mask IoU of hits = {correlation:0.3f}" if correlation is not None else ""
+        lines.append(f" Expected calibration error of scores @[ IoU=0.50 ] = {metrics.calibration_error:0.3f}{tail}")
     if metrics.per_class is not None:
         width = max((len(entry["name"]) for entry in metrics.per_class), default=0)
         lines += ["", " AP of each class:"]

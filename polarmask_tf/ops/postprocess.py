@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from polarmask_tf.ops import geometry
 
+LEAST_SCORE = 1e-6  # that a calibrated score is of
+
 
 def detect(
     outputs: dict,
@@ -18,6 +20,7 @@ def detect(
     nms_iou_threshold: float = 0.5,
     max_detections: int = 100,
     multi_label: bool = True,
+    temperature: float = 1.0,
     centerness_offset: float = 0.0,
     class_threshold: bool = False,
     box_nms: bool = False,
@@ -34,11 +37,12 @@ def detect(
         2**l. With "ltrb_logits": [h, w, 4] rays are cut at the box ("Box Branch" in section 4.1).
       size: height and width of the image, pixels, ints or tensors; polygons are cut at its border.
       ray_units: {level: pixels}, see geometry.rays_from_logits.
-      score_threshold: of class score times centerness; detections at or below it are dropped.
+      score_threshold: of the score, class score times centerness, calibrated; detections at or below it are dropped.
       pre_nms_top_k: a level, before NMS.
       nms_iou_threshold: boxes (of polygons) of one class that overlap more are suppressed.
       max_detections: N.
       multi_label: candidates are (location, class) pairs; False: locations with their best class, which is cheaper.
+      temperature: see `calibrated`.
       centerness_offset, class_threshold, box_nms, suppress_equal, whole_pixels: see config.Conventions.
 
     Returns:
@@ -49,6 +53,7 @@ def detect(
     height, width = size
     limit = tf.cast(tf.stack([width, height]), tf.float32)
     pixel = float(whole_pixels)
+    score_threshold = uncalibrated(score_threshold, temperature)
     levels = []
     for level, maps in sorted(outputs.items()):  # levels are text or numbers
         if class_threshold:
@@ -85,11 +90,29 @@ def detect(
     polygons = tf.clip_by_value(polygons, 0.0, limit - pixel) / limit
     return {
         "num_detections": valid,
-        "detection_scores": tf.gather(scores, chosen) * keep,
+        "detection_scores": calibrated(tf.gather(scores, chosen), temperature) * keep,
         "detection_classes": tf.gather(classes, chosen) * tf.cast(keep, tf.int32),
         "detection_boxes": tf.gather(boxes, [1, 0, 3, 2], axis=1),
         "detection_polygons": polygons * tf.reshape(keep, [-1, 1, 1]),
     }
+
+
+def calibrated(scores: tf.Tensor, temperature: float) -> tf.Tensor:
+    """sigmoid(logit(scores) / temperature), of scores in [0, 1]: in the same order, and 1/2 stays 1/2."""
+    if temperature == 1:
+        return scores
+    scores = tf.clip_by_value(scores, LEAST_SCORE, 1 - LEAST_SCORE)
+    return tf.sigmoid((tf.math.log(scores) - tf.math.log(1.0 - scores)) * (1 / temperature))
+
+
+def uncalibrated(scores, temperature: float):
+    """The scores (number or array) that `calibrated` makes these of; not float32's, since thresholds are tiny."""
+    if temperature == 1:
+        return scores
+    scores = np.clip(np.asarray(scores, np.float64), 1e-300, 1 - 1e-16)
+    odds = np.log(scores) - np.log1p(-scores)
+    result = 1 / (1 + np.exp(-temperature * odds))
+    return float(result) if result.ndim == 0 else result
 
 
 def _decode(centers: tf.Tensor, lengths: list, box_nms: bool):

@@ -25,6 +25,7 @@ from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import earlier
 from polarmask_tf.weights.state_dict import without_numbers
 
+CALIBRATION = "calibration.json"  # what `evaluate --calibrate` found; see inference/calibration.py
 UNFINISHED = "unfinished"  # where in checkpoints/ the next one is written
 SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, until a new checkpoint stands
 
@@ -32,11 +33,13 @@ SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, u
 def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     """The trained model of a run directory, at its newest checkpoint that can be read.
 
-    With train.ema its weights are the running averages. `overrides` replace values of config.postprocess, like
+    With train.ema its weights are the running averages. Scores are calibrated where `evaluate --calibrate` has been run on
+    that checkpoint. `overrides` replace values of config.postprocess, like
     score_threshold=0.3. Raises InputError if `run` is not a run directory or holds no checkpoint.
     """
     run = Path(run)
     config, classes = read_run(run)
+    config = with_calibration(config, run)
     config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
     configs.check(config.postprocess, "postprocess.")
     model = PolarMask(config, classes)
@@ -80,6 +83,26 @@ def read_run(run: Path) -> tuple[Config, list]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: damaged ({error}); copy dataset.json from the training data") from None
     return configs.load_saved(run / "config.yaml"), classes
+
+
+def with_calibration(config: Config, run: Path) -> Config:
+    """The config with the temperature and the least score of run/calibration.json, if it is of the newest checkpoint."""
+    file = run / CALIBRATION
+    if not file.is_file():
+        return config
+    try:
+        content = json.loads(read_file(file, 10**6))
+        values = {name: float(content[name]) for name in ("temperature", "score_threshold")}
+        step = content["step"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = one_line(error, 200)
+        raise InputError(f"{file}: damaged ({reason}); delete it, or run polarmask evaluate --calibrate again") from None
+    if step != step_of(next(iter(checkpoints(run)), None)):
+        print(f"warning: {file} is of step {step}: scores are not calibrated; evaluate --calibrate again", file=sys.stderr)
+        return config
+    config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **values))
+    configs.check(config.postprocess, f"{file}: ")
+    return config
 
 
 def write_run(run: Path, config: Config, dataset: dict) -> None:

@@ -1,0 +1,140 @@
+"""Temperatures: what the calibration error is, which one is fitted, and that run, graph and exports all have it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from pycocotools import mask as coco_mask
+
+from polarmask_tf import cli, lite
+from polarmask_tf import config as configs
+from polarmask_tf.errors import InputError
+from polarmask_tf.export import tflite
+from polarmask_tf.inference import calibration
+from polarmask_tf.inference.coco_metrics import coco_metrics, expected_calibration_error
+from polarmask_tf.inference.predictor import load_predictor
+from polarmask_tf.ops import postprocess
+from polarmask_tf.weights import runs
+
+RUN = Path(__file__).parent / "old_run"
+IMAGES = np.load(RUN.with_name("old_run_detections.npz"))["images"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return shutil.copytree(RUN, tmp_path / "run")
+
+
+def flat_matches(temperature, count=20_000, images=10, seed=0):
+    """Matches of scores that are right as often as they say at this temperature."""
+    rng = np.random.default_rng(seed)
+    truth = rng.beta(0.6, 0.8, count).clip(1e-4, 1 - 1e-4)
+    score = 1 / (1 + np.exp(temperature * (np.log1p(-truth) - np.log(truth))))
+    matches = np.zeros(count, [("image", np.int64), ("score", np.float64), ("iou", np.float64)])
+    matches["image"], matches["score"] = rng.integers(0, images, count), score
+    matches["iou"] = np.where(rng.random(count) < truth, rng.uniform(0.5, 1, count), 0)
+    return matches
+
+
+def test_the_error_by_hand():
+    scores = np.array([0.9, 0.9, 0.9, 0.9, 0.1, 0.1])
+    hits = np.array([True, True, True, False, False, False])
+    assert expected_calibration_error(scores, hits) == pytest.approx(abs(3.6 - 3) / 6 + 0.2 / 6)
+    assert expected_calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
+    assert expected_calibration_error(np.zeros(0), np.zeros(0, bool)) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
+def test_the_temperature_of_the_scores_is_fitted(temperature):
+    matches = flat_matches(temperature)
+    # Scores are logit(truth) * temperature: divided by it, they are what is true.
+    assert calibration.fit_temperature(matches["score"], matches["iou"] > 0) == pytest.approx(temperature, rel=0.05)
+
+
+def test_calibrated_and_back():
+    scores = np.float32([1e-4, 0.05, 0.3, 0.5, 0.9, 0.999])
+    for temperature in (0.2, 1.0, 3.0):
+        there = postprocess.calibrated(tf.constant(scores), temperature).numpy()
+        np.testing.assert_allclose(there, calibration.calibrated(scores, temperature), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(postprocess.uncalibrated(there, temperature), scores, rtol=2e-2)
+        assert there[3] == pytest.approx(0.5) and (np.diff(there) > 0).all()
+
+
+def test_matches_are_those_of_pycocotools():
+    """Two objects, one of them met exactly, one by half, one detection beside; a crowd's counts nowhere."""
+
+    def rle(x, width):
+        mask = np.zeros((20, 60), np.uint8, order="F")
+        mask[5:15, x : x + width] = 1
+        return coco_mask.encode(mask)
+
+    def annotation(x, **more):
+        return {"image_id": 4, "category_id": 1, "iscrowd": 0, "segmentation": rle(x, 10), "area": 100, **more}
+
+    truth = {
+        "images": [{"id": 4, "height": 20, "width": 60}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [annotation(0), annotation(20), annotation(40, iscrowd=1)],
+    }
+    results = [
+        {"image_id": 4, "category_id": 1, "score": score, "segmentation": rle(x, width), "bbox": [x, 5, width, 10]}
+        for x, width, score in ((0, 10, 0.9), (20, 6, 0.6), (52, 8, 0.3), (41, 5, 0.2))
+    ]
+    metrics = coco_metrics(truth, results)
+    assert metrics.matches.tolist() == [(4, 0.9, 1.0), (4, 0.6, 0.6), (4, 0.3, 0.0)]
+    assert metrics.calibration_error == pytest.approx((0.1 + 0.4 + 0.3) / 3)
+    assert metrics.score_iou_correlation == pytest.approx(1.0)
+    assert "matches" not in json.loads(json.dumps(metrics.to_dict()))
+    nothing = coco_metrics(truth, [])
+    assert nothing.calibration_error is None and nothing.score_iou_correlation is None
+
+
+def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys):
+    before = load_predictor(run)(list(IMAGES))
+    done = calibration.calibrate(run, flat_matches(0.4))
+    assert done.temperature == pytest.approx(0.4, rel=0.05) and done.error < 0.02 < 0.1 < done.error_before
+    assert 0.5 < done.score_of_close_hits <= 1 and done.score_threshold < 0.05
+    after = load_predictor(run)(list(IMAGES))
+    assert sum(map(len, before)) > 0
+    for a, b in zip(after, before, strict=True):  # the same detections
+        np.testing.assert_allclose(a.polygons, b.polygons)
+        np.testing.assert_allclose(a.scores, calibration.calibrated(b.scores, done.temperature), rtol=1e-3, atol=1e-6)
+    # a least score is one of calibrated scores
+    least = float(after[0].scores[len(after[0]) // 2])
+    assert load_predictor(run, score_threshold=least)(IMAGES[0]).scores.min() >= least
+    model = runs.load_run(run)
+    for raw in (False, True):
+        path = tflite.export_tflite(model, tmp_path / f"{raw}.tflite", raw=raw)
+        found = lite.PolarMaskLite(path)(IMAGES[0])
+        np.testing.assert_allclose(found["scores"], after[0].scores, atol=2e-3)
+    model.save(tmp_path / "a.keras")
+    np.testing.assert_allclose(load_predictor(tmp_path / "a.keras")(IMAGES[0]).scores, after[0].scores, atol=1e-6)
+    # a second time: of what the scores are without the first one
+    again = flat_matches(0.4)
+    again["score"] = calibration.calibrated(again["score"], done.temperature)
+    assert calibration.calibrate(run, again).temperature == pytest.approx(done.temperature, rel=0.02)
+    assert runs.load_run(run).config.postprocess.score_threshold == pytest.approx(done.score_threshold, rel=0.1)
+    # of another checkpoint
+    content = json.loads((run / runs.CALIBRATION).read_text())
+    (run / runs.CALIBRATION).write_text(json.dumps({**content, "step": content["step"] + 1}))
+    assert runs.load_run(run).config.postprocess.temperature == 1
+    assert "scores are not calibrated" in capsys.readouterr().err
+
+
+def test_what_cannot_be_calibrated_is_said(run, tmp_path, capsys):
+    with pytest.raises(InputError, match=r"hits and .* misses are too few, 20 of each are needed"):
+        calibration.calibrate(run, flat_matches(1.0, 30))
+    for content in ("{", "[]", '{"temperature": "a"}', '{"temperature": -1, "score_threshold": 0.1, "step": STEP}'):
+        step = runs.step_of(runs.checkpoints(run)[0])
+        (run / runs.CALIBRATION).write_text(content.replace("STEP", str(step)))
+        with pytest.raises(InputError, match=r"calibration\.json: "):
+            runs.with_calibration(*runs.read_run(run)[:1], run)
+    file = tmp_path / "model.tflite"
+    file.write_bytes(b"")
+    assert cli.main(["evaluate", str(file), "--data", "x", "--calibrate"]) == 2
+    assert "--calibrate is for a run directory" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"postprocess\.temperature"):
+        configs.load("released_r50_1x", ["postprocess.temperature=0.5"])
