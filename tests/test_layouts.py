@@ -37,7 +37,7 @@ def data(tmp_path_factory):
     return folder
 
 
-def start_run(folder, norm, settings):
+def start_run(folder, settings):
     """Weights for step 0 that are nowhere zero. The loss has kinks, ReLU's and those of min and max in Polar IoU, and a value
     close to one may fall on either side of it when sums are rounded otherwise: that is one small step of a weight. In a
     bias that has only begun to leave zero it would be all there is to compare. Always the same weights: of many starts
@@ -60,11 +60,12 @@ def losses(run):
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-@pytest.mark.parametrize("norm", ["group", "frozen", "sync"])
-def test_the_layout_changes_nothing(data, tmp_path, norm):
-    settings = (*SGD, f"model.backbone.norm={norm}")
-    start = ("--start", start_run(data / f"start_{norm}", norm, settings))
-    validate = (f"data.val={data / 'val'}", "train.evaluate_every=20") if norm == "group" else ()
+@pytest.mark.parametrize("kind", ["group", "frozen", "sync", "quality"])
+def test_the_layout_changes_nothing(data, tmp_path, kind):
+    norm, quality = ("group", training.QUALITY) if kind == "quality" else (kind, ())
+    settings = (*SGD, f"model.backbone.norm={norm}", *quality)
+    start = ("--start", start_run(data / f"start_{kind}", settings))
+    validate = (f"data.val={data / 'val'}", "train.evaluate_every=20") if kind == "group" else ()
     done = {}
     for name, arguments in (("one", ("--strategy", "none")), ("mirrored", ("--strategy", "mirrored", "--devices", 2))):
         done[name] = tmp_path / name
@@ -79,7 +80,7 @@ def test_the_layout_changes_nothing(data, tmp_path, norm):
     assert "trained model in" in out and not worker_out  # the chief speaks and writes, the worker does not
     assert "Traceback" not in error + worker_error
 
-    one, before = training.weights(done["one"], 20), training.weights(data / f"start_{norm}", 0)
+    one, before = training.weights(done["one"], 20), training.weights(data / f"start_{kind}", 0)
     learned = {name: value for name, value in before.items() if "moving" not in name and np.any(one[name] != value)}
     moved = [np.linalg.norm(one[name] - value) / np.linalg.norm(value) for name, value in learned.items()]
     assert len(moved) > 30 and np.median(moved) > 1e-3  # what is compared to 1e-4 is ten times as large

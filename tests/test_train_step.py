@@ -33,13 +33,12 @@ BASE = (
     "train.momentum=0",
     "train.warmup_steps=0",
 )
-IOU = ("loss.weight_by=iou", "loss.mask_weight=1", "targets.centerness=iou", "model.head.centerness_tower=ray")
 BRANCHES = {
     "plain": (),
     "four rays": ("model.rays=4",),
     "released": ("conventions=released", "model.head.box=true"),
-    "iou": (*IOU, "model.head.box=true"),
-    "cost": (*IOU, "targets.match=cost", "targets.ranges=[]"),
+    "iou": (*training.QUALITY, "targets.match=static", "model.head.box=true"),
+    "cost": training.QUALITY,
 }
 
 

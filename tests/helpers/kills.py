@@ -22,6 +22,7 @@ from polarmask_tf.weights import runs
 # Everything that a checkpoint has to bring back: Adam's moments, averages, BatchNorm's statistics, the place in the data.
 # Evaluations come with checkpoints and between them; an epoch, 25 images of 4 a step, ends within a step.
 SETTINGS = (
+    *training.QUALITY,
     "train.deterministic=true",
     "train.ema=0.9",
     "model.backbone.norm=sync",

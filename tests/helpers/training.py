@@ -26,7 +26,21 @@ TINY = [
     "targets.ranges=[24]",
     "postprocess.max_detections=20",
     "postprocess.score_threshold=0.001",
+    # The paper's losses, of few operations; what is trained by QUALITY has tests of its own.
+    "model.head.centerness_tower=class",
+    "targets.centerness=polar",
+    "targets.match=static",
+    "loss.weight_by=centerness",
+    "loss.mask_weight=0",
 ]
+QUALITY = (
+    "model.head.centerness_tower=ray",
+    "targets.centerness=iou",
+    "targets.match=cost",
+    "targets.ranges=[]",
+    "loss.weight_by=iou",
+    "loss.mask_weight=1",
+)
 TINIEST = [  # for what needs steps and no learning
     *TINY,
     "model.backbone.width=4",
