@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-pixels", type=_positive, default=50_000_000, metavar="N", help=text)
 
     add = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
-    add("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
+    add("checkpoint", type=Path, help=".pth file, or .npz of the same keys")
     add("--config", required=True, help="the network's: released_r50_1x, released_r101_1x, ...")
     add("--out", type=Path, required=True, help="run directory to make")
     add("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")
