@@ -49,9 +49,11 @@ class Section:
 
 @dataclass(frozen=True)
 class BackboneConfig(Section):
-    # "resnet" is described by stem to group_width; the others are tf-models-official's, and take `multiplier` instead.
+    # "resnet" is described by stem to group_width. EfficientNetLite0 is as it is; the others are tf-models-official's, and the
+    # MobileNets among them take `multiplier`.
     type: typing.Literal[
         "resnet",
+        "EfficientNetLite0",
         "MobileNetV2",
         "MobileNetV3Small",
         "MobileNetV3Large",
@@ -72,7 +74,9 @@ class BackboneConfig(Section):
     group_width: int = _within(4, 1, 1024)  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d: 64, 4
     norm: typing.Literal["batch", "frozen", "sync", "group"] = "batch"  # frozen: BatchNorm that never learns
     freeze_at: int = _within(0, 0, 5)  # 1: the stem does not learn, 2: nor does C2, ..., 5: nothing of the backbone does
-    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing; see weights/pretrained.py
+    # Where training starts: "imagenet" (a ResNet's are downloaded, EfficientNetLite0's are in a package of the extra
+    # `imagenet`), a file, or nothing; see docs/pretrained.md.
+    weights: str = ""
 
     def contradictions(self):
         if self.multiplier != 1 and self.type == "resnet":

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from polarmask_tf.errors import InputError, one_line
-from polarmask_tf.weights import torch_file
+from polarmask_tf.weights.torch_file import TorchFile
+from polarmask_tf.weights.unpickle import ForeignObject, Tensor
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -81,7 +82,7 @@ def _read_npz(path: Path) -> dict:
 def _read_torch(path: Path) -> dict:
     """{key: (array, bits of a number in the file)}; of what is no tensor, (None, 0)."""
     try:
-        with torch_file.TorchFile(path) as file:
+        with TorchFile(path) as file:
             entries = file.content
             if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
                 entries = entries["state_dict"]
@@ -89,12 +90,12 @@ def _read_torch(path: Path) -> dict:
                 raise InputError(f"{path}: a state_dict is expected, not a {type(entries).__name__}")
             # Only these are read of what a training's checkpoint holds: the optimizer's numbers stay where they are.
             return {
-                key: (file.array(value), file.bits(value)) if isinstance(value, torch_file.Tensor) else (None, 0)
+                key: (file.array(value), file.bits(value)) if isinstance(value, Tensor) else (None, 0)
                 for key, value in entries.items()
             }
     except InputError:
         raise
-    except torch_file.ForeignObject as e:
+    except ForeignObject as e:
         raise InputError(
             f"{path}: holds Python objects beside tensors ({one_line(e, 60)}), which are not loaded since they could run "
             "code; save its state_dict alone with torch.save"
