@@ -136,6 +136,8 @@ class DataConfig(Section):
     crop: tuple[int, ...] = _each((), 32, 16384, multiples=32)
     flip: typing.Literal["none", "horizontal", "both"] = "horizontal"  # both: also upside down
     scale: tuple[float, float] = _each((1.0, 1.0), 0.01, 100)  # scale jitter, times the scale that fits the image into `size`
+    # Color jitter: brightness, contrast and saturation of a training image change by up to this part of them; 0: not at all.
+    color_jitter: float = _within(0.0, 0, 1)
     max_instances: int = _within(100, 1, 10**4)  # padding of a training image; an image with more keeps its largest
     shuffle: int = _within(2048, 1, 10**7)  # images are shuffled in blocks of this many (and so are the shards)
     # Multi-scale training: every step takes one of these in place of `size`, like [[448, 448], [512, 512]].
@@ -206,6 +208,10 @@ class TrainConfig(Section):
     schedule: typing.Literal["cosine", "step"] = "cosine"
     final_lr_fraction: float = _within(0.02, 0, 1)  # cosine: fraction of learning_rate at the last step
     lr_boundaries: tuple[int, ...] = _each((), 0, 10**9)  # step: learning rate is divided by 10 at each of these
+    # The backbone's part of the learning rate, and of the weight decay: 0.1, say, for one that was trained before.
+    backbone_lr_multiplier: float = _within(1.0, 0, 1000)
+    # So many steps at first in which the backbone's weights stay as they are (BatchNorm's statistics do with norm: frozen).
+    freeze_backbone_steps: int = _within(0, 0, 10**9)
     weight_decay: float = _within(1e-4, 0, 100)
     decay: typing.Literal["decoupled", "l2"] = "decoupled"  # l2: added to the gradient, as in the paper; sgd only
     # With l2: times the learning rate for the biases of convolutions, which then do not decay.

@@ -143,6 +143,9 @@ class PolarMask(tf_keras.Model):
             raise InputError(f"compile({given[0]}=...): PolarMask computes its own losses; set their weights in config.loss")
         self.xla = bool(jit_compile)
         super().compile(optimizer=optimizer, run_eagerly=run_eagerly, steps_per_execution=steps_per_execution)
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of one that scales the loss
+        if hasattr(optimizer, "set_backbone"):  # ours, which may train it at a rate of its own
+            optimizer.set_backbone(getattr(self.backbone, "trainable_variables", ()))
 
     def get_compile_config(self):
         compiled = super().get_compile_config()
