@@ -10,10 +10,13 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from polarmask_tf import config as configs
 from polarmask_tf.config import BackboneConfig, ModelConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones import efficientnet_lite
+from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import imagenet, pretrained
+from polarmask_tf.weights.start import start_from
 
 LEVELS = ("2", "3", "4", "5")
 # Blocks of each stage: kernel, stride of the first, number.
@@ -112,6 +115,24 @@ def test_the_file_itself_may_be_named(file, tmp_path):
     (tmp_path / "cut.pth").write_bytes(file.read_bytes()[:100_000])
     with pytest.raises(InputError, match=r"cut\.pth: truncated"):
         pretrained.initialize(backbone, model_config(weights=str(tmp_path / "cut.pth")))
+
+
+def test_a_training_starts_from_the_file(file, capsys):
+    config = configs.load("edge_lite0", ["model.backbone.weights=''", "data.size=[64,64]"])
+    model = PolarMask(config, 2)
+    start_from(model, file)
+    expected = efficientnet_lite.build(model_config().backbone)
+    pretrained.initialize(expected, model_config())
+    np.testing.assert_array_equal(model.backbone(images())["5"], expected(images())["5"])
+    assert f"starting from {file}: {len(expected.variables)} of " in capsys.readouterr().out
+
+
+def test_its_config_starts_from_the_package(file):
+    config = configs.load("edge_lite0")
+    backbone = efficientnet_lite.build(config.model.backbone)
+    before = backbone.get_layer("conv_stem").kernel.numpy()
+    pretrained.initialize(backbone, config.model)
+    assert np.abs(backbone.get_layer("conv_stem").kernel - before).max() > 0.1
 
 
 def error_of(config, backbone=None):
