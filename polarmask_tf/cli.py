@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="run directory")
     add("--set", **setting, help="override, like train.steps=100")
     add("--restart", action="store_true", help="start over; the first new checkpoint replaces what was there")
-    add("--start", type=Path, metavar="RUN", help="begin with the weights of another run, or an imported one")
+    text = "begin with the weights of a run, a .keras file, a released .pth, or a backbone's checkpoint, where they fit"
+    add("--start", type=Path, metavar="RUN|FILE", help=text)
     _add_devices(add)
     text = "how long to wait for the other workers at the start (default %(default)s)"
     add("--worker-timeout", type=_positive, default=600, metavar="SECONDS", help=text)
@@ -120,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-pixels", type=_positive, default=50_000_000, metavar="N", help=text)
 
     add = command("import-weights", import_weights, "a run directory of a released PyTorch checkpoint")
-    add("checkpoint", type=Path, help=".pth file (needs the `import` extra), or .npz of the same keys")
+    add("checkpoint", type=Path, help=".pth file, or .npz of the same keys")
     add("--config", required=True, help="the network's: released_r50_1x, released_r101_1x, ...")
     add("--out", type=Path, required=True, help="run directory to make")
     add("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")

@@ -109,6 +109,11 @@ MISTAKES = {
     "start is missing": (lambda t, d, r: ("--start", t / "none"), "none: not a run directory"),
     "start has no checkpoint": (lambda t, d, r: ("--start", empty_run(r, t / "empty")), "empty: no checkpoint yet"),
     "start is no .keras file": (lambda t, d, r: ("--start", t / "none.keras"), "none.keras: no such file"),
+    "start is a checkpoint that is none": (lambda t, d, r: ("--start", t / "none.pth"), "none.pth: no such file"),
+    "start needs other settings": (
+        lambda t, d, r: ("--start", classifier(t / "a.npz")),
+        "a.npz: these weights need other settings than the config's: --set model.backbone.stem=7x7 ",
+    ),
     "weights are missing": (lambda t, d, r: ("--set", f"model.backbone.weights={t / 'none.npz'}"), "none.npz: no such file"),
     "validation is missing": (lambda t, d, r: ("--set", f"data.val={t / 'none'}"), "none: no such directory"),
     "validation has other classes": (
@@ -125,6 +130,13 @@ MISTAKES = {
     ),
     "profile": (lambda t, d, r: ("--profile", "3,9"), "--profile 3,9: give two of the 4 steps"),
 }
+
+
+def classifier(path):
+    """Names of a ResNet's weights, as far as settings follow from them."""
+    stages = {f"layer{stage}.0.conv{i}.weight": np.zeros((64, 64, 3, 3), np.float32) for stage in (1, 2, 3, 4) for i in (1, 2)}
+    np.savez(path, **{"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}, **stages)
+    return path
 
 
 def cut_shard(folder):

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones import garden
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import pretrained
+from polarmask_tf.weights.start import start_from
 
 LEVELS = "2345"
-TYPES = [kind for kind in typing.get_args(typing.get_type_hints(BackboneConfig)["type"]) if kind != "resnet"]
+OURS = ("resnet", "EfficientNetLite0")
+TYPES = [kind for kind in typing.get_args(typing.get_type_hints(BackboneConfig)["type"]) if kind not in OURS]
 CLASSES = 3
 
 
@@ -89,6 +92,21 @@ def test_a_checkpoint_of_model_garden_gives_equal_features(kind, multiplier, tmp
         config = small_config(type=kind, multiplier=multiplier, weights=weights)
         pretrained.initialize(model.backbone, config.model)
         assert_equal_features(model.backbone(images()), expected)
+
+
+def test_a_training_starts_from_a_checkpoint_of_model_garden(tmp_path, capsys):
+    network = mobilenet()
+    prefix = save_as_model_garden_does(network, tmp_path)
+    for given in (prefix, f"{prefix}.index", tmp_path):
+        model = PolarMask(small_config(), CLASSES)
+        start_from(model, Path(given))
+        assert_equal_features(model.backbone(images()), network(images()))
+        out = capsys.readouterr().out
+        assert f"starting from {given}: {len(model.backbone.variables)} of " in out and "anew: decoder/" in out
+    with pytest.raises(InputError, match=r"--set 'model\.std=\[58\.395"):
+        config = small_config()
+        model = dataclasses.replace(config.model, std=(1.0, 1.0, 1.0))
+        start_from(PolarMask(dataclasses.replace(config, model=model), CLASSES), tmp_path)
 
 
 def test_a_mobile_backbone_learns(tmp_path):
@@ -173,7 +191,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     assert "no checkpoint" in error_of(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "no checkpoint" in error_of(tmp_path / "empty")
-    assert "model.mean: [123.675, 116.28, 103.53]" in error_of(prefix, {"std": (1.0, 1.0, 1.0)})
+    assert "--set 'model.std=[58.395,57.12,57.375]'" in error_of(prefix, {"std": (1.0, 1.0, 1.0)})
     assert "of this multiplier" in error_of(prefix, multiplier=0.5)
     assert "MobileNetV3Small" in error_of(prefix, type="MobileNetV3Small")
     other = tf.train.Checkpoint(model=tf.Variable(1.0)).save(str(tmp_path / "other"))

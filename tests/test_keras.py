@@ -38,6 +38,7 @@ FAMILIES = {
     "released": ("released_r50_1x", (*PAPER, "model.head.convs=2")),
     "ResNeXt": ("table1e_x101", (*PAPER, "model.backbone.groups=4", "model.backbone.group_width=4")),
     "GroupNorm, sync": ("shapes", (*NARROW, "model.backbone.norm=group", "model.normalization=image")),
+    "EfficientNetLite0": ("edge", (*SMALL, "model.backbone.type=EfficientNetLite0")),
     "MobileNetV2": ("edge_mobilenetv2", (*SMALL, "model.backbone.multiplier=0.35")),
     "MobileNetV4": ("edge_mobilenetv4", SMALL),
     "EfficientNet": ("edge_efficientnet", SMALL),

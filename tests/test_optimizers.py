@@ -122,6 +122,13 @@ RECIPES = {
     "paper": {},
     "paper, averaged": {"ema": 0.9, "momentum": 0.0, "clip_norm": 0.0},
     "sgd": {"decay": "decoupled", "bias_lr_multiplier": 1.0},
+    "paper, backbone slower": {"backbone_lr_multiplier": 0.1, "freeze_backbone_steps": 3},
+    "adamw, backbone slower": {
+        "optimizer": "adamw",
+        "decay": "decoupled",
+        "bias_lr_multiplier": 1.0,
+        "backbone_lr_multiplier": 0.5,
+    },
     "adamw": {"decay": "decoupled", "bias_lr_multiplier": 1.0, "optimizer": "adamw", "schedule": "cosine", "ema": 0.9},
 }
 

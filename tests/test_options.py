@@ -177,6 +177,21 @@ def test_a_training_can_start_from_another_runs_weights(tmp_path, capsys):
         train.start_from(other, tmp_path / "b")
 
 
+def test_a_start_says_what_its_weights_are_used_to(tmp_path, capsys):
+    before = saved_run(tmp_path / "a", 5, 1)
+    before.save(tmp_path / "a.keras")
+    config = tiny_config(rays=12)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, normalization="image"))
+    model = PolarMask(config, 5)
+    train.start_from(model, tmp_path / "a.keras")
+    np.testing.assert_array_equal(model.head.classes.conv.kernel, before.head.classes.conv.kernel)
+    said = capsys.readouterr().out
+    assert said.startswith(f"starting from {tmp_path / 'a.keras'}: ") and said.count("\n") == 1
+    assert (
+        "anew: head/rays/conv/kernel, head/rays/conv/bias; it was trained with model.normalization=fixed, model.rays=8" in said
+    )
+
+
 def test_centerness_of_locations_off_center_is_lower_in_polar_than_in_cartesian():
     """A thin diagonal bar: its box is square, so Cartesian centerness is 1 in the middle; polar centerness is not."""
     ring = np.float32([[10, 12], [12, 10], [54, 52], [52, 54]])

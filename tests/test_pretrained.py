@@ -1,6 +1,8 @@
 """weights/pretrained.py: ResNets that start from weights made elsewhere, against independent networks with those weights."""
 
 import dataclasses
+import itertools
+import shlex
 import sys
 import urllib.error
 
@@ -9,12 +11,16 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+from polarmask_tf import config as configs
 from polarmask_tf.config import BackboneConfig, ModelConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones.resnet import ResNet
-from polarmask_tf.weights import pretrained
-from polarmask_tf.weights.pretrained import CAFFE, TORCHVISION
+from polarmask_tf.weights import imagenet, pretrained
+from polarmask_tf.weights.pretrained import TORCHVISION_NEEDS
 
+CAFFE, TORCHVISION, LITE0 = (
+    (needs["model.mean"], needs["model.std"]) for needs in (imagenet.RESNET_NEEDS, TORCHVISION_NEEDS, imagenet.LITE0_NEEDS)
+)
 LEVELS = ("2", "3", "4", "5")
 R50 = {"block": "bottleneck", "blocks": (3, 4, 6, 3), "width": 64, "stem": "7x7"}
 SMALL = {"block": "bottleneck", "blocks": (2, 1, 1, 1), "width": 8, "stem": "7x7", "stride_in": "3x3"}
@@ -115,12 +121,12 @@ def test_a_keras_file_gives_equal_features(resnet50, resnet50_h5, norm):
 
 def test_all_tensors_of_keras_are_used(resnet50):
     """Each is changed in turn by its own amount; one that were left out would change nothing."""
-    first = pretrained.applications_tensors(resnet50)
+    first = imagenet.applications_tensors(resnet50)
     assert set(first) == set(pretrained.variables(built(caffe(""))))
     before = resnet50.get_weights()
     try:
         resnet50.set_weights([w + 0.1 for w in before])
-        second = pretrained.applications_tensors(resnet50)
+        second = imagenet.applications_tensors(resnet50)
     finally:
         resnet50.set_weights(before)
     for name in first:
@@ -136,7 +142,7 @@ def test_variances_take_up_the_difference_of_the_epsilons(resnet50):
         for v in resnet50.variables:
             if "moving_variance" in v.name:
                 v.assign(tf.fill(v.shape, 1e-8))
-        variance = pretrained.applications_tensors(resnet50)["layer2.0.bn2.running_var"]
+        variance = imagenet.applications_tensors(resnet50)["layer2.0.bn2.running_var"]
         np.testing.assert_allclose(variance.astype(np.float64) + 1e-5, 1e-8 + 1.001e-5, rtol=1e-6)
     finally:
         resnet50.set_weights(before)
@@ -174,35 +180,42 @@ def test_deeper_networks_of_keras():
     network = applications("ResNet101")
     config = caffe("", blocks=(3, 4, 23, 3))
     backbone = built(config)
-    pretrained.assign(pretrained.variables(backbone), pretrained.applications_tensors(network), "here")
+    pretrained.assign(pretrained.variables(backbone), imagenet.applications_tensors(network), "here")
     rgb = picture((32, 32))
     assert_equal_features(backbone(rgb - config.mean), features_of_applications(network, rgb))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stem": "3x3"},
-        {"width": 32},
-        {"blocks": (3, 4, 6, 4)},
-        {"block": "basic"},
-        {"groups": 32},
-    ],
-)
+def test_one_message_names_every_setting_ready_to_paste():
+    """Of a config with nothing right: with what it says pasted, the next message is about the file."""
+    ours = configs.load("shapes", ["model.backbone.weights=none.h5", "model.backbone.norm=group", "model.mean=[0,0,0]"])
+    message = error_of(ours.model)
+    assert "ResNet-50; 101 has blocks [3,4,23,3], 152 [3,8,36,3]" in message
+    words = shlex.split(message.partition("config's: ")[2].partition(" (ResNet")[0])
+    pasted = [after for word, after in itertools.pairwise(words) if word == "--set"]
+    assert len(pasted) == 8 and "model.backbone.stride_in=1x1" in pasted and "model.backbone.norm=frozen" in pasted
+    mended = configs.load("shapes", ["model.backbone.weights=none.h5", "model.backbone.norm=group", *pasted])
+    assert error_of(mended.model) == "none.h5: no such file"
+
+
+@pytest.mark.parametrize("options", [{"stem": "3x3"}, {"blocks": (3, 4, 6, 4)}, {"block": "basic"}, {"groups": 32}])
 def test_keras_has_three_networks(resnet50_h5, options):
-    if options.get("width"):  # small ones, where that does not matter: what is refused need not be large
-        options = {**options, "blocks": (1, 1, 1, 1)}
-    assert "ResNet-50, 101 and 152" in error_of(caffe(resnet50_h5, **options))
+    [(name, value)] = options.items()
+    backbone = built(caffe(""))
+    wanted = {"stem": "7x7", "blocks": "[3,4,6,3]", "block": "bottleneck", "groups": "1"}[name]
+    assert f"model.backbone.{name}={wanted}" in error_of(caffe(resnet50_h5, **{name: value}), backbone)
 
 
 def test_keras_needs_its_normalisation_and_strides(resnet50_h5):
     config = caffe(resnet50_h5)
     backbone = built(config)
-    assert "model.backbone.stride_in: 1x1" in error_of(caffe(resnet50_h5, stride_in="3x3"), backbone)
-    for wrong in ({"mean": (103.939, 116.779, 123.68)}, {"std": (58.395, 57.12, 57.375)}, {"normalization": "image"}):
-        message = error_of(dataclasses.replace(config, **wrong), backbone)
-        assert "model.mean: [123.68, 116.779, 103.939], model.std: [1.0, 1.0, 1.0]" in message
-    assert "GroupNorm" in error_of(caffe(resnet50_h5, norm="group"), backbone)
+    assert error_of(caffe(resnet50_h5, stride_in="3x3"), backbone).endswith(": --set model.backbone.stride_in=1x1")
+    for wrong, said in (
+        ({"mean": (103.939, 116.779, 123.68)}, "'model.mean=[123.68,116.779,103.939]'"),
+        ({"std": (58.395, 57.12, 57.375)}, "'model.std=[1.0,1.0,1.0]'"),
+        ({"normalization": "image"}, "model.normalization=fixed"),
+    ):
+        assert error_of(dataclasses.replace(config, **wrong), backbone).endswith(f": --set {said}")
+    assert "--set model.backbone.norm=frozen" in error_of(caffe(resnet50_h5, norm="group"), backbone)
 
 
 def test_keras_files_that_are_none(resnet50_h5, tmp_path):
@@ -367,8 +380,10 @@ def test_forms_of_torch_files(small, prefix, kind, tmp_path, capsys):
         assert ("2 tensors outside backbone. are not used" in capsys.readouterr().err) == ("backbone." in prefix)
 
 
-def test_an_npz_needs_no_torch(small, tmp_path, monkeypatch):
-    config = model_config(**SMALL, weights=str(save_numpy(tmp_path / "a.npz", small.state_dict())))
+@pytest.mark.parametrize("kind", ["npz", "pth"])
+def test_no_file_needs_torch(small, tmp_path, monkeypatch, kind):
+    save = {"npz": save_numpy, "pth": save_torch}[kind]
+    config = model_config(**SMALL, weights=str(save(tmp_path / f"a.{kind}", small.state_dict())))
     expected = torch_features(small, picture())
     monkeypatch.setitem(sys.modules, "torch", None)
     assert_equal_features(started(config)((picture() - config.mean) / config.std), expected)
@@ -378,9 +393,9 @@ def test_torch_files_of_other_networks(small, tmp_path):
     state = small.state_dict()
     backbone = built(model_config(**SMALL))
 
-    def refused(changed, **options):
+    def refused(changed):
         path = save_torch(tmp_path / "a.pth", changed)
-        message = error_of(model_config(**{**SMALL, **options}, weights=str(path)), None if options else backbone)
+        message = error_of(model_config(**SMALL, weights=str(path)), backbone)
         assert str(path) in message and "another network" in message
         return message
 
@@ -390,13 +405,19 @@ def test_torch_files_of_other_networks(small, tmp_path):
     turned = state | {"layer1.0.conv1.weight": state["layer1.0.conv1.weight"][:4]}
     assert "1 of another shape (layer1.0.conv1.weight (1x1x8x4 instead of 1x1x8x8))" in refused(turned)
     assert "more" in refused({f"net.{n}": t for n, t in state.items()})
-    assert "missing (layer1.2.conv1.weight" in refused(state, blocks=(3, 1, 1, 1))
-    assert "tensors 15 unexpected (layer1.1.conv1.weight" in refused(state, blocks=(1, 1, 1, 1))
-    assert "of another shape" in refused(state, width=4)
-    assert "of another shape" in refused(state, groups=4, group_width=2)
+    path = save_torch(tmp_path / "a.pth", state)
+    for options, said in (
+        ({"blocks": (3, 1, 1, 1)}, "'model.backbone.blocks=[2,1,1,1]'"),
+        ({"width": 4}, "model.backbone.width=8"),
+        ({"groups": 4, "group_width": 2}, "model.backbone.groups=1"),
+        ({"block": "basic"}, "model.backbone.block=bottleneck"),
+        ({"stem": "3x3", "stem_width": 4}, "model.backbone.stem=7x7 --set model.backbone.stem_width=0"),
+    ):
+        message = error_of(model_config(**{**SMALL, **options}, weights=str(path)), backbone)
+        assert message == f"{path}: these weights need other settings than the config's: --set {said}"
 
 
-def test_torch_files_that_are_none(small, tmp_path, monkeypatch):
+def test_torch_files_that_are_none(small, tmp_path):
     whole = save_torch(tmp_path / "whole.pth", small.state_dict()).read_bytes()
     backbone = built(model_config(**SMALL))
     path = tmp_path / "a.pth"
@@ -407,17 +428,16 @@ def test_torch_files_that_are_none(small, tmp_path, monkeypatch):
         assert "truncated, or not a PyTorch" in error_of(config, backbone)
     save_torch(path, small.state_dict() | {"layer1.0.conv1.weight": small.conv1.weight.detach() * np.inf})
     assert "not finite" in error_of(config, backbone)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert "pip install" in error_of(config, backbone)
 
 
 def test_torch_files_need_torchvisions_normalisation_and_strides(small, tmp_path):
     path = save_torch(tmp_path / "a.pth", small.state_dict())
     backbone = built(model_config(**SMALL))
-    assert "stride_in: 3x3" in error_of(model_config(**{**SMALL, "stride_in": "1x1"}, weights=str(path)), backbone)
-    assert "model.std: [58.395, 57.12, 57.375]" in error_of(model_config(CAFFE, **SMALL, weights=str(path)), backbone)
-    assert "GroupNorm" in error_of(model_config(**SMALL, norm="group", weights=str(path)), backbone)
-    assert "stem: 7x7" in error_of(model_config(**{**SMALL, "stem": "3x3"}, weights=str(path)))
+    message = error_of(model_config(CAFFE, **{**SMALL, "stride_in": "1x1"}, norm="group", weights=str(path)), backbone)
+    assert message.endswith(
+        "config's: --set model.backbone.stride_in=3x3 --set 'model.mean=[123.675,116.28,103.53]' "
+        "--set 'model.std=[58.395,57.12,57.375]' --set model.backbone.norm=frozen"
+    )
 
 
 # ---- checkpoints of tf-models-official

@@ -182,6 +182,50 @@ def test_an_image_of_the_canvas_size_is_left_as_it_is():
 # ---- instances
 
 
+def colors(seed=0, size=(20, 30)):
+    return np.random.default_rng(seed).uniform(40, 80, (*size, 3)).astype(np.float32)
+
+
+def gray_of(image):
+    return image @ np.float64([0.299, 0.587, 0.114])
+
+
+def test_color_jitter_changes_brightness_contrast_and_saturation_by_its_strength():
+    """Where nothing is cut off at 0 and 255, the three factors can be had back from the pixels."""
+    image, factors = colors(), []
+    for seed in range(60):
+        found = transforms.jitter_color(tf.constant(image), 0.3, [3, seed]).numpy().astype(np.float64)
+        assert found.shape == image.shape and found.min() > 0 and found.max() < 255
+        brightness = gray_of(found).mean() / gray_of(image).mean()
+        contrast = gray_of(found).std() / gray_of(image).std() / brightness
+        chroma = [(x - gray_of(x)[..., None]).std() for x in (found, image)]
+        factors.append((brightness, contrast, chroma[0] / chroma[1] / brightness / contrast))
+    factors = np.array(factors)
+    assert (factors > 0.699).all() and (factors < 1.301).all()
+    assert (factors.min(0) < 0.78).all() and (factors.max(0) > 1.22).all() and (np.abs(factors.mean(0) - 1) < 0.08).all()
+    assert (np.abs(np.corrcoef(factors.T) - np.eye(3)) < 0.4).all()
+
+
+def test_color_jitter_is_a_function_of_the_seed_and_stays_in_range():
+    image = tf.constant(np.random.default_rng(1).uniform(0, 255, (8, 8, 3)), tf.float32)
+    one, same, other = (transforms.jitter_color(image, 1.0, seed).numpy() for seed in ([1, 2], [1, 2], [1, 3]))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any() and one.min() >= 0 and one.max() <= 255
+    np.testing.assert_allclose(transforms.jitter_color(image, 0.0, [1, 2]), image, atol=1e-3)
+
+
+def test_color_jitter_leaves_the_padding_black_and_the_placement_alone():
+    image = colors(size=(48, 20)).astype(np.uint8)
+    placement = place(7, 48, 20, flip="none", scale=(0.7, 0.7))
+    plain = transforms.place_image(tf.constant(image), placement, CANVAS).numpy()
+    found = transforms.place_image(
+        tf.constant(image), placement, CANVAS, lambda x: transforms.jitter_color(x, 0.5, [7, 8])
+    ).numpy()
+    height, width = placement["window"].numpy()
+    assert (found[:height, :width] != plain[:height, :width]).any()
+    assert not found[height:].any() and not found[:, width:].any()
+
+
 def record_of(*annotations):
     """What records.parse gives of [(label, is_crowd, [ring, ...]), ...], as far as transforms look at it."""
     rings = [(i, np.float32(ring)) for i, (_, _, rings) in enumerate(annotations) for ring in rings]
@@ -386,8 +430,9 @@ def assert_batches_equal(one, other):
         tf.nest.map_structure(np.testing.assert_array_equal, a, b)
 
 
-def test_batches_are_a_function_of_seed_and_step(dataset):
-    info, config = dataset[0], config_of(flip="both", scale=(0.7, 1.5))
+@pytest.mark.parametrize("color_jitter", [0.0, 0.4])
+def test_batches_are_a_function_of_seed_and_step(dataset, color_jitter):
+    info, config = dataset[0], config_of(flip="both", scale=(0.7, 1.5), color_jitter=color_jitter)
     batches = take(info, config, 6, seed=5)
     tf.random.set_seed(99)  # the global seed has no say
     assert_batches_equal(take(info, config, 6, seed=5), batches)

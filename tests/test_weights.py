@@ -10,10 +10,13 @@ import tensorflow as tf
 
 from polarmask_tf import cli
 from polarmask_tf import config as configs
+from polarmask_tf.config import FPNConfig, HeadConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.predictor import load_predictor
+from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import released
 from polarmask_tf.weights.runs import load_run
+from polarmask_tf.weights.start import start_from
 
 TURN = (9 - np.arange(36)) % 36  # our ray k is the released ray TURN[k]
 
@@ -234,6 +237,75 @@ def test_without_a_box_branch_its_tensors_are_named_as_unused(small, tmp_path, c
     model_config = dataclasses.replace(SMALL.model, head=dataclasses.replace(SMALL.model.head, box=False))
     run_import(small, tmp_path, dataclasses.replace(SMALL, model=model_config, conventions="paper"))
     assert "the box branch, 19 tensors, goes unused" in capsys.readouterr().err
+
+
+# ---- train --start with a released file
+
+
+def start_config(**model):
+    """A network of one's own with that backbone: other levels, classes and rays in strides, unless `model` says otherwise."""
+    config = override(SMALL, conventions="paper", model={"fpn": FPNConfig(channels=256, levels=(3, 4, 5)), **model})
+    return override(config, model={"head": dataclasses.replace(config.model.head, box=False, ray_unit="stride")})
+
+
+def started(state, config, folder, capsys):
+    np.savez(folder / "small.npz", **state)
+    model = PolarMask(config, 2)
+    start_from(model, folder / "small.npz")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith(f"starting from {folder / 'small.npz'}: ")
+    return model, out
+
+
+def test_a_training_starts_from_what_fits_of_a_released_file(small, tmp_path, capsys):
+    model, said = started(small, start_config(), tmp_path, capsys)
+    kernel = small["backbone.layer3.1.conv2.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(model.backbone.stages[2][1].convs[1].conv.kernel, kernel)
+    np.testing.assert_array_equal(
+        model.backbone.stem.conv.kernel, small["backbone.conv1.weight"][:, ::-1].transpose(2, 3, 1, 0)
+    )
+    np.testing.assert_array_equal(model.decoder.outputs["4"].conv.bias, small["neck.fpn_convs.1.conv.bias"])
+    np.testing.assert_array_equal(
+        model.head.ray_convs[3].conv.kernel, small["bbox_head.mask_convs.3.conv.weight"].transpose(2, 3, 1, 0)
+    )
+    assert not model.head.rays.conv.bias.numpy().any() and float(model.head.scales["3"]) == 1  # of another unit
+    assert "anew: scale3, scale4, scale5 and 4 more; " in said  # and classes and rays, of each kernel and bias
+    assert "its rays are in pixels: model.head.ray_unit=pixel takes them" in said
+
+
+def test_rays_in_pixels_are_taken_and_turned(small, tmp_path, capsys):
+    config = start_config()
+    config = override(config, model={"head": dataclasses.replace(config.model.head, ray_unit="pixel")})
+    model, said = started(small, config, tmp_path, capsys)
+    bias = small["bbox_head.polar_mask.bias"]
+    np.testing.assert_array_equal(model.head.rays.conv.bias, bias[[2, 1, 0, 7, 6, 5, 4, 3]])
+    assert float(model.head.scales["4"]) == np.float32(0.9)
+    assert said.endswith("anew: head/classes/conv/kernel, head/classes/conv/bias\n")
+    other, said = started(small, override(config, model={"rays": 12}), tmp_path, capsys)
+    assert not other.head.rays.conv.bias.numpy().any() and "head/rays/conv/kernel" in said
+
+
+def test_heads_and_pyramids_of_other_layers_begin_anew(small, tmp_path, capsys):
+    thin = HeadConfig(channels=32, convs=1, kernel=1, norm="batch", conv="separable")
+    config = override(start_config(), model={"head": thin, "fpn": FPNConfig(channels=256, levels=(2, 3), conv="separable")})
+    model, said = started(small, config, tmp_path, capsys)
+    np.testing.assert_array_equal(model.decoder.laterals["5"].conv.bias, small["neck.lateral_convs.2.conv.bias"])
+    assert "decoder/lateral2/conv/kernel" in said
+
+
+def test_settings_that_a_released_file_needs_are_named_at_once(small, tmp_path):
+    np.savez(tmp_path / "small.npz", **small)
+    config = override(start_config(), model={"mean": (0.0, 0.0, 0.0), "std": (58.0, 57.0, 57.0)})
+    backbone = dataclasses.replace(config.model.backbone, stride_in="3x3", blocks=(1, 1, 1, 1), norm="group")
+    model = PolarMask(override(config, model={"backbone": backbone}), 2)
+    before = [v.numpy() for v in model.variables]
+    with pytest.raises(InputError) as error:
+        start_from(model, tmp_path / "small.npz")
+    for setting in ("'model.backbone.blocks=[1,1,2,1]'", "model.backbone.stride_in=1x1", "model.backbone.norm=frozen"):
+        assert f"--set {setting}" in str(error.value)
+    assert "--set 'model.mean=[122.7717,115.9465,102.9801]' --set 'model.std=[1.0,1.0,1.0]'" in str(error.value)
+    for value, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(variable, value)
 
 
 def changed(state, drop=(), **add):

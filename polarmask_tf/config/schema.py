@@ -49,9 +49,11 @@ class Section:
 
 @dataclass(frozen=True)
 class BackboneConfig(Section):
-    # "resnet" is described by stem to group_width; the others are tf-models-official's, and take `multiplier` instead.
+    # "resnet" is described by stem to group_width. EfficientNetLite0 is as it is; the others are tf-models-official's, and the
+    # MobileNets among them take `multiplier`.
     type: typing.Literal[
         "resnet",
+        "EfficientNetLite0",
         "MobileNetV2",
         "MobileNetV3Small",
         "MobileNetV3Large",
@@ -72,7 +74,9 @@ class BackboneConfig(Section):
     group_width: int = _within(4, 1, 1024)  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d: 64, 4
     norm: typing.Literal["batch", "frozen", "sync", "group"] = "batch"  # frozen: BatchNorm that never learns
     freeze_at: int = _within(0, 0, 5)  # 1: the stem does not learn, 2: nor does C2, ..., 5: nothing of the backbone does
-    weights: str = ""  # where training starts: "imagenet" (downloaded), a file, or nothing; see weights/pretrained.py
+    # Where training starts: "imagenet" (a ResNet's are downloaded, EfficientNetLite0's are in a package of the extra
+    # `imagenet`), a file, or nothing; see docs/pretrained.md.
+    weights: str = ""
 
     def contradictions(self):
         if self.multiplier != 1 and self.type == "resnet":
@@ -133,6 +137,8 @@ class DataConfig(Section):
     crop: tuple[int, ...] = _each((), 32, 16384, multiples=32)
     flip: typing.Literal["none", "horizontal", "both"] = "horizontal"  # both: also upside down
     scale: tuple[float, float] = _each((1.0, 1.0), 0.01, 100)  # scale jitter, times the scale that fits the image into `size`
+    # Color jitter: brightness, contrast and saturation of a training image change by up to this part of them; 0: not at all.
+    color_jitter: float = _within(0.0, 0, 1)
     max_instances: int = _within(100, 1, 10**4)  # padding of a training image; an image with more keeps its largest
     shuffle: int = _within(2048, 1, 10**7)  # images are shuffled in blocks of this many (and so are the shards)
     # Multi-scale training: every step takes one of these in place of `size`, like [[448, 448], [512, 512]].
@@ -211,6 +217,10 @@ class TrainConfig(Section):
     schedule: typing.Literal["cosine", "step"] = "cosine"
     final_lr_fraction: float = _within(0.02, 0, 1)  # cosine: fraction of learning_rate at the last step
     lr_boundaries: tuple[int, ...] = _each((), 0, 10**9)  # step: learning rate is divided by 10 at each of these
+    # The backbone's part of the learning rate, and of the weight decay: 0.1, say, for one that was trained before.
+    backbone_lr_multiplier: float = _within(1.0, 0, 1000)
+    # So many steps at first in which the backbone's weights stay as they are (BatchNorm's statistics do with norm: frozen).
+    freeze_backbone_steps: int = _within(0, 0, 10**9)
     weight_decay: float = _within(1e-4, 0, 100)
     decay: typing.Literal["decoupled", "l2"] = "decoupled"  # l2: added to the gradient, as in the paper; sgd only
     # With l2: times the learning rate for the biases of convolutions, which then do not decay.

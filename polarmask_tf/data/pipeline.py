@@ -87,7 +87,7 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
     InputError for data that are not usable.
     """
     info = dataset.load(directory)
-    data = dataclasses.replace(config.data, flip="none", scale=(1.0, 1.0), crop=(), sizes=())
+    data = dataclasses.replace(config.data, flip="none", scale=(1.0, 1.0), color_jitter=0.0, crop=(), sizes=())
     config = dataclasses.replace(config, data=data)
     stored = tf.data.Dataset.from_tensor_slices([str(path) for path in info.shard_paths]).flat_map(order.reader(data.damaged))
 
@@ -168,7 +168,8 @@ def prepare(record: dict, config: Config, info: DatasetInfo, seed, size=None) ->
         parts=config.targets.parts,
         center=config.targets.center,
     )
-    return transforms.place_image(image, placement, canvas), instances
+    recolor = functools.partial(transforms.jitter_color, strength=data.color_jitter, seed=seed) if data.color_jitter else None
+    return transforms.place_image(image, placement, canvas, recolor), instances
 
 
 def locations(size, levels) -> tf.Tensor:

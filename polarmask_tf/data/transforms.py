@@ -38,8 +38,10 @@ def sample(height, width, size, canvas, *, fit: str = "letterbox", flip: str, sc
     return {"flip": (noise[1:3] < 0.5) & allowed, **placement}
 
 
-def place_image(image: tf.Tensor, placement: dict, size) -> tf.Tensor:
+def place_image(image: tf.Tensor, placement: dict, size, recolor=None) -> tf.Tensor:
     """uint8 [h, w, 3] to uint8 [*size, 3]: bilinear, zeros outside the image. `size` is two numbers, or int [2].
+
+    `recolor` maps the resized image, float32 in 0..255, to another one; what is outside the image stays zero.
 
     Antialiasing, which inference always has, costs four times the resizing itself and is left out down to half size.
     """
@@ -50,10 +52,26 @@ def place_image(image: tf.Tensor, placement: dict, size) -> tf.Tensor:
         lambda: tf.image.resize(image, window, antialias=True),
         lambda: tf.image.resize(image, window),
     )
+    image = recolor(image) if recolor else image
     image = tf.cast(image + 0.5, tf.uint8)  # bilinear values stay within 0..255
     image = tf.reverse(image, tf.where(placement["flip"])[:, 0])
     image = tf.pad(image, [[0, size[0] - window[0]], [0, size[1] - window[1]], [0, 0]])
     return tf.ensure_shape(image, [*(size if isinstance(size, tuple) else (None, None)), 3])
+
+
+def jitter_color(image: tf.Tensor, strength: float, seed) -> tf.Tensor:
+    """float32 [h, w, 3] in 0..255 to the same, a pure function of `seed` (int [2]).
+
+    Brightness, contrast (about the mean gray) and saturation (about each pixel's gray), in this order, are each multiplied by a
+    uniform number from 1 - strength to 1 + strength.
+    """
+    seed = tf.random.experimental.stateless_fold_in(seed, 1)  # other numbers than those of `sample`
+    brightness, contrast, saturation = tf.unstack(1.0 + strength * tf.random.stateless_uniform([3], seed, -1.0, 1.0))
+    image = image * brightness
+    gray = tf.reduce_sum(image * [0.299, 0.587, 0.114], axis=-1, keepdims=True)
+    mean = tf.reduce_mean(gray)
+    image, gray = mean + contrast * (image - mean), mean + contrast * (gray - mean)
+    return tf.clip_by_value(gray + saturation * (image - gray), 0.0, 255.0)
 
 
 def place_points(xy: tf.Tensor, placement: dict) -> tf.Tensor:

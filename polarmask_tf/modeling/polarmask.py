@@ -13,7 +13,7 @@ from polarmask_tf import config as configs
 from polarmask_tf.config import CONVENTIONS, Config
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling import step
-from polarmask_tf.modeling.backbones import garden
+from polarmask_tf.modeling.backbones import efficientnet_lite, garden
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
@@ -58,7 +58,8 @@ class PolarMask(tf_keras.Model):
         self.num_classes = len(self.classes)
         self._own_backbone = backbone is not None
         if backbone is None:
-            make = ResNet if model.backbone.type == "resnet" else garden.build
+            own = {"resnet": ResNet, "EfficientNetLite0": efficientnet_lite.build}
+            make = own.get(model.backbone.type, garden.build)
             self.backbone, levels = make(model.backbone, dtype=policy, name="backbone"), (2, 3, 4, 5)
         else:
             self.backbone, levels = backbone, _levels(backbone, self.input_size)
@@ -142,6 +143,9 @@ class PolarMask(tf_keras.Model):
             raise InputError(f"compile({given[0]}=...): PolarMask computes its own losses; set their weights in config.loss")
         self.xla = bool(jit_compile)
         super().compile(optimizer=optimizer, run_eagerly=run_eagerly, steps_per_execution=steps_per_execution)
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of one that scales the loss
+        if hasattr(optimizer, "set_backbone"):  # ours, which may train it at a rate of its own
+            optimizer.set_backbone(getattr(self.backbone, "trainable_variables", ()))
 
     def get_compile_config(self):
         compiled = super().get_compile_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 
@@ -39,6 +40,60 @@ class StepDecay(tf_keras.optimizers.schedules.LearningRateSchedule):
         return {"learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "boundaries": list(self.boundaries)}
 
 
+class _BackboneRate:
+    """The backbone learns, and decays, at `backbone_lr_multiplier` times the learning rate, and not at all for the first
+    `freeze_backbone_steps` steps, in which moments are gathered already. Which variables are the backbone's PolarMask.compile
+    tells; without it there are none."""
+
+    _backbone: frozenset = frozenset()  # a set, not a list, which checkpoints would look into
+    _factor = None  # while variables of the backbone are updated
+
+    def __init__(self, *args, backbone_lr_multiplier: float = 1.0, freeze_backbone_steps: int = 0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.backbone_lr_multiplier, self.freeze_backbone_steps = backbone_lr_multiplier, freeze_backbone_steps
+
+    def set_backbone(self, variables) -> None:
+        """Says which variables are the backbone's."""
+        self._backbone = frozenset(self._var_key(variable) for variable in variables)
+
+    @property
+    def learning_rate(self):
+        rate = super().learning_rate
+        return rate if self._factor is None else rate * self._factor
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        tf_keras.optimizers.Optimizer.learning_rate.fset(self, value)
+
+    @contextlib.contextmanager
+    def _rate_of(self, is_backbone: bool):
+        """Within it, learning_rate is that of the backbone, or the ordinary one."""
+        if is_backbone and (self.backbone_lr_multiplier != 1 or self.freeze_backbone_steps):
+            # By the number of finished steps, which checkpoints hold: a training that goes on goes on with this too.
+            is_free = self.iterations >= self.freeze_backbone_steps
+            self._factor = tf.where(is_free, tf.constant(self.backbone_lr_multiplier, tf.float32), 0.0)
+        try:
+            yield
+        finally:
+            self._factor = None
+
+    def _update_step(self, gradient, variable):
+        with self._rate_of(self._var_key(variable) in self._backbone):
+            super()._update_step(gradient, variable)
+
+    def _apply_weight_decay(self, variables):
+        backbone = [variable for variable in variables if self._var_key(variable) in self._backbone]
+        rest = [variable for variable in variables if self._var_key(variable) not in self._backbone]
+        for part in (backbone, rest):
+            if part:
+                with self._rate_of(part is backbone):
+                    super()._apply_weight_decay(part)
+
+    def get_config(self):
+        own = {name: getattr(self, name) for name in ("backbone_lr_multiplier", "freeze_backbone_steps")}
+        return {**super().get_config(), **own}
+
+
 class _KernelDecay:
     """Decoupled decay of convolution kernels alone. A class, since Keras saves no call of exclude_from_weight_decay."""
 
@@ -48,17 +103,17 @@ class _KernelDecay:
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
-class AdamW(_KernelDecay, tf_keras.optimizers.AdamW):
+class AdamW(_BackboneRate, _KernelDecay, tf_keras.optimizers.AdamW):
     """Adam with decoupled decay of the kernels."""
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
-class SGD(_KernelDecay, tf_keras.optimizers.SGD):
+class SGD(_BackboneRate, _KernelDecay, tf_keras.optimizers.SGD):
     """SGD with decoupled decay of the kernels."""
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
-class PaperSGD(tf_keras.optimizers.SGD):
+class PaperSGD(_BackboneRate, tf_keras.optimizers.SGD):
     """SGD as the published models were trained: the decay is L2 in the gradient, after clipping; the biases of
     convolutions do not decay and learn `bias_lr_multiplier` times as fast; momentum gathers gradients, not steps, so that
     a drop of the learning rate acts at once. Scales and shifts of norms decay like kernels.
@@ -95,6 +150,7 @@ def make(config: Config) -> tf_keras.optimizers.Optimizer:
     if train.base_batch_size:
         train = dataclasses.replace(train, learning_rate=train.learning_rate * config.data.batch / train.base_batch_size)
     common = {"learning_rate": schedule(train), "global_clipnorm": train.clip_norm or None}
+    common |= {name: getattr(train, name) for name in ("backbone_lr_multiplier", "freeze_backbone_steps")}
     common |= {"use_ema": True, "ema_momentum": train.ema} if train.ema else {}
     if train.decay == "l2":
         options = {"l2": train.weight_decay, "bias_lr_multiplier": train.bias_lr_multiplier, "momentum": train.momentum}

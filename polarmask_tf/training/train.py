@@ -24,7 +24,7 @@ from polarmask_tf.training.log import Log, NotFinite, ap_history, patience_exhau
 from polarmask_tf.training.preemption import StopOnSignal, Stopped, noted_signals
 from polarmask_tf.training.watchdog import WORKER_LOST_ERRORS, worker_watchdog
 from polarmask_tf.weights import pretrained, runs
-from polarmask_tf.weights.state_dict import summarize
+from polarmask_tf.weights.start import start_from
 
 POLICIES = {"float32": "float32", "float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}
 
@@ -42,8 +42,8 @@ def train(
 
     The directory holds config.yaml, dataset.json (class names and category ids), checkpoints/, metrics.csv, TensorBoard
     events and, with train.evaluate_every, best/, a run directory of the model with the best AP. `strategy` comes from
-    training.distribution.make; of several workers each calls this, with a `run` that all of them see. `start` is another run
-    directory whose weights are taken at step 0, where their shapes agree; else the backbone starts from
+    training.distribution.make; of several workers each calls this, with a `run` that all of them see. `start` is what weights
+    of step 0 are taken from where their shapes agree, see weights.start; else the backbone starts from
     config.model.backbone.weights, if that is set. `profile`: steps between which TensorFlow's profiler runs.
 
     Returns the model; with train.ema its weights are the averages. Raises InputError if `run` holds another config's or
@@ -195,21 +195,3 @@ def _save_batch(batches: tf.data.Dataset, run: Path, step: int) -> Path:
     path = run / f"not_finite_step_{step}.npz"
     np.savez_compressed(path, images=images.numpy(), **{name: value.numpy() for name, value in instances.items()})
     return path
-
-
-def start_from(model: PolarMask, run: Path, chief: bool = True) -> None:
-    """Gives `model` the weights of a run (or .keras file) that have its names and shapes, and tells which have not."""
-    theirs, mine = _weights(runs.load_model(run)), _weights(model)
-    anew = [name for name, variable in mine.items() if name not in theirs or theirs[name].shape != variable.shape]
-    for name in mine:  # in the same order on all workers, who together assign BatchNorm's moving statistics
-        if name not in anew:
-            mine[name].assign(theirs[name])
-    if chief:
-        rest = f"; anew: {summarize(anew)}" if anew else ""
-        print(f"starting from {run}: {len(mine) - len(anew)} of {len(mine)} tensors{rest}")
-
-
-def _weights(model: PolarMask) -> dict[str, tf.Variable]:
-    """Without the metrics' state."""
-    variables = [*model.backbone.variables, *model.decoder.variables, *model.head.variables]
-    return dict(zip(runs.variable_names(model, variables), variables, strict=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,20 +12,18 @@ import numpy as np
 import tensorflow as tf
 import tf_keras
 
-from polarmask_tf.config import BackboneConfig, ModelConfig
+from polarmask_tf.config import ModelConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import readable_by_tensorflow
 from polarmask_tf.modeling.backbones.resnet import ResNet
+from polarmask_tf.weights import imagenet
 from polarmask_tf.weights.state_dict import read_tensors, summarize
 
-# What images were when the weights were made: RGB mean and standard deviation.
-CAFFE = ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0))
-TORCHVISION = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # also Model Garden's
-
-APPLICATIONS = {
-    (3, 4, 6, 3): tf_keras.applications.ResNet50,
-    (3, 4, 23, 3): tf_keras.applications.ResNet101,
-    (3, 8, 36, 3): tf_keras.applications.ResNet152,
+# What a config needs for weights of torchvision, and of Model Garden: RGB means of 0..255 pixels, and what is divided by.
+TORCHVISION_NEEDS = {
+    "model.normalization": "fixed",
+    "model.mean": (123.675, 116.28, 103.53),
+    "model.std": (58.395, 57.12, 57.375),
 }
 
 
@@ -30,37 +31,69 @@ def initialize(backbone: tf_keras.Model, config: ModelConfig) -> None:
     """Loads config.backbone.weights into a backbone of that config.
 
     A ResNet takes "imagenet" (tf_keras.applications' weights, downloaded), such a .h5 file without top, or a .pth or .npz
-    file with torchvision's names; tf-models-official's backbones take one of its checkpoints, by prefix or directory.
-    Raises InputError for a file that is missing, damaged, foreign or of another network, and where config's
-    normalisation or stride placement is not that of the weights.
+    file with torchvision's names; EfficientNetLite0 "imagenet" (of an installed package) or a file of the same names;
+    tf-models-official's backbones one of its checkpoints, by prefix or directory. Raises InputError, and assigns nothing,
+    for a file that is missing, damaged, foreign or of another network, and for a config that needs other settings for these
+    weights, all of which are named at once.
     """
-    weights = config.backbone.weights
-    if config.backbone.type != "resnet":
+    weights, kind = config.backbone.weights, config.backbone.type
+    suffix = Path(weights).suffix
+    if kind == "EfficientNetLite0":
+        require(config, weights, imagenet.LITE0_NEEDS)
+        path = imagenet.lite0_file() if weights == "imagenet" else weights
+        assign(imagenet.lite0_variables(backbone), imagenet.lite0_tensors(path), str(path))
+    elif kind != "resnet":
         if weights == "imagenet":
             raise InputError(
-                f"model.backbone.weights is imagenet: {config.backbone.type} has nothing to download; "
-                "give the path of a checkpoint of tf-models-official"
+                f"model.backbone.weights is imagenet: {kind} has nothing to download; give the path of a checkpoint of "
+                "tf-models-official, or set model.backbone.type=EfficientNetLite0"
             )
-        _check_normalization(config, TORCHVISION)
-        _load_garden(backbone, weights, config.backbone.type)
-        return
-    if config.backbone.norm == "group":
-        raise InputError("model.backbone.weights: there are none with GroupNorm; set model.backbone.norm, or weights to ''")
-    suffix = Path(weights).suffix
-    if weights == "imagenet" or suffix == ".h5":
-        _check_stride(config.backbone, "1x1")
-        _check_normalization(config, CAFFE)
-        tensors = _from_applications(config.backbone)
+        require(config, weights, TORCHVISION_NEEDS)
+        _load_garden(backbone, weights, kind)
+    elif weights == "imagenet" or suffix == ".h5":
+        known = config.backbone.blocks in imagenet.APPLICATIONS
+        require(
+            config,
+            weights,
+            {**imagenet.RESNET_NEEDS, **({} if known else {"model.backbone.blocks": (3, 4, 6, 3)})},
+            "" if known else " (ResNet-50; 101 has blocks [3,4,23,3], 152 [3,8,36,3])",
+        )
+        assign(variables(backbone), imagenet.resnet_tensors(config.backbone), weights)
     elif suffix in (".pth", ".pt", ".npz"):
-        _check_stride(config.backbone, "3x3")
-        _check_normalization(config, TORCHVISION)
         tensors = torchvision_tensors(weights)
+        require(config, weights, {**shape_of_resnet(tensors), **TORCHVISION_NEEDS})
+        assign(variables(backbone), tensors, weights)
     else:
         raise InputError(
             f"model.backbone.weights is {weights!r}: imagenet, a .h5 file of tf_keras.applications, or a .pth or .npz file "
             "with torchvision's names is expected"
         )
-    assign(variables(backbone), tensors, weights)
+
+
+def require(config: ModelConfig, source: str, needs: dict, remark: str = "", tolerance: float = 0.01) -> None:
+    """InputError unless a config has the settings that weights need; it names all that are to be changed, ready to paste."""
+    changes = {key: value for key, value in needs.items() if not _agrees(_setting(config, key), value, tolerance)}
+    if config.backbone.norm == "group":
+        changes["model.backbone.norm"] = "frozen"  # there are none with GroupNorm
+    if changes:
+        text = {
+            key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for key, value in changes.items()
+        }
+        pasted = shlex.join(word for key, value in text.items() for word in ("--set", f"{key}={value}"))
+        raise InputError(f"{source}: these weights need other settings than the config's: {pasted}{remark}")
+
+
+def _setting(config: ModelConfig, key: str):
+    value = config
+    for name in key.split(".")[1:]:
+        value = getattr(value, name)
+    return value
+
+
+def _agrees(given, wanted, tolerance: float) -> bool:
+    if isinstance(wanted, tuple) and isinstance(wanted[0], float):
+        return np.allclose(given, wanted, rtol=0, atol=tolerance)
+    return given == wanted
 
 
 def variables(backbone: ResNet) -> dict[str, tf.Variable]:
@@ -125,73 +158,21 @@ def torchvision_tensors(path: str) -> dict[str, np.ndarray]:
     }
 
 
-def _from_applications(config: BackboneConfig) -> dict[str, np.ndarray]:
-    make = APPLICATIONS.get(config.blocks)
-    shape = (config.stem, config.block, config.width, config.groups)
-    if make is None or shape != ("7x7", "bottleneck", 64, 1):
-        raise InputError(
-            f"model.backbone.weights: {config.weights} is for ResNet-50, 101 and 152: stem 7x7, block bottleneck, width 64, "
-            "groups 1, blocks [3, 4, 6, 3], [3, 4, 23, 3] or [3, 8, 36, 3]"
-        )
-    options = {"include_top": False, "input_shape": (None, None, 3)}
-    if config.weights == "imagenet":
-        try:
-            network = make(weights="imagenet", **options)
-        except Exception as e:  # what get_file raises for whatever went wrong
-            name = f"{make.__name__.lower()}_weights_tf_dim_ordering_tf_kernels_notop.h5"
-            raise InputError(
-                f"ImageNet weights could not be downloaded ({' '.join(str(e).split())[:250]}); get {name} (Keras applications) "
-                "where there is a network, and give its path: model.backbone.weights=FILE"
-            ) from None
-        return applications_tensors(network)
-    if not Path(config.weights).is_file():
-        raise InputError(f"{config.weights}: no such file")
-    network = make(weights=None, **options)
-    try:
-        network.load_weights(config.weights)
-    except OSError:
-        raise InputError(f"{config.weights}: truncated, or not an HDF5 file") from None
-    except Exception as e:  # ValueError, KeyError, AttributeError: HDF5, but not these layers
-        reason = " ".join(str(e).split())[:150]
-        raise InputError(f"{config.weights}: not the weights of {make.__name__} without top ({reason})") from None
-    return applications_tensors(network)
-
-
-def applications_tensors(network: tf_keras.Model) -> dict[str, np.ndarray]:
-    """Tensors with torchvision's names that give our ResNet the features of a tf_keras.applications ResNet.
-
-    Its images are BGR, ours RGB: the stem's kernel is turned round. Its convolutions have biases before BatchNorm, which
-    take part of the moving mean here; its epsilon is 1.001e-5, ours 1e-5: the variances take the difference.
-    """
-    epsilon = 1e-5
-    tensors = {}
-    for layer in network.layers:
-        if not layer.weights:
-            continue
-        # conv1_conv, conv1_bn; conv2_block1_0_conv is the shortcut of layer1.0, conv2_block1_1_conv its conv1.
-        *place, kind = layer.name.split("_")
-        if len(place) == 1:
-            at, conv_name, norm_name = "", "conv1", "bn1"
-        else:
-            stage, block, number = int(place[0][4:]), int(place[1][5:]), place[2]
-            at = f"layer{stage - 1}.{block - 1}."
-            conv_name, norm_name = (f"conv{number}", f"bn{number}") if number != "0" else ("downsample.0", "downsample.1")
-        values = [w.numpy().astype(np.float64) for w in layer.weights]
-        if kind == "conv":
-            kernel, bias = values
-            tensors[f"{at}{conv_name}.weight"] = kernel[:, :, ::-1] if not at else kernel
-            mean_shift = -bias
-        else:
-            gamma, beta, mean, variance = values
-            tensors |= {f"{at}{norm_name}.weight": gamma, f"{at}{norm_name}.bias": beta}
-            mean_shift = mean
-            tensors[f"{at}{norm_name}.running_var"] = variance + (layer.epsilon - epsilon)
-        name = f"{at}{norm_name}.running_mean"
-        tensors[name] = tensors.get(name, 0.0) + mean_shift
-    bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
-    if bad:
-        raise InputError(f"weights of {network.name}: values that are not finite in {summarize(bad)}")
-    return {name: value.astype(np.float32) for name, value in tensors.items()}
+def shape_of_resnet(tensors: dict[str, np.ndarray]) -> dict:
+    """The settings of the ResNet that these are of, as far as it shows; as torchvision_tensors has them."""
+    blocks = tuple(
+        len({match[1] for name in tensors if (match := re.match(rf"layer{stage}\.(\d+)\.", name))}) for stage in (1, 2, 3, 4)
+    )
+    if "conv1.weight" not in tensors or 0 in blocks:
+        return {}  # of something else, which is said by the names of what is missing
+    bottleneck = any(name.startswith("layer1.0.conv3.") for name in tensors)
+    shape = {"stem": "7x7", "stem_width": 0, "block": "bottleneck" if bottleneck else "basic", "blocks": blocks}
+    shape["width"] = int(tensors["conv1.weight"].shape[-1])
+    grouped = tensors.get("layer1.0.conv2.weight")
+    if bottleneck and grouped is not None and grouped.ndim == 4 and grouped.shape[2]:
+        _, _, each, out = grouped.shape  # input channels of a group, output channels of all
+        shape |= {"stride_in": "3x3", "groups": out // each, **({"group_width": each} if out > each else {})}
+    return {f"model.backbone.{name}": value for name, value in shape.items()}
 
 
 def _load_garden(backbone: tf_keras.Model, path: str, kind: str) -> None:
@@ -209,23 +190,6 @@ def _load_garden(backbone: tf_keras.Model, path: str, kind: str) -> None:
         except (tf.errors.OpError, AssertionError, ValueError, IndexError) as e:  # the reader raises all of these
             reason = " ".join(str(e).split())[:200]
             raise InputError(f"{path}: damaged, or without the backbone of a {kind} of this multiplier ({reason})") from None
-
-
-def _check_stride(config: BackboneConfig, wanted: str) -> None:
-    if config.block == "bottleneck" and config.stride_in != wanted:
-        raise InputError(
-            f"{config.weights}: weights of a network with its strides elsewhere: set model.backbone.stride_in: {wanted}"
-        )
-
-
-def _check_normalization(config: ModelConfig, wanted: tuple) -> None:
-    given = (config.mean, config.std)
-    if config.normalization != "fixed" or not np.allclose(given, wanted, rtol=0, atol=0.01):
-        mean, std = (list(values) for values in wanted)
-        raise InputError(
-            f"{config.backbone.weights}: weights for images normalised otherwise: "
-            f"set model.normalization: fixed, model.mean: {mean}, model.std: {std}"
-        )
 
 
 def _shape(value) -> str:

@@ -32,6 +32,7 @@ phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors
 _UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 _IDS = [number for number in range(1, 91) if number not in _UNUSED]
 COCO = dict(zip(_IDS, " ".join(_NAMES.split()).split(", "), strict=True))
+RAYS = ("bbox_head.polar_mask.weight", "bbox_head.polar_mask.bias")
 COCO_CLASSES = [{"name": name, "category_id": number} for number, name in COCO.items()]
 
 
@@ -53,8 +54,7 @@ def import_weights(
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: exists already; choose another --out")
-    tensors = read_tensors(checkpoint)
-    tensors = {_renamed(key): value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+    tensors = read(checkpoint)
     classes = dataset.load(data).classes if data else COCO_CLASSES
     _check_kind(checkpoint, tensors, config, len(classes))
     model = PolarMask(config, classes)
@@ -84,7 +84,7 @@ def _check_kind(checkpoint, tensors, config, num_classes):
     """One line for the commonest mistakes, which would otherwise be hundreds of missing and unexpected tensors."""
     if any("offset" in key for key in tensors):
         raise InputError(f"{checkpoint}: has deformable convolutions (DCN), which TensorFlow lacks; use a model without them")
-    if "bbox_head.polar_mask.weight" not in tensors:
+    if not is_released(tensors):
         raise InputError(f"{checkpoint}: not a PolarMask checkpoint (bbox_head.polar_mask.weight is missing)")
     depth = [
         len({m[1] for key in tensors if (m := re.match(rf"backbone\.layer{stage}\.(\d+)\.", key))}) for stage in (1, 2, 3, 4)
@@ -108,28 +108,59 @@ def _check_kind(checkpoint, tensors, config, num_classes):
 
 def _assign(checkpoint, tensors, model) -> list[str]:
     """Every tensor to its variable; returns the names of a box branch that the model lacks."""
-    targets = {f"backbone.{key}": variable for key, variable in pretrained.variables(model.backbone).items()}
-    targets |= _fpn_keys(model.decoder) | _head_keys(model.head)
+    targets = variables(model)
     box = {key for key in tensors if re.match(r"bbox_head\.(reg_convs|polar_reg|scales_bbox)\b", key)}
     left = sorted(box - set(targets))
-    # Kernels are [out, in, height, width] there.
-    values = {
-        key: value.transpose(2, 3, 1, 0) if value.ndim == 4 else value for key, value in tensors.items() if key not in left
-    }
+    values = converted({key: value for key, value in tensors.items() if key not in left}, model.config.model.backbone.stride_in)
     pretrained.check(targets, values, str(checkpoint))
-    if model.config.model.backbone.stride_in == "1x1":
-        values["backbone.conv1.weight"] = values["backbone.conv1.weight"][:, :, ::-1]
     turn = released_rays(model.config.model.rays)
-    for part in ("weight", "bias"):
-        values[f"bbox_head.polar_mask.{part}"] = values[f"bbox_head.polar_mask.{part}"][..., turn]
+    for part in RAYS:
+        values[part] = values[part][..., turn]
     for key, variable in targets.items():
         variable.assign(values[key])
     return left
 
 
+def read(checkpoint) -> dict[str, np.ndarray]:
+    """The tensors of a file by the names of the last release."""
+    tensors = read_tensors(checkpoint)
+    return {_renamed(key): value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+
+
+def is_released(tensors: dict) -> bool:
+    """Whether they are of a PolarMask."""
+    return RAYS[0] in tensors
+
+
+def converted(tensors: dict[str, np.ndarray], stride_in: str) -> dict[str, np.ndarray]:
+    """Kernels as TensorFlow has them, [height, width, in, out]; "caffe" models' first one from BGR to RGB."""
+    values = {key: value.transpose(2, 3, 1, 0) if value.ndim == 4 else value for key, value in tensors.items()}
+    first = "backbone.conv1.weight"
+    if stride_in == "1x1" and first in values:
+        values[first] = values[first][:, :, ::-1]
+    return values
+
+
+def needs(tensors: dict[str, np.ndarray]) -> dict:
+    """The settings that a config needs to start from these, see pretrained.require."""
+    caffe = {"model.mean": (122.7717, 115.9465, 102.9801), "model.std": (1.0, 1.0, 1.0), "model.normalization": "fixed"}
+    backbone = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
+    wanted = pretrained.shape_of_resnet({key: v.transpose(2, 3, 1, 0) if v.ndim == 4 else v for key, v in backbone.items()})
+    if wanted.get("model.backbone.groups", 1) > 1:  # the ResNeXt began from PyTorch's weights, the others from Caffe's
+        return {"model.backbone.type": "resnet", **wanted, **pretrained.TORCHVISION_NEEDS}
+    return {"model.backbone.type": "resnet", **wanted, "model.backbone.stride_in": "1x1", **caffe}
+
+
+def variables(model: PolarMask) -> dict[str, tf.Variable]:
+    """The variables of a model with a ResNet by the released names; without those that no released model has."""
+    named = {f"backbone.{key}": variable for key, variable in pretrained.variables(model.backbone).items()}
+    return named | _fpn_keys(model.decoder) | _head_keys(model.head)
+
+
 def _fpn_keys(fpn) -> dict[str, tf.Variable]:
-    layers = {f"lateral_convs.{i}": layer for i, layer in enumerate(fpn.laterals.values())}
-    layers |= {f"fpn_convs.{i}": layer for i, layer in enumerate([*fpn.outputs.values(), *fpn.extras.values()])}
+    layers = {f"lateral_convs.{int(level) - 3}": layer for level, layer in fpn.laterals.items()}
+    if fpn.config.conv == "dense":
+        layers |= {f"fpn_convs.{int(level) - 3}": layer for level, layer in {**fpn.outputs, **fpn.extras}.items()}
     return {
         f"neck.{name}.conv.{part}": variable
         for name, layer in layers.items()
@@ -145,7 +176,7 @@ def _head_keys(head) -> dict[str, tf.Variable]:
         outputs["boxes"] = "reg"
         scales["bbox"] = head.box_scales
     keys = {}
-    for tower in head.towers:
+    for tower in head.towers if head.config.norm == "group" and head.config.conv == "dense" else ():
         for i, (conv, norm) in enumerate(zip(getattr(head, f"{tower}_convs"), getattr(head, f"{tower}_norms"), strict=True)):
             name = f"{towers[tower]}_convs.{i}"
             keys |= {f"{name}.conv.weight": conv.conv.kernel, f"{name}.gn.weight": norm.gamma, f"{name}.gn.bias": norm.beta}
@@ -153,5 +184,5 @@ def _head_keys(head) -> dict[str, tf.Variable]:
         conv = getattr(head, ours).conv
         keys |= {f"polar_{theirs}.weight": conv.kernel, f"polar_{theirs}.bias": conv.bias}
     for name, by_level in scales.items():
-        keys |= {f"scales_{name}.{i}.scale": scale for i, scale in enumerate(by_level.values())}
+        keys |= {f"scales_{name}.{int(level) - 3}.scale": scale for level, scale in by_level.items()}
     return {f"bbox_head.{key}": variable for key, variable in keys.items()}

@@ -1,4 +1,4 @@
-"""Named tensors from the files that PyTorch models come in. Loads torch only for files that need it."""
+"""Named tensors from the files that PyTorch models come in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.weights.torch_file import TorchFile
+from polarmask_tf.weights.unpickle import ForeignObject, Tensor
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -19,7 +21,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     A training checkpoint ({"meta", "state_dict", "optimizer"}) gives its state_dict; a "module." before every key is
     dropped. Floating point tensors come back as float32, others as they are. Half-precision ones are accepted, with a
     line on stderr. No pickled object but tensors is loaded. Raises InputError for a missing, truncated or foreign file,
-    entries that are no tensors, values that are not finite, and for a .pth where torch is not installed.
+    entries that are no tensors, and values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -31,14 +33,16 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: holds no tensors")
 
     tensors, narrow = {}, 0
-    for name, value in entries.items():
-        array, bits = _array(value)
-        if array is None:
+    for name, (value, bits) in entries.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: a state_dict has names of tensors for keys, not a {type(name).__name__}")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
             raise InputError(f"{path}: {name!r} is not a tensor of numbers; save a model's state_dict alone")
-        if not np.isfinite(array).all():
+        if not np.isfinite(value).all():
             raise InputError(f"{path}: {name} holds values that are not finite")
-        narrow += bits == 16
-        tensors[name] = array
+        is_float = value.dtype.kind == "f"
+        narrow += is_float and bits == 16
+        tensors[name] = value.astype(np.float32, copy=False) if is_float else value
     if narrow:
         print(f"warning: {path}: {narrow} of {len(tensors)} tensors have half precision; used as they are", file=sys.stderr)
     return tensors
@@ -65,9 +69,10 @@ def without_numbers(names) -> list[str]:
 
 
 def _read_npz(path: Path) -> dict:
+    """{key: (array, bits of a number)}."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: (array := archive[name], 8 * array.dtype.itemsize) for name in archive.files}
     except Exception as e:  # zip, zlib, header and pickle errors are of a dozen classes
         if "Object arrays" in str(e):
             raise InputError(f"{path}: holds pickled objects, which are not loaded since they could run code") from None
@@ -75,40 +80,25 @@ def _read_npz(path: Path) -> dict:
 
 
 def _read_torch(path: Path) -> dict:
+    """{key: (array, bits of a number in the file)}; of what is no tensor, (None, 0)."""
     try:
-        import torch
-    except ImportError:
+        with TorchFile(path) as file:
+            entries = file.content
+            if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
+                entries = entries["state_dict"]
+            if not isinstance(entries, dict):
+                raise InputError(f"{path}: a state_dict is expected, not a {type(entries).__name__}")
+            # Only these are read of what a training's checkpoint holds: the optimizer's numbers stay where they are.
+            return {
+                key: (file.array(value), file.bits(value)) if isinstance(value, Tensor) else (None, 0)
+                for key, value in entries.items()
+            }
+    except InputError:
+        raise
+    except ForeignObject as e:
         raise InputError(
-            f"{path}: reading PyTorch files needs torch (pip install 'polarmask_tf[import]'); an .npz of the same keys does not"
+            f"{path}: holds Python objects beside tensors ({one_line(e, 60)}), which are not loaded since they could run "
+            "code; save its state_dict alone with torch.save"
         ) from None
-    try:
-        entries = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # as above; torch's own message advises to load without weights_only, so it is not passed on
-        if "GLOBAL" in str(e):
-            raise InputError(
-                f"{path}: holds Python objects beside tensors, which are not loaded since they could run code; "
-                "save its state_dict alone with torch.save"
-            ) from None
+    except Exception:  # as above
         raise InputError(f"{path}: truncated, or not a PyTorch checkpoint") from None
-    if isinstance(entries, dict) and isinstance(entries.get("state_dict"), dict):
-        entries = entries["state_dict"]
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: a state_dict is expected, not a {type(entries).__name__}")
-    return entries
-
-
-def _array(value) -> tuple[np.ndarray | None, int]:
-    """(array, bits of a number), floats as float32; None for what is no tensor of real numbers."""
-    if hasattr(value, "detach"):  # a torch tensor; bfloat16 has no numpy type
-        bits = 8 * value.element_size()
-        try:
-            value = (value.float() if value.is_floating_point() else value).detach().numpy()
-        except (TypeError, RuntimeError):  # sparse, quantized, on the meta device
-            return None, 0
-    elif isinstance(value, np.ndarray):
-        bits = 8 * value.dtype.itemsize
-    else:
-        return None, 0
-    if value.dtype.kind == "f":
-        return value.astype(np.float32, copy=False), bits
-    return (value, 0) if value.dtype.kind in "iub" else (None, 0)

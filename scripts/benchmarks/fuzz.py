@@ -30,8 +30,9 @@ from pathlib import Path
 import fuzz_data
 import fuzz_kind
 import fuzz_models
+import fuzz_weights
 
-KINDS = {**fuzz_data.KINDS, **fuzz_models.KINDS}
+KINDS = {**fuzz_data.KINDS, **fuzz_models.KINDS, **fuzz_weights.KINDS}
 SECONDS = 20  # an input
 MEMORY = 2 << 30  # bytes over what the child holds after a valid input
 FAILURES = ("signal", "traceback", "time-out", "several lines")
