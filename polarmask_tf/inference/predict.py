@@ -93,27 +93,6 @@ def predict(
     return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
 
 
-def compare(predictors, source, out, *, score_threshold=lite.SHOWN, images=6, title=""):
-    """Writes the picture `out`: what each of `predictors` (name -> Predictor) finds in the same images, side by side.
-
-    This is figure 6 of the paper. `source` is a directory, an image file or a list of files, of which up to `images` are
-    taken, spread over all. Returns `out`; raises InputError if no file is an image, or if `out` cannot be written.
-    """
-    chosen = _spread(list(map(Path, source)) if isinstance(source, list | tuple) else _files(Path(source)), images)
-    read, cells = _Reader(bit_depth=next(iter(predictors.values())).bit_depth), []
-    for path in chosen:
-        image = read(path)
-        if image is None:
-            continue
-        found = [predictor(image).above(score_threshold) for predictor in predictors.values()]
-        pictures = [one.plot(fit=visualize.SHEET_SIDE) for one in found]
-        cells.append((*pictures, f"{lite.one_line(path.name)}: {', '.join(str(len(one)) for one in found)} found"))
-    read.report(source, len(cells))
-    files.make_directory(Path(out).parent)
-    visualize.save(visualize.sheet(cells, heads=tuple(predictors), title=title), out)
-    return Path(out)
-
-
 def _spread(items, count):
     """Up to `count` of the items, evenly from the first to the last."""
     return [items[i] for i in dict.fromkeys(np.linspace(0, len(items) - 1, count).astype(int).tolist())] if items else []
