@@ -186,7 +186,6 @@ def _write(args, results):
 
 
 def _figure6(args, runs, settings):
-    from polarmask_tf.inference.predict import compare
     from polarmask_tf.inference.predictor import load_predictor
 
     predictors = {
@@ -197,6 +196,22 @@ def _figure6(args, runs, settings):
     }
     # Small networks are less sure of themselves.
     compare(predictors, args.images, args.out / "figure6.png", score_threshold=0.2 if args.small else 0.3)
+
+
+def compare(predictors, folder, out, *, score_threshold, images=6):
+    """Writes the picture `out`: what each of `predictors` (name -> Predictor) finds in the same images of `folder`.
+
+    Up to `images` of its files are taken, spread over all.
+    """
+    from polarmask_tf.inference import visualize
+
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    cells = []
+    for path in dict.fromkeys(paths[i * (len(paths) - 1) // max(images - 1, 1)] for i in range(images)):
+        found = [predictor(path).above(score_threshold) for predictor in predictors.values()]
+        pictures = [one.plot(fit=visualize.SHEET_SIDE) for one in found]
+        cells.append((*pictures, f"{path.name}: {', '.join(str(len(one)) for one in found)} found"))
+    visualize.save(visualize.sheet(cells, heads=tuple(predictors)), out)
 
 
 def _polarmask(*arguments):

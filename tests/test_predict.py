@@ -513,33 +513,3 @@ def test_the_sheet_without_truth_shows_predictions_alone(exports, folder, tmp_pa
     assert heads == () and [len(cell) for cell in cells] == [2, 2, 2]
     assert [cell[-1] for cell in cells] == ["12.png: 1 found", "known.png: 1 found", "moon.png: 1 found"]
     assert Image.open(done["sheet"]).width > 384
-
-
-def test_compare_shows_the_same_images_for_every_model(exports, folder, tmp_path, monkeypatch):
-    calls = drawn_sheet(monkeypatch)
-    one = load_predictor(exports["tflite"])
-    sure = load_predictor(exports["tflite"], score_threshold=0.5)
-    shifted = dataclasses.replace(sure, run=lambda images: [{**f, "polygons": f["polygons"] + 5} for f in sure.run(images)])
-    models, out = {"Smooth-L1": shifted, "Polar IoU": one}, tmp_path / "deep" / "f.png"
-    assert predict.compare(models, folder, out, score_threshold=0.1) == out
-    ((cells, heads),) = calls
-    assert heads == ("Smooth-L1", "Polar IoU")
-    assert [cell[-1] for cell in cells] == ["12.png: 1, 2 found", "known.png: 1, 2 found", "moon.png: 1, 2 found"]
-    for left, right, _ in cells:
-        assert left.size == right.size and (np.asarray(left) != np.asarray(right)).any()
-    assert Image.open(out).width > 2 * 384 and [path.name for path in out.parent.iterdir()] == ["f.png"]
-
-
-def test_compare_takes_a_list_of_files_and_spreads_over_them(exports, folder, tmp_path, monkeypatch, capsys):
-    calls = drawn_sheet(monkeypatch)
-    model = {"a": load_predictor(exports["tflite"])}
-    files = [str(folder / name) for name in ("12.png", "moon.png", "known.png")]
-    predict.compare(model, files, tmp_path / "a.png", images=2)
-    predict.compare(model, folder / "moon.png", tmp_path / "b.png")
-    predict.compare(model, [folder / "notes.txt", folder / "12.png"], tmp_path / "c.png")
-    names = [[cell[-1].split(":")[0] for cell in cells] for cells, _ in calls]
-    assert names == [["12.png", "known.png"], ["moon.png"], ["12.png"]]
-    assert "skipped 1 of 2 files: notes.txt" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no image to predict on"):
-        predict.compare(model, folder / "notes.txt", tmp_path / "d.png")
-    assert not (tmp_path / "d.png").exists()

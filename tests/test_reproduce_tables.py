@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from polarmask_tf import config as configs
+from polarmask_tf.inference.predictor import Predictor
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts/reproduce_tables.py"
 
@@ -48,6 +51,27 @@ def test_every_published_number_is_in_its_config(script):
     for rows in script.TABLES.values():
         for name, _, published, _ in rows:
             assert f"mask AP {published}" in configs.find(name).read_text(), name
+
+
+def test_figure_6_shows_the_same_images_for_every_model(script, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in "abcd":
+        Image.new("RGB", (60, 40), (90, 90, 90)).save(tmp_path / "images" / f"{name}.png")
+    seen = []
+
+    def predictor(name):
+        def run(images):
+            seen.append(name)
+            box = np.float32([[5, 5, 30, 30]])
+            triangle = np.float32([[(5, 5), (30, 5), (5, 30)]])
+            return [{"scores": np.float32([0.9]), "classes": np.int32([0]), "boxes": box, "polygons": triangle} for _ in images]
+
+        return Predictor("run", [{"name": "triangle", "category_id": 1}], (64, 64), 8, run)
+
+    models = {name: predictor(name) for name in ("Smooth-L1", "Polar IoU")}
+    script.compare(models, tmp_path / "images", tmp_path / "f.png", score_threshold=0.3, images=3)
+    assert seen == ["Smooth-L1", "Polar IoU"] * 3
+    assert Image.open(tmp_path / "f.png").width > 2 * 384
 
 
 def run(*arguments):

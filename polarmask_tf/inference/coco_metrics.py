@@ -91,15 +91,10 @@ def detections_to_results(detections, image_id, classes, height, width):
     """Detections of one image [height, width] -> COCO result dicts, with the original category ids."""
     boxes = np.array(detections.boxes, np.float64).reshape(-1, 4)
     boxes[:, 2:] -= boxes[:, :2]
+    columns = (array.tolist() for array in (detections.classes, detections.scores, boxes.round(2)))
     return [
         dict(image_id=image_id, category_id=classes[label]["category_id"], score=score, segmentation=rle, bbox=box)
-        for rle, label, score, box in zip(
-            polygons_to_rle(detections.polygons, height, width),
-            detections.classes.tolist(),
-            detections.scores.tolist(),
-            boxes.round(2).tolist(),
-            strict=True,
-        )
+        for rle, label, score, box in zip(polygons_to_rle(detections.polygons, height, width), *columns, strict=True)
     ]
 
 
@@ -166,14 +161,11 @@ def _results(truth, results, iou_type):
                 f"image {image['id']}: the results' masks are {result['segmentation']['size']}, "
                 f"the ground truth says {[image['height'], image['width']]} (height, width)"
             )
-    results = [dict(result, iscrowd=0) for result in results]
-    if iou_type == "segm":  # the mask's area says which size range a false positive belongs to
-        # One call each: under NumPy 2, pycocotools 2.0.11 fails on lists of more than 255 masks.
-        areas = [coco_mask.area(result["segmentation"]) for result in results]
-    else:
-        areas = [result["bbox"][2] * result["bbox"][3] for result in results]
-    for result, area in zip(results, areas, strict=True):
-        result["area"] = area
+
+    def area(result):  # of the mask, which says which size range a false positive belongs to
+        return coco_mask.area(result["segmentation"]) if iou_type == "segm" else result["bbox"][2] * result["bbox"][3]
+
+    results = [dict(result, iscrowd=0, area=area(result)) for result in results]
     return _index(truth.dataset["images"], truth.dataset["categories"], results)
 
 

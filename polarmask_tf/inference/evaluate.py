@@ -12,6 +12,7 @@ from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results
 from polarmask_tf.inference.results import read_image
+from polarmask_tf.weights.state_dict import summarize
 
 
 def read_coco(path):
@@ -42,11 +43,8 @@ def _check_classes(classes, categories, data):
         if model.get(i) != names.get(i)
     ]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(
-            f"{data}: other classes than the model's: category {', '.join(wrong[:5])}{more}; "
-            "evaluate on data converted from the same category list"
-        )
+        what = f"other classes than the model's: category {summarize(wrong, 5)}"
+        raise InputError(f"{data}: {what}; evaluate on data converted from the same category list")
 
 
 def _batches(items, size):
@@ -99,9 +97,6 @@ def evaluate(
     if gather:
         results = gather(results)
     if limit is not None:
-        truth = dict(
-            truth,
-            images=[image for image in truth["images"] if image["id"] in seen],
-            annotations=[entry for entry in truth["annotations"] if entry["image_id"] in seen],
-        )
+        truth |= {"images": [image for image in truth["images"] if image["id"] in seen]}
+        truth |= {"annotations": [entry for entry in truth["annotations"] if entry["image_id"] in seen]}
     return coco_metrics(truth, results, max_detections=max_detections, per_class=per_class)

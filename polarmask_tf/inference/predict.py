@@ -1,5 +1,6 @@
 """`polarmask predict`: files in, pictures and COCO results out, by whichever predictor."""
 
+import itertools
 import json
 import os
 import sys
@@ -55,7 +56,7 @@ def predict(
     if results_only and dataset is not None:
         paths, missing = _only_of_truth(paths, entries, dataset, source, truth)
     paths = paths[:limit]
-    ids, names = _image_ids(paths, entries, dataset), _overlay_names(paths)
+    ids, stems = _image_ids(paths, entries, dataset), Counter(path.stem for path in paths)
     beside_truth = bool(dataset and dataset["annotations"])
     shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
     cells, images, detections = [], 0, 0
@@ -75,7 +76,8 @@ def predict(
                 detections += 1
             if results_only:
                 continue
-            found.save(out / "overlays" / names[path])
+            name = path.stem if stems[path.stem] == 1 else path.name  # where a.jpg and a.png would share one
+            found.save(out / "overlays" / f"{name}.png")
             if path in shown:
                 entry = entries[path] if beside_truth else None
                 cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
@@ -89,27 +91,6 @@ def predict(
         visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
     counts = {"images": images, "detections": detections, "skipped": read.skipped, "missing": missing}
     return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
-
-
-def compare(predictors, source, out, *, score_threshold=lite.SHOWN, images=6, title=""):
-    """Writes the picture `out`: what each of `predictors` (name -> Predictor) finds in the same images, side by side.
-
-    This is figure 6 of the paper. `source` is a directory, an image file or a list of files, of which up to `images` are
-    taken, spread over all. Returns `out`; raises InputError if no file is an image, or if `out` cannot be written.
-    """
-    chosen = _spread(list(map(Path, source)) if isinstance(source, list | tuple) else _files(Path(source)), images)
-    read, cells = _Reader(bit_depth=next(iter(predictors.values())).bit_depth), []
-    for path in chosen:
-        image = read(path)
-        if image is None:
-            continue
-        found = [predictor(image).above(score_threshold) for predictor in predictors.values()]
-        pictures = [one.plot(fit=visualize.SHEET_SIDE) for one in found]
-        cells.append((*pictures, f"{lite.one_line(path.name)}: {', '.join(str(len(one)) for one in found)} found"))
-    read.report(source, len(cells))
-    files.make_directory(Path(out).parent)
-    visualize.save(visualize.sheet(cells, heads=tuple(predictors), title=title), out)
-    return Path(out)
 
 
 def _spread(items, count):
@@ -171,11 +152,8 @@ def _read_truth(path):
         return read_coco(path)  # which says what is wrong with it
     if not isinstance(document, dict) or not isinstance(document.get("images"), list) or document.get("annotations"):
         return read_coco(path)
-    images = [
-        image
-        for image in document["images"]
-        if isinstance(image, dict) and isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
-    ]
+    images = [image for image in document["images"] if isinstance(image, dict)]
+    images = [image for image in images if type(image.get("id")) is int and isinstance(image.get("file_name"), str)]
     if not images:
         raise InputError(f"{path}: names no images; its list 'images' needs objects with an integer 'id' and a 'file_name'")
     times = Counter(image["id"] for image in images)
@@ -195,8 +173,7 @@ def _truth_entries(paths, dataset):
     for image in dataset["images"] if dataset else []:
         by_name.setdefault(Path(image["file_name"]).name, []).append(image)
     for path in paths:
-        parts = Path(os.path.abspath(path)).parts
-        fits = [(_common_end(parts, Path(image["file_name"]).parts), image) for image in by_name.get(path.name, ())]
+        fits = [(_common_end(path, image["file_name"]), image) for image in by_name.get(path.name, ())]
         best = [image for fit, image in fits if fit == max(fit for fit, _ in fits)]
         if len(best) == 1:
             entries[path] = best[0]
@@ -212,9 +189,10 @@ def _truth_entries(paths, dataset):
 
 
 def _common_end(path, name):
-    """(whether the parts `name` end the parts `path`, how many they have in common at their ends)."""
+    """(whether the parts of `name` end those of `path`, how many they have in common at their ends)."""
+    path, name = Path(os.path.abspath(path)).parts, Path(name).parts
     pairs = zip(reversed(path), reversed(name), strict=False)
-    common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(path), len(name)))
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return common == len(name), common
 
 
@@ -243,33 +221,22 @@ def _image_ids(paths, entries, dataset):
     }
 
 
-def _overlay_names(paths):
-    """Path -> name of its overlay: the stem, or the whole name where a.jpg and a.png would share one."""
-    shared = Counter(path.stem for path in paths)
-    return {path: f"{path.stem if shared[path.stem] == 1 else path.name}.png" for path in paths}
-
-
 def cell(name, image, found, classes, entry, dataset):
     """A cell of a sheet (see visualize.sheet): the picture of what was found, after the ground truth's if `entry` is given.
 
-    `entry` is the image's in `dataset`, a COCO dict; of it the id counts.
+    `entry` is the image's in `dataset`, a COCO dict; of it the id counts. Crowd regions are left out.
     """
     picture = found.plot(image, fit=visualize.SHEET_SIDE)
     if entry is None:
         return picture, f"{name}: {len(found)} found"
-    true, shapes = _draw_truth(image, entry, dataset, classes)
-    return true, picture, f"{name}: {shapes} true, {len(found)} found"
-
-
-def _draw_truth(image, entry, dataset, classes):
-    """One image's ground truth as a picture for the sheet, and its number of instances, crowd regions left out."""
     instances = [a for a in dataset["annotations"] if a["image_id"] == entry["id"] and not a.get("iscrowd")]
     shapes = [_truth_shape(annotation, image) for annotation in instances]
     names = {category["id"]: category["name"] for category in dataset["categories"]}
     index = {entry["category_id"]: number for number, entry in enumerate(classes)}
     labels = [names.get(a["category_id"], "?") if len(classes) > 1 else "" for a in instances]
     colors = visualize.colors_for([index.get(a["category_id"], len(classes)) for a in instances], len(classes))
-    return visualize.draw(image, shapes, labels, colors=colors, fit=visualize.SHEET_SIDE), len(shapes)
+    truth = visualize.draw(image, shapes, labels, colors=colors, fit=visualize.SHEET_SIDE)
+    return truth, picture, f"{name}: {len(shapes)} true, {len(found)} found"
 
 
 def _truth_shape(annotation, image):

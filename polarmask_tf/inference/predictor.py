@@ -118,19 +118,14 @@ def _saved_model(path):
 
     metadata = saved_model_metadata(path)
 
+    def detect(images):
+        return lite.check_outputs(signature(images=tf.constant(images)), metadata, len(images))
+
     def run(images):
-        found = [None] * len(images)
         try:
-            for rows in _of_one_shape(images):
-                outputs = signature(images=tf.constant(np.stack([images[index] for index in rows])))
-                outputs = {name: tensor.numpy() for name, tensor in outputs.items()}
-                outputs = lite.check_outputs(outputs, metadata, len(rows))
-                for row, index in enumerate(rows):
-                    height, width = images[index].shape[:2]
-                    found[index] = lite.unpack(outputs, row, width, height, height, width)
+            return _by_shape(detect, images, images)
         except (ValueError, TypeError, tf.errors.OpError) as error:
             raise InputError(f"{path}: damaged, or not as the export wrote it: {lite.one_line(error)}") from None
-        return found
 
     try:
         loaded = tf.saved_model.load(str(path))
@@ -162,14 +157,7 @@ def run_predictor(model, fit=None, strategy=None, devices=1, **overrides):
         detect = tf.function(detect, input_signature=[tf.TensorSpec((None, *fixed, 3), tf.uint8)])
 
     def run(images):
-        placed, backs = zip(*(network_input(i, data, fit) for i in images), strict=True)
-        found = [None] * len(images)
-        for rows in _of_one_shape(placed):
-            outputs = {name: tensor.numpy() for name, tensor in detect(np.stack([placed[i] for i in rows])).items()}
-            for row, index in enumerate(rows):
-                (height, width), (back_x, back_y) = placed[index].shape[:2], backs[index]
-                found[index] = lite.unpack(outputs, row, width * back_x, height * back_y, *images[index].shape[:2])
-        return found
+        return _by_shape(detect, images, *zip(*(network_input(image, data, fit) for image in images), strict=True))
 
     return Predictor("run", model.classes, size, 8 * devices, run)
 
@@ -202,9 +190,17 @@ def network_input(image, data, fit=None):
     return lite.place(image, *lite.fit_sizes(*image.shape[:2], size, fit))
 
 
-def _of_one_shape(images):
-    """Lists of the indices of images that can be stacked."""
-    groups = {}
-    for index, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(index)
-    return list(groups.values())
+def _by_shape(detect, images, placed, factors=None):
+    """What lite.unpack gives of each image; detect(uint8 [B, H, W, 3]) gets those that are `placed` on one shape together.
+
+    `factors`: (x, y) each, from `placed` back to the image.
+    """
+    groups, found = {}, [None] * len(images)
+    for index, image in enumerate(placed):
+        groups.setdefault(image.shape[:2], []).append(index)
+    for (height, width), rows in groups.items():
+        outputs = {name: np.asarray(value) for name, value in detect(np.stack([placed[index] for index in rows])).items()}
+        for row, index in enumerate(rows):
+            x, y = factors[index] if factors else (1, 1)
+            found[index] = lite.unpack(outputs, row, width * x, height * y, *images[index].shape[:2])
+    return found

@@ -48,8 +48,7 @@ def _paint_mask(layer, mask, scale, top, rgb, width):
         return
     first, left = max(rows[0] - 1, 0), max(columns[0] - 1, 0)
     part = Image.fromarray(np.uint8(mask[first : rows[-1] + 2, left : columns[-1] + 2]) * 255)
-    size = (round(part.width * scale), round(part.height * scale))
-    part = part.resize(size, Image.Resampling.BILINEAR).point(lambda value: 255 * (value > 127))
+    part = _scaled(part, scale, Image.Resampling.BILINEAR).point(lambda value: 255 * (value > 127))
     inner = part.filter(ImageFilter.MinFilter(2 * (width // 2) + 1))
     corner = (round(left * scale), round(first * scale) - top)
     layer.paste((*rgb, 255), corner, part)
@@ -68,8 +67,7 @@ def draw(image, shapes, labels=None, scores=None, colors=None, *, fit=None):
     scale = fit / max(height, width) if fit else min(8, max(1, -(-384 // min(height, width))))
     picture = Image.fromarray(image)
     if scale != 1:
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+        picture = _scaled(picture, scale, Image.Resampling.BICUBIC)
     colors = [color(index) for index in range(len(shapes))] if colors is None else colors
     stroke = max(2, round(min(picture.size) / 240))
     # Pillow draws hard edges: draw larger and shrink. Huge pictures need it less and could not pay for it.
@@ -133,10 +131,8 @@ def save(picture, path):
         picture.save(part, format=kind)
 
 
-def _fit(picture, side):
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+def _scaled(picture, scale, resampling):
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], resampling)
 
 
 def sheet(cells, *, heads=("ground truth", "prediction"), title="", side=SHEET_SIDE):
@@ -147,10 +143,10 @@ def sheet(cells, *, heads=("ground truth", "prediction"), title="", side=SHEET_S
     pictures = len(cells[0]) - 1
     columns = math.ceil(math.sqrt(len(cells) / pictures))
     gap, between, line, head = 28, 6, 24, 28 + (28 if heads else 0) + (40 if title else 0)
-    rows = [
-        [([_fit(picture, side) for picture in shown], caption) for *shown, caption in cells[first : first + columns]]
-        for first in range(0, len(cells), columns)
+    fitted = [
+        ([_scaled(one, side / max(one.size), Image.Resampling.LANCZOS) for one in shown], caption) for *shown, caption in cells
     ]
+    rows = [fitted[first : first + columns] for first in range(0, len(cells), columns)]
     high = [max(picture.height for shown, _ in row for picture in shown) for row in rows]
     inner = pictures * (side + between) - between
     canvas = Image.new("RGB", (gap + columns * (inner + gap), head + sum(high) + len(rows) * (line + gap)), PAPER)

@@ -101,28 +101,28 @@ def benchmark_files(
       repeats: timed calls of each, after 5 that do not count.
 
     Returns:
-      Rows {"file", "mb" (10^6 bytes), "threads", "height", "width", "detections", "p50_ms", "p95_ms" (wall), "cpu_ms" (median,
-      all threads), "ratio" (median of cpu_ms in the same turn, relative to the first file), "post_ms" (median CPU time of all
-      that follows the head's last convolutions, run alone on what they give; 0 of a --raw file), "post_share" (of cpu_ms),
-      "peak_mb" (most memory that a process that loads and runs it takes on top of what it had)}. Raises InputError for other
-      files.
+      Rows {"file", "mb" (10^6 bytes), "threads", "height", "width", "detections" ("-" of a --raw file), "p50_ms", "p95_ms"
+      (wall), "cpu_ms" (median, all threads), "ratio" (median of cpu_ms in the same turn, relative to the first file), "post_ms"
+      (median CPU time of all that follows the head's last convolutions, run alone on what they give; 0 of a --raw file),
+      "post_share" (of cpu_ms), "peak_mb" (most memory that a process that loads and runs it takes on top of what it had)}.
+      Raises InputError for other files.
     """
     rows, whole, post = [], [], {}
     for number, path in enumerate(files):
         try:
-            described = lite.PolarMaskLite(path).metadata
+            model = lite.PolarMaskLite(path)
         except ImportError:
             raise InputError("running .tflite files needs ai-edge-litert: pip install ai-edge-litert") from None
         except ValueError as error:
             raise InputError(str(error)) from None
-        content, size = Path(path).read_bytes(), (described["input"]["height"], described["input"]["width"])
-        picture = lite.letterbox(synthetic_picture() if image is None else image, *size)[0]
+        content, (height, width) = Path(path).read_bytes(), model.input_size
+        picture = lite.letterbox(synthetic_picture() if image is None else image, height, width)[0]
         whole.append(FileRunner(content, picture, threads))
         network, rest = flatbuffer.split_at_postprocess(content)
         if rest:
             post[number] = FileRunner(rest, picture, threads, after=FileRunner(network, picture, threads))
-        shared = {"file": str(path), "mb": len(content) / 1e6, "threads": threads, "height": size[0], "width": size[1]}
-        rows.append({**shared, "detections": whole[-1].detections()})
+        row = {"file": str(path), "mb": len(content) / 1e6, "threads": threads, "height": height, "width": width}
+        rows.append({**row, "detections": "-" if "raw" in model.metadata else len(model(picture)["scores"])})
     times = in_turns([*whole, *post.values()], repeats, WARM_UP)
     post = dict(zip(post, np.median(times[:, len(whole) :, 1], axis=0), strict=True))
     for number, row in enumerate(rows):
@@ -131,7 +131,8 @@ def benchmark_files(
         row["ratio"] = statistics.median(cpu / times[:, 0, 1])
         row["post_ms"] = post.get(number, 0.0)
         row["post_share"] = row["post_ms"] / row["cpu_ms"]
-        row["peak_mb"] = _peak_memory(row["file"], threads)
+        command = [sys.executable, "-c", _LOAD_AND_RUN, row["file"], str(threads)]
+        row["peak_mb"] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     return rows
 
 
@@ -161,18 +162,6 @@ class FileRunner:
 
     def __call__(self) -> None:
         self.interpreter.invoke()
-
-    def detections(self) -> int | str:
-        """How many it finds; "-" of a --raw file."""
-        runner = self.interpreter.get_signature_runner("serving_default")
-        images = self.interpreter.get_tensor(self.interpreter.get_input_details()[0]["index"])
-        found = runner(images=images).get("num_detections")
-        return "-" if found is None else int(found[0])
-
-
-def _peak_memory(path, threads: int) -> float:
-    command = [sys.executable, "-c", _LOAD_AND_RUN, str(path), str(threads)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 # In a process without TensorFlow, whose own memory would hide what a small file takes.

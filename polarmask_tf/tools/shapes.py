@@ -10,6 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from polarmask_tf.data import contours
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import atomic_write
 
@@ -72,9 +73,7 @@ def _write_split(folder, count, size, seeds, kinds, bar):
         for name, polygon in shapes:
             annotations.append(_annotation(len(annotations) + 1, i + 1, CATEGORIES[name], polygon))
         bar.update()
-    categories = [
-        {"id": number, "name": name, "supercategory": "shape"} for name, number in CATEGORIES.items() if name in kinds
-    ]
+    categories = [{"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORIES.items() if name in kinds]
     document = {"images": images, "annotations": annotations, "categories": categories}
     atomic_write(folder / "annotations.json", json.dumps(document))
 
@@ -82,17 +81,9 @@ def _write_split(folder, count, size, seeds, kinds, bar):
 def _annotation(number, image_id, category_id, polygon):
     polygon = np.round(polygon, 2)
     low, high = polygon.min(axis=0), polygon.max(axis=0)
-    x, y = polygon.T
-    area = 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
-    return {
-        "id": number,
-        "image_id": image_id,
-        "category_id": category_id,
-        "segmentation": [polygon.ravel().tolist()],
-        "bbox": np.round([*low, *(high - low)], 2).tolist(),
-        "area": round(area, 3),
-        "iscrowd": 0,
-    }
+    shape = {"segmentation": [polygon.ravel().tolist()], "bbox": np.round([*low, *(high - low)], 2).tolist()}
+    area = round(abs(contours.shoelace(polygon)), 3)
+    return {"id": number, "image_id": image_id, "category_id": category_id, **shape, "area": area, "iscrowd": 0}
 
 
 def _draw_image(rng, size, kinds):
@@ -126,8 +117,9 @@ def _random_shape(rng, size, kinds=DEFAULT_KINDS):
     turn = rng.uniform(0, 2 * math.pi)
     if name == "circle":
         radii, angles = np.full(40, radius), np.arange(40) * (2 * math.pi / 40)
-    elif name == "rectangle":
-        half = rng.uniform(0.45, math.pi / 2 - 0.45)  # angle of the diagonal: the aspect ratio lies below 2.1
+    elif name in ("rectangle", "bar"):
+        # Angle of the diagonal: a rectangle's aspect ratio lies below 2.1.
+        half = rng.uniform(0.45, math.pi / 2 - 0.45) if name == "rectangle" else math.atan(1 / rng.uniform(4, 6))
         radii, angles = np.full(4, radius), np.array([half, math.pi - half, math.pi + half, -half])
     elif name == "triangle":
         # Corners 120 degrees apart at most 20 degrees off: never a sliver.
@@ -135,9 +127,6 @@ def _random_shape(rng, size, kinds=DEFAULT_KINDS):
     elif name == "star":
         radii = np.tile([radius, radius * rng.uniform(0.42, 0.52)], 5)
         angles = np.arange(10) * (2 * math.pi / 10)
-    elif name == "bar":
-        half = math.atan(1 / rng.uniform(4, 6))
-        radii, angles = np.full(4, radius), np.array([half, math.pi - half, math.pi + half, -half])
     else:
         outline = {"ellipse": _ellipse, "ell": _ell, "cee": _cee}[name](rng)
         radii, angles = radius * np.abs(outline), np.angle(outline)

@@ -5,6 +5,7 @@ Everything is read off the network itself: its variables, and the graph that one
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 
@@ -19,11 +20,7 @@ from polarmask_tf.modeling.polarmask import PolarMask
 
 PICTURE = (480, 640)  # height and width of most COCO images, for configs whose input follows the image's ratio
 # The first letters of what belongs to a tower in the head's scope.
-_TOWERS = {
-    "head, class tower": ("class", "centerness"),
-    "head, ray tower": ("ray", "scale"),
-    "head, box tower": ("box",),
-}
+_TOWERS = {"head, class tower": ("class", "centerness"), "head, ray tower": ("ray", "scale"), "head, box tower": ("box",)}
 PARTS = ("backbone", "FPN", *_TOWERS, "post-processing")
 # Operations whose outputs take no memory of their own, or belong to the weights.
 _FREE = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN", "Reshape", "Squeeze", "ExpandDims", "EnsureShape"}
@@ -64,7 +61,7 @@ def summarize(config: Config, num_classes: int = 80, size: tuple[int, int] | Non
     images = tf.TensorSpec([1, *size, 3], tf.uint8)
     graph = tf.function(model.detect, input_signature=[images]).get_concrete_function().graph
     parts = [part for part in PARTS if part != "head, box tower" or config.model.head.box]
-    rows = {part: dict.fromkeys(("parameters", "trainable", "multiply_adds", "activations"), 0) for part in parts}
+    rows = {part: collections.Counter() for part in parts}
     trainable = {id(variable) for variable in model.trainable_variables}
     for part, variables in (("backbone", model.backbone.weights), ("FPN", model.decoder.weights), ("", model.head.weights)):
         for variable in variables:
@@ -77,14 +74,11 @@ def summarize(config: Config, num_classes: int = 80, size: tuple[int, int] | Non
         row["multiply_adds"] += multiply_adds(op)
         row["activations"] += activations(op)
     rows["post-processing"]["multiply_adds"] += _decoding(config, num_classes, size)
-    rows["total"] = {key: sum(row[key] for row in rows.values()) for key in rows["backbone"]}
+    rows["total"] = sum(rows.values(), collections.Counter())
+    counts = ("parameters", "trainable", "multiply_adds")
     return [
-        {
-            "part": part,
-            **{key: row[key] for key in ("parameters", "trainable", "multiply_adds")},
-            "weights_mb": 4e-6 * row["parameters"],
-            "activations_mb": 4e-6 * row["activations"],
-        }
+        {"part": part, **{key: row[key] for key in counts}}
+        | {"weights_mb": 4e-6 * row["parameters"], "activations_mb": 4e-6 * row["activations"]}
         for part, row in rows.items()
     ]
 
@@ -134,8 +128,6 @@ def _decoding(config: Config, num_classes: int, size) -> int:
     """Equations 1 and 2 for the candidates of every level: two multiply-adds a ray. NMS depends on the picture."""
     options = config.postprocess
     pairs = options.multi_label and not CONVENTIONS[config.conventions].class_threshold
-    candidates = 0
-    for level in config.model.fpn.levels:
-        locations = math.prod(-(-side // 2**level) for side in size)
-        candidates += min(options.pre_nms_top_k, locations * (num_classes if pairs else 1))
+    locations = (math.prod(-(-side // 2**level) for side in size) for level in config.model.fpn.levels)
+    candidates = sum(min(options.pre_nms_top_k, count * (num_classes if pairs else 1)) for count in locations)
     return 2 * config.model.rays * candidates

@@ -7,6 +7,7 @@ mask is pycocotools' own of the original annotation, with all parts and holes.
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import os
@@ -19,12 +20,12 @@ import tensorflow as tf
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from polarmask_tf import files
 from polarmask_tf.data import dataset, records, segmentation, transforms
 from polarmask_tf.data.instances import record_of
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write, format_csv, make_directory
 from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.ops import geometry
 
@@ -96,17 +97,8 @@ def upper_bound(
             labels.append(annotation["label"])
     if not ious:
         raise InputError("; ".join([f"{source}: holds no instance to measure", *report.lines()]))
-    return UpperBound(
-        rays,
-        tuple(centers),
-        np.array(ious, np.float32).reshape(-1, len(centers), len(rays)),
-        np.array(areas),
-        np.array(labels, np.int32),
-        classes,
-        done,
-        report,
-        time.monotonic() - began,
-    )
+    measured = np.array(ious, np.float32).reshape(-1, len(centers), len(rays)), np.array(areas), np.array(labels, np.int32)
+    return UpperBound(rays, tuple(centers), *measured, classes, done, report, time.monotonic() - began)
 
 
 def read(source, limit: int | None = None):
@@ -133,10 +125,9 @@ def _of_records(info):
     """Images of a converted data set with (annotation, segmentation, rings) of all that is in them."""
     truth = records.read_ground_truth(info.directory)  # checks every shard
     label_of = {c["category_id"]: label for label, c in enumerate(info.classes)}
-    of_image = {image["id"]: [] for image in truth["images"]}
+    of_image = collections.defaultdict(list)
     for annotation in truth["annotations"]:
-        annotation["label"] = label_of[annotation["category_id"]]
-        of_image[annotation["image_id"]].append(annotation)
+        of_image[annotation["image_id"]].append(annotation | {"label": label_of[annotation["category_id"]]})
 
     def parsed(serialized):
         record = records.parse(serialized)
@@ -146,12 +137,11 @@ def _of_records(info):
     for image, (record, fault) in zip(truth["images"], shards, strict=True):
         if fault:
             raise InputError(f"{info.directory}: image {image['id']}: {fault.decode()}; run `polarmask convert` again")
-        rings = np.split(record["xy"], np.cumsum(record["ring_lengths"])[:-1])
-        found = []
-        for index, annotation in enumerate(of_image[image["id"]]):  # in the record's order
-            its = [ring for ring, of in zip(rings, record["ring_instance"], strict=True) if of == index]
-            found.append((annotation, annotation["segmentation"], its))
-        yield image, found
+        rings = np.split(record["xy"], np.cumsum(record["ring_lengths"]))[:-1]
+        rings_of = collections.defaultdict(list)
+        for index, ring in zip(record["ring_instance"], rings, strict=True):
+            rings_of[index].append(ring)
+        yield image, [(a, a["segmentation"], rings_of[i]) for i, a in enumerate(of_image[image["id"]])]  # in one order
 
 
 def _usable(images, classes, report):
@@ -167,9 +157,8 @@ def _usable(images, classes, report):
                 report.skip(str(reason), where)
                 continue
             area = float(coco_mask.area(rle)) if annotation["area"] is None else annotation["area"]
-            label = annotation["label"]
-            category = classes[label]["category_id"]
-            names = {"id": annotation["id"], "label": label, "category_id": category}
+            category = classes[annotation["label"]]["category_id"]
+            names = {"id": annotation["id"], "label": annotation["label"], "category_id": category}
             kept.append({**names, "area": area, "rings": rings, "rle": rle})
         yield {"id": image["id"], "height": size[0], "width": size[1], "annotations": kept}
 
@@ -180,12 +169,8 @@ def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edg
     The polygons are float32 [K, n, 2] (x, y in pixels), one array for each center and number of rays, the rays running
     faster. Annotations of at most a pixel are left out, as in training, and counted in the report.
     """
-
-    def any_number(dtype, *rest):
-        return tf.TensorSpec([None, *rest], dtype)
-
-    specs = {"labels": any_number(tf.int32), "is_crowd": any_number(tf.bool), "xy": any_number(tf.float32, 2)}
-    specs |= {"ring_lengths": any_number(tf.int32), "ring_instance": any_number(tf.int32)}
+    specs = {name: tf.TensorSpec([None], tf.int32) for name in ("labels", "ring_lengths", "ring_instance")}
+    specs |= {"is_crowd": tf.TensorSpec([None], tf.bool), "xy": tf.TensorSpec([None, 2])}
 
     @tf.function(input_signature=[specs, tf.TensorSpec([2], tf.int32)])
     def polygons(record, size):
@@ -200,12 +185,11 @@ def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edg
         window = tf.tile([[0.0, 0.0, float(size[1]), float(size[0])]], [count, 1])
         points = {"mass": middles, "box": (boxes[:, :2] + boxes[:, 2:]) / 2}
 
-        def lengths(center, n):
-            if n == 4:  # as in training
-                return geometry.box_rays(points[center], boxes)
-            return geometry.ray_lengths(points[center], edges, n, window)
+        def polygon(center, n):  # of 4 rays as in training
+            lengths = geometry.box_rays(center, boxes) if n == 4 else geometry.ray_lengths(center, edges, n, window)
+            return geometry.assemble(center, lengths)
 
-        return order, [geometry.assemble(points[center], lengths(center, n)) for center in centers for n in rays]
+        return order, [polygon(points[center], n) for center in centers for n in rays]
 
     def rebuild(image, report):
         annotations, parts = [], [[np.zeros((0, n, 2), np.float32)] for _ in centers for n in rays]
@@ -236,57 +220,39 @@ def rows(result: UpperBound) -> list[dict]:
     groups += [("class", entry["name"], result.labels == label) for label, entry in enumerate(result.classes)]
     made = []
     for kind, name, chosen in groups:
-        for c, center in enumerate(result.centers):
-            for r, rays in enumerate(result.rays):
-                ious = result.ious[chosen, c, r]
-                if len(ious):
-                    shares = {f"above_{share:g}": float((ious > share).mean()) for share in SHARES}
-                    recall = float(np.mean([(ious >= least).mean() for least in np.arange(50, 100, 5) / 100]))
-                    made.append(
-                        {
-                            "group": kind,
-                            "name": name,
-                            "center": center,
-                            "rays": rays,
-                            "instances": len(ious),
-                            "mean_iou": float(ious.mean(dtype=np.float64)),
-                            **shares,
-                            "recall": recall,
-                        }
-                    )
+        for (c, center), (r, rays) in itertools.product(enumerate(result.centers), enumerate(result.rays)):
+            if len(ious := result.ious[chosen, c, r]):
+                row = {"group": kind, "name": name, "center": center, "rays": rays, "instances": len(ious)}
+                row |= {"mean_iou": float(ious.mean(dtype=np.float64))}
+                row |= {f"above_{share:g}": float((ious > share).mean()) for share in SHARES}
+                recall = float(np.mean([(ious >= least).mean() for least in np.arange(50, 100, 5) / 100]))
+                made.append({**row, "recall": recall})
     return made
 
 
 def format_table(result: UpperBound, at: int = 36, worst: int = 10) -> str:
     """The printed report; classes, and what to expect, at the number of rays nearest to `at`."""
-    at = min(result.rays, key=lambda n: abs(n - at))
+    at, first = min(result.rays, key=lambda n: abs(n - at)), result.centers[0]
     every = rows(result)
-    size = {(row["name"], row["center"], row["rays"]): row for row in every if row["group"] == "size"}
-    counts = {name: size[name, result.centers[0], at]["instances"] for name in SIZES if (name, result.centers[0], at) in size}
+    sizes = {(row["name"], row["center"], row["rays"]): row for row in every if row["group"] == "size"}
+    counts = [f"{sizes[name, first, at]['instances']} {name}" for name in SIZES if (name, first, at) in sizes]
+    table = []
+    for row in (row for row in every if row["group"] == "all"):
+        same = {name: sizes.get((name, row["center"], row["rays"])) for name in SIZES}
+        shares = {f">{share:g}": f"{100 * row[f'above_{share:g}']:.0f}%" for share in SHARES}
+        by_size = {name: f"{its['mean_iou']:.3f}" if its else "-" for name, its in same.items()}
+        table.append({**row, "mean IoU": row["mean_iou"], **shares, **by_size})
+    columns = {"center": "", "rays": "", "mean IoU": ".3f", **dict.fromkeys(shares, ""), "recall": ".3f"}
+    overall, *classes = (row for row in every if (row["center"], row["rays"]) == (first, at) and row["group"] != "size")
     lines = [
-        f"{len(result.ious)} instances in {result.images} images, measured in {result.seconds:.0f} s"
-        f" ({', '.join(f'{count} {name}' for name, count in counts.items())})",
+        f"{len(result.ious)} instances in {result.images} images, measured in {result.seconds:.0f} s ({', '.join(counts)})",
         *(f"  {line}" for line in result.report.lines()),
         "",
-        "center  rays  mean IoU  " + "  ".join(f">{share:<4g}" for share in SHARES) + "  recall  " + "  ".join(SIZES),
-    ]
-    for row in (row for row in every if row["group"] == "all"):
-        shares = "  ".join(f"{100 * row[f'above_{share:g}']:4.0f}%" for share in SHARES)
-        by_size = "  ".join(
-            f"{size[key]['mean_iou']:{len(key[0])}.3f}" if key in size else "-".rjust(len(key[0]))
-            for key in ((name, row["center"], row["rays"]) for name in SIZES)
-        )
-        lines.append(f"{row['center']:<6}  {row['rays']:4}  {row['mean_iou']:8.3f}  {shares}  {row['recall']:6.3f}  {by_size}")
-    first = result.centers[0]
-    overall = next(row for row in every if (row["group"], row["center"], row["rays"]) == ("all", first, at))
-    lines += [
+        files.format_table(table, columns | dict.fromkeys(SIZES, "")),
         "",
-        (
-            f"With {at} rays from the {first} center polygons reach IoU {overall['mean_iou']:.3f} and an average recall "
-            f"(IoU .50 to .95) of {overall['recall']:.3f}; {100 * (1 - overall['above_0.5']):.1f}% of the instances below .5."
-        ),
+        f"With {at} rays from the {first} center polygons reach IoU {overall['mean_iou']:.3f} and an average recall "
+        f"(IoU .50 to .95) of {overall['recall']:.3f}; {100 * (1 - overall['above_0.5']):.1f}% of the instances below .5.",
     ]
-    classes = [row for row in every if (row["group"], row["center"], row["rays"]) == ("class", first, at)]
     if len(classes) > 1:
         classes.sort(key=lambda row: row["mean_iou"])
         lines.append("Classes that lose most (mean IoU, instances):")
@@ -299,9 +265,9 @@ def format_table(result: UpperBound, at: int = 36, worst: int = 10) -> str:
 def write(result: UpperBound, out) -> None:
     """upper_bound.csv (the rows) and upper_bound.png (mean IoU over the number of rays, as figure 7) into a directory."""
     out, every = Path(out), rows(result)
-    make_directory(out)
-    atomic_write(out / "upper_bound.csv", format_csv(every))
-    atomic_write(out / "upper_bound.png", _plot(every))
+    files.make_directory(out)
+    files.atomic_write(out / "upper_bound.csv", files.format_csv(every))
+    files.atomic_write(out / "upper_bound.png", _plot(every))
 
 
 def _plot(every) -> bytes:
