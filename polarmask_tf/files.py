@@ -13,6 +13,7 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 import typing
 import uuid
 from pathlib import Path
@@ -25,6 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"  # in a directory that is being written; a directory that holds nothing else counts as empty
+_WRITTEN_WITHIN = 1.0  # seconds, the holder's name after it took the lock
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -128,8 +130,9 @@ def _locked_file(directory, purpose):
             # Between opening and locking, the holder before may have removed the file: then it locks nothing.
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
                 holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-                os.truncate(file, 0)
-                os.pwrite(file, json.dumps(holder).encode(), 0)
+                content = json.dumps(holder).encode()
+                os.pwrite(file, content, 0)  # over what a killed one left, so that it is never empty for long
+                os.truncate(file, len(content))
                 return file
         except BaseException as error:
             os.close(file)
@@ -157,12 +160,15 @@ def _take(file, directory):
 
 
 def _holder(file):
-    try:
-        found = json.loads(os.pread(file, 4096, 0))
-        text = "polarmask {purpose} (process {pid} on {host}, since {since})".format(**found)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # just being written
-        text = "another process"
-    return one_line(text, 200)
+    end = time.monotonic() + _WRITTEN_WITHIN
+    while True:
+        try:
+            found = json.loads(os.pread(file, 4096, 0))
+            return one_line("polarmask {purpose} (process {pid} on {host}, since {since})".format(**found), 200)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            if time.monotonic() > end:
+                return "another process"
+            time.sleep(0.01)
 
 
 def _now():

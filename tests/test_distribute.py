@@ -250,11 +250,12 @@ try:
         lambda x: tf.distribute.get_replica_context().all_reduce("sum", x * 1.0), (x,)), axis=None))
     with watchdog.worker_watchdog(strategy):
         total = step(tf.constant(index + 1.0))
-        print(json.dumps([type(strategy).__name__, index, number, strategy.num_replicas_in_sync, float(total)]), flush=True)
-        for _ in range(10000 if what.startswith("kill") else 3):
-            if what.startswith("kill") and index == 1:
+        print(json.dumps([type(strategy).__name__, index, number, strategy.num_replicas_in_sync, float(total)]))
+        for number in range(10000 if what.startswith("kill") else 3):
+            # Not before the second step: then the other one has its part of the first.
+            if what.startswith("kill") and index == 1 and number:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if what == "kill while busy":
+            if what == "kill while busy" and number:
                 time.sleep(60)
             step(tf.constant(1.0))
             time.sleep(0.1)
@@ -271,7 +272,7 @@ except InputError as e:
 
 def run(what="plain", environments=({},), devices=0, timeout=60):
     """Runs SCRIPT once for each environment, all at once; returns objects of status, out and err."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TF_CONFIG"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TF_CONFIG", "PYTHONUNBUFFERED"))}
     command = [sys.executable, "-c", SCRIPT, what, str(devices), str(timeout)]
     processes = [
         subprocess.Popen(command, env={**clean, "CUDA_VISIBLE_DEVICES": "-1", **more}, text=True, stdout=-1, stderr=-1)
@@ -324,6 +325,7 @@ def test_a_worker_that_is_busy_elsewhere_is_ended_with_the_same_line():
     survivor, killed = run("kill while busy", [{"TF_CONFIG": tf_config(ports, i)} for i in range(2)])
     assert killed.status == -9 and survivor.status == 2
     assert lines_of(survivor.err) == [_lost(f"127.0.0.1:{ports[1]}")]
+    assert json.loads(survivor.out) == ["CollectiveAllReduceStrategy", 0, 2, 2, 6.0]  # what it had printed is not lost
 
 
 def _lost(address):

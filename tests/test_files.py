@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -93,8 +94,21 @@ def test_a_file_removed_between_opening_and_locking_locks_nothing(tmp_path, monk
     assert len(calls) == 2
 
 
+def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(tmp_path):
+    with files.lock(tmp_path, "train"):
+        name = (tmp_path / files.LOCK).read_bytes()
+        (tmp_path / files.LOCK).write_bytes(b"")
+        writer = threading.Timer(0.2, (tmp_path / files.LOCK).write_bytes, [name])
+        writer.start()
+        with pytest.raises(InputError, match=rf"in use by polarmask train \(process {os.getpid()} on"):
+            with files.lock(tmp_path, "train"):
+                pytest.fail("two hold it")
+        writer.join()
+
+
 @pytest.mark.parametrize("text", [b"", b"[]", b"\xff\0", b"[" * 3000, b'{"purpose": "\x1b[2J"}'])
-def test_what_the_file_says_is_not_trusted(tmp_path, text):
+def test_what_the_file_says_is_not_trusted(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(files, "_WRITTEN_WITHIN", 0)
     with files.lock(tmp_path, "train"):
         (tmp_path / files.LOCK).write_bytes(text)
         with pytest.raises(InputError, match="in use by another process") as error, files.lock(tmp_path, "train"):

@@ -45,6 +45,14 @@ def test_inputs_depend_on_their_seed_alone(fuzz, tmp_path):
         assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("name", ["coco", "image", "yaml", "dataset", "server"])
+def test_valid_inputs_are_taken(fuzz, tmp_path, name):
+    """Else what is tried would not come further than to the first question."""
+    kind = fuzz.KINDS[name]
+    take = kind.prepare(tmp_path, tmp_path)
+    assert {fuzz.outcome(take, data)["text"] for data in kind.seeds(tmp_path)} == {""}
+
+
 @pytest.mark.slow
 def test_a_small_run_finds_nothing(tmp_path):
     command = [sys.executable, FOLDER / "fuzz.py", "--count", "150", "--seed", "3", "--kinds", "yaml", "--out", tmp_path]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
-from contextlib import contextmanager
 
 import tensorflow as tf
 from tensorflow.python.eager import context  # no public name for collectives' health and abort
@@ -25,7 +25,7 @@ WORKER_LOST_ERRORS = (
 )
 
 
-@contextmanager
+@contextlib.contextmanager
 def worker_watchdog(strategy: tf.distribute.Strategy):
     """Around a training: raises InputError if another worker is lost, within half a minute, where TensorFlow would hang.
 
@@ -53,7 +53,9 @@ def worker_watchdog(strategy: tf.distribute.Strategy):
         lost.set()
         context.context().abort_collective_ops(tf.errors.UNAVAILABLE, message)  # ends what waits for the lost worker
         if not left.wait(GRACE):
-            print(f"\npolarmask: error: {message}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):  # whatever cannot be written, the process is to end
+                print(end="", flush=True)
+                print(f"\npolarmask: error: {message}", file=sys.stderr, flush=True)
             os._exit(2)
 
     watcher = threading.Thread(target=watch, daemon=True)

@@ -84,7 +84,7 @@ class _Server:
                 asked, whole = b"", 1
                 while len(asked) < whole and (more := connection.recv(1 << 20)):
                     asked += more
-                    size = re.search(rb"(?is)content-length: (\d+)\r\n.*?\r\n\r\n", asked)
+                    size = re.search(rb"(?i)content-length: (\d+)\r\n(.+\r\n)*\r\n", asked)
                     whole = size.end() + int(size[1]) if size else len(asked) + 1
                 answer = self.answers[0 if b'"metadata"' in asked else -1]
                 if odd := re.match(rb"@([A-Z]+)@", answer):
