@@ -220,9 +220,8 @@ def test_extreme_logits_give_finite_polygons(data):
         for level, (h, w) in sizes.items()
     }
     for pairs in (True, False):
-        found = postprocess.detect(
-            values, (24, 32), {3: 8.0, 4: 16.0}, score_threshold=0.01, pre_nms_top_k=7, max_detections=6, multi_label=pairs
-        )
+        options = {"score_threshold": 0.01, "pre_nms_top_k": 7, "nms_iou_threshold": 0.5, "max_detections": 6}
+        found = postprocess.detect(values, (24, 32), {3: 8.0, 4: 16.0}, **options, multi_label=pairs)
         contract({f"{name}": value.numpy()[None] for name, value in found.items()}, 6, 5, 2)
 
 

@@ -6,12 +6,14 @@ import tensorflow as tf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from polarmask_tf.config import PostprocessConfig
 from polarmask_tf.ops import postprocess
 
 SIZE = (40, 56)
 LEVELS = {3: (5, 7), 4: (3, 4)}
 UNITS = {3: 8.0, 4: 16.0}
 CLASSES, RAYS = 3, 8
+DEFAULTS = vars(PostprocessConfig())
 
 
 def sigmoid(x):
@@ -68,7 +70,7 @@ def box_iou(a, b):
 
 def detect(outputs, **options):
     tensors = tf.nest.map_structure(tf.constant, outputs)
-    return {name: value.numpy() for name, value in postprocess.detect(tensors, SIZE, UNITS, **options).items()}
+    return {name: value.numpy() for name, value in postprocess.detect(tensors, SIZE, UNITS, **DEFAULTS | options).items()}
 
 
 def check_contract(found, rows, threshold=0.05, num_classes=CLASSES):
@@ -189,7 +191,9 @@ def test_many_classes_do_not_meet_in_nms():
     }
     maps[7]["class_logits"][4, 5] = np.linspace(3, 4, 80)
     maps[7]["class_logits"][4, 6] = np.linspace(1, 2, 80)  # box IoU 1 / 3 with it
-    found = postprocess.detect(tf.nest.map_structure(tf.constant, maps), (1024, 1333), {7: 128.0}, max_detections=200)
+    found = postprocess.detect(
+        tf.nest.map_structure(tf.constant, maps), (1024, 1333), {7: 128.0}, **DEFAULTS | {"max_detections": 200}
+    )
     found = {name: value.numpy() for name, value in found.items()}
     check_contract(found, 200, num_classes=80)
     assert found["num_detections"] == 160
@@ -212,7 +216,7 @@ def test_extreme_and_infinite_logits_give_finite_polygons(values, seed, multi_la
 
 def test_detect_has_static_shapes_in_a_graph():
     """What a .tflite needs."""
-    graph = tf.function(lambda maps: postprocess.detect(maps, SIZE, UNITS, max_detections=7))
+    graph = tf.function(lambda maps: postprocess.detect(maps, SIZE, UNITS, **DEFAULTS | {"max_detections": 7}))
     structure = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, tf.float32), quiet())
     shapes = {name: tuple(v.shape) for name, v in graph.get_concrete_function(structure).structured_outputs.items()}
     assert shapes == {
@@ -354,6 +358,7 @@ def test_detect_equals_the_released_post_processing(shared, nms, equal):
         tf.nest.map_structure(tf.constant, outputs),
         (256, 320),
         dict.fromkeys(outputs, 1.0),
+        **DEFAULTS,
         centerness_offset=0.5,
         class_threshold=True,
         box_nms=nms == "box",
