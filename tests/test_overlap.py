@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.polygons import HOLE, SQUARE, edges_of, iou, polar_star, raster, star
-from polarmask_tf.ops import geometry, overlap
+from polarmask_tf.ops import geometry, overlap, targets
 
 SIZE = 64
 
@@ -16,9 +16,14 @@ def areas(lengths, rings, point, window=(SIZE, SIZE)):
     """overlap.areas of one polygon of ray lengths [n] around a point, against rings."""
     lengths, points = np.float32([lengths]), np.float32([point])
     directions = geometry.ray_directions(lengths.shape[1] * overlap.directions_per_ray(lengths.shape[1]))
-    crossings = geometry.crossings(points, edges_of(*rings, pad=80)[np.newaxis], directions)
+    crossings = distances(points, edges_of(*rings, pad=80)[np.newaxis], directions)
     border = geometry.distance_to_border(points, np.float32([[0, 0, *window]]), directions)
     return overlap.areas(tf.constant(lengths), crossings, border)
+
+
+def distances(points, edges, directions):
+    crossings = geometry.crossings(points, edges, directions)
+    return geometry.signed_distances(crossings, len(points), len(directions), targets.MOST_CROSSINGS)
 
 
 def polygon(lengths, point):
@@ -85,7 +90,7 @@ def test_both_are_cut_at_the_pictures_border():
 def test_what_is_not_seen_counts_nothing():
     found = areas(np.full(36, 5.0), [SQUARE], (50, 50))
     assert float(overlap.iou(found)[0]) == 0 and float(overlap.dice_loss(found)[0]) == 1
-    empty = overlap.areas(tf.ones([2, 36]), tf.zeros([2, 0, 72]), tf.ones([2, 72]))
+    empty = overlap.areas(tf.ones([2, 36]), tf.zeros([2, 72, 0]), tf.ones([2, 72]))
     np.testing.assert_array_equal(overlap.iou(empty), [0, 0])
 
 
@@ -100,7 +105,7 @@ def test_gradient_equals_differences(rays):
         return overlap.dice_loss(areas_of(values))[0]
 
     directions = geometry.ray_directions(rays * overlap.directions_per_ray(rays))
-    crossings = geometry.crossings(np.float32([point]), edges_of(*rings)[np.newaxis], directions)
+    crossings = distances(np.float32([point]), edges_of(*rings)[np.newaxis], directions)
     border = geometry.distance_to_border(np.float32([point]), np.float32([[0, 0, SIZE, SIZE]]), directions)
 
     def areas_of(values):
@@ -121,7 +126,7 @@ def test_a_larger_fit_has_a_smaller_loss():
     rng = np.random.default_rng(0)
     ring = polar_star(rng, 32, 32, 24)
     directions = geometry.ray_directions(72)
-    crossings = geometry.crossings(np.float32([[32, 32]]), edges_of(ring)[np.newaxis], directions)
+    crossings = distances(np.float32([[32, 32]]), edges_of(ring)[np.newaxis], directions)
     border = tf.fill([1, 72], 32.0)
     logits = tf.Variable(tf.fill([1, 36], 2.0))
     for _ in range(300):
@@ -133,16 +138,15 @@ def test_a_larger_fit_has_a_smaller_loss():
     assert iou(predicted, true) > 0.93
 
 
-def test_the_farthest_crossings_are_enough():
+def test_eight_crossings_a_ray_are_enough():
     rng = np.random.default_rng(1)
-    rings = [star(rng, (32, 32), 28, 30, 0.6)]
-    points = np.float32(rng.uniform(26, 38, (20, 2)))
+    rings = [star(rng, (32, 32), 28, 30, 0.8)]
+    points = np.float32(rng.uniform(24, 40, (20, 2)))
     directions = geometry.ray_directions(72)
     crossings = geometry.crossings(points, np.repeat(edges_of(*rings, pad=80)[np.newaxis], 20, 0), directions)
     border = geometry.distance_to_border(points, np.tile(np.float32([0, 0, SIZE, SIZE]), (20, 1)), directions)
     lengths = tf.constant(rng.uniform(5, 25, (20, 36)), tf.float32)
-    few = overlap.keep_farthest(crossings, 6)
-    assert few.shape == (20, 6, 72) and overlap.keep_farthest(few, 6) is few
-    whole, part = (overlap.iou(overlap.areas(lengths, kept, border)) for kept in (crossings, few))
-    assert (np.count_nonzero(crossings, axis=1) > 2).any()
-    np.testing.assert_allclose(part, whole, atol=1e-3)
+    whole, eight = (geometry.signed_distances(crossings, 20, 72, most) for most in (30, targets.MOST_CROSSINGS))
+    assert eight.shape == (20, 72, 8) and np.count_nonzero(whole, axis=2).max() >= 5
+    whole, eight = (overlap.iou(overlap.areas(lengths, kept, border)) for kept in (whole, eight))
+    np.testing.assert_allclose(eight, whole, atol=1e-3)

@@ -7,6 +7,8 @@ edges, float32 [..., E, 4] as x1, y1, x2, y2; edges of zero length are padding a
 
 from __future__ import annotations
 
+import typing
+
 import numpy as np
 import tensorflow as tf
 
@@ -49,42 +51,84 @@ def ray_lengths(points: tf.Tensor, edges: tf.Tensor, rays: int, window: tf.Tenso
     """
     directions = ray_directions(rays)
     border = None if window is None else distance_to_border(points, window, directions)
-    return farthest(crossings(points, edges, directions), border)
+    return farthest(crossings(points, edges, directions), tf.shape(points)[0], rays, border)
 
 
-def crossings(points: tf.Tensor, edges: tf.Tensor, directions: np.ndarray) -> tf.Tensor:
-    """Where rays from points [P, 2] in `directions` [A, 2] cross the polygons [P, E, 4] of these points.
+class Crossings(typing.NamedTuple):
+    """Where A rays from each of P points cross the sides of the point's polygon: H crossings in all."""
 
-    float32 [P, E, A]: the distance where the ray leaves the polygon, minus it where the ray enters, 0 where it does not cross
-    the edge. Rings of one polygon must turn the same way (but for holes), as data.segmentation turns them.
+    ray: tf.Tensor  # int32 [H]: point * A + direction
+    distance: tf.Tensor  # float32 [H] from the point, pixels
+    leaves: tf.Tensor  # bool [H]: the ray leaves the polygon there, else it enters
+    number: tf.Tensor  # int32 [H]: which of its ray's crossings it is, from 0 up, in the order of the edges
+
+
+def crossings(points: tf.Tensor, edges: tf.Tensor, directions: np.ndarray) -> Crossings:
+    """The crossings of rays from points [P, 2] in `directions` [A, 2] with polygons [P, E, 4]; see Crossings.
+
+    Rings of one polygon must turn the same way (but for holes), as data.segmentation turns them.
     """
-    normals = np.stack([-directions[:, 1], directions[:, 0]])  # [2, A]
+    rays = len(directions)
+    # Of an even number of rays one half continues the other backwards: lines instead of rays, at half the cost.
+    lines = directions if rays % 2 else directions[: rays // 2]
+    normals = np.stack([-lines[:, 1], lines[:, 0]])  # [2, L]
     start = edges[..., :2] - points[:, tf.newaxis]
     end = edges[..., 2:] - points[:, tf.newaxis]
-    # In the ray's frame (point = origin) an edge's ends lie `side` beside the ray and `along` it. Where the signs of the
-    # sides differ, the edge crosses the ray's line; interpolating between its ends keeps the crossing on the edge, however
+    # In the line's frame (point = origin) an edge's ends lie `side` beside the line and `along` it. Where the signs of the
+    # sides differ, the edge crosses the line; interpolating between its ends keeps the crossing on the edge, however
     # close to parallel the two are, and the divisor is never zero there.
-    start_side, end_side = tf.tensordot(start, normals, 1), tf.tensordot(end, normals, 1)  # [P, E, A]
-    crosses = tf.not_equal(start_side > 0, end_side > 0)
-    start_along, change = tf.tensordot(start, directions.T, 1), tf.tensordot(end - start, directions.T, 1)
-    distance = tf.where(crosses, start_along + change * (start_side / (start_side - end_side)), 0.0)
+    start_side, end_side = tf.tensordot(start, normals, 1), tf.tensordot(end, normals, 1)  # [P, E, L]
+    crosses = tf.not_equal(start_side > 0, end_side > 0)  # the ray's way; an end on the line is on its left
+    if not rays % 2:
+        crosses |= tf.not_equal(start_side < 0, end_side < 0)  # backwards
+    # Few do: from here on these alone, by line and then by edge.
+    point, line, edge = tf.unstack(tf.cast(tf.where(tf.transpose(crosses, [0, 2, 1])), tf.int32), axis=1)
+    ends, at_edge = tf.stack([point, edge, line], axis=1), tf.stack([point, edge], axis=1)
+    start_side, end_side = tf.gather_nd(start_side, ends), tf.gather_nd(end_side, ends)
+    way, first, second = tf.gather(lines, line), tf.gather_nd(start, at_edge), tf.gather_nd(end, at_edge)
+    change = tf.reduce_sum((second - first) * way, axis=1) * (start_side / (start_side - end_side))
+    along = tf.reduce_sum(first * way, axis=1) + change
+    behind = along < 0
+    turn = tf.where(behind, -1.0, 1.0)
+    is_left = end_side * turn > 0
     twice_area = tf.reduce_sum(start[..., 0] * end[..., 1] - start[..., 1] * end[..., 0], axis=-1)
-    leaves = tf.equal(end_side > 0, (twice_area >= 0)[:, tf.newaxis, tf.newaxis])
-    distance = tf.maximum(distance, 0.0)  # behind the point
-    return tf.where(leaves, distance, -distance)
+    leaves = tf.equal(is_left, tf.gather(twice_area, point) >= 0)
+    kept = tf.not_equal(start_side * turn > 0, is_left)
+    if rays % 2:
+        kept &= ~behind
+    point, line, along, behind, leaves = (tf.boolean_mask(each, kept) for each in (point, line, along, behind, leaves))
+    # Of a line the two rays' crossings are counted apart.
+    group = point * len(lines) + line
+    begin = tf.searchsorted(group, group)
+    before = [tf.cumsum(tf.cast(each, tf.int32), exclusive=True) for each in (~behind, behind)]
+    ahead, back = (each - tf.gather(each, begin) for each in before)
+    ray = point * rays + tf.where(behind, line + rays // 2, line)
+    return Crossings(ray, tf.abs(along), leaves, tf.where(behind, back, ahead))
 
 
-def farthest(crossings: tf.Tensor, border: tf.Tensor | None = None) -> tf.Tensor:
-    """Ray lengths [P, A] to the farthest of `crossings` [P, E, A]; with `border` [P, A], not beyond it; at least 1e-6."""
-    distance = tf.abs(crossings)
+def farthest(crossings: Crossings, points, rays: int, border: tf.Tensor | None = None) -> tf.Tensor:
+    """Ray lengths [P, A] to the farthest crossings; with `border` [P, A], not beyond it; at least 1e-6."""
+
+    def of_rays(reduce, values):
+        return tf.reshape(reduce(values, crossings.ray, points * rays), [-1, rays])
+
     if border is None:
-        longest = tf.reduce_max(distance, axis=1)
-    else:
-        beyond = distance > border[:, tf.newaxis]
-        number = tf.reduce_sum(tf.cast(beyond, tf.float32), axis=1)
-        longest = tf.reduce_max(tf.where(beyond, 0.0, distance), axis=1)
-        longest = tf.where(tf.math.floormod(number, 2.0) == 1.0, border, longest)
-    return tf.maximum(longest, EPSILON)
+        return tf.maximum(of_rays(tf.math.unsorted_segment_max, crossings.distance), EPSILON)
+    beyond = crossings.distance > tf.gather(tf.reshape(border, [-1]), crossings.ray)
+    number = of_rays(tf.math.unsorted_segment_sum, tf.cast(beyond, tf.int32))
+    longest = of_rays(tf.math.unsorted_segment_max, tf.where(beyond, 0.0, crossings.distance))
+    return tf.maximum(tf.where(number % 2 == 1, border, longest), EPSILON)
+
+
+def signed_distances(crossings: Crossings, points, rays: int, most: int) -> tf.Tensor:
+    """Crossings by ray, float32 [P, A, most]: the distance where it leaves, minus it where it enters, 0 where none is left.
+
+    Of a ray with more than `most` crossings the last ones, in the order of the edges, are left out.
+    """
+    fits = crossings.number < most
+    at = tf.boolean_mask(tf.stack([crossings.ray, crossings.number], axis=1), fits)
+    signed = tf.boolean_mask(tf.where(crossings.leaves, crossings.distance, -crossings.distance), fits)
+    return tf.reshape(tf.scatter_nd(at, signed, [points * rays, most]), [-1, rays, most])
 
 
 def distance_to_border(points: tf.Tensor, boxes: tf.Tensor, directions: np.ndarray) -> tf.Tensor:

@@ -38,11 +38,11 @@ def areas(lengths: tf.Tensor, crossings: tf.Tensor, border: tf.Tensor) -> Areas:
 
     Args:
       lengths: float32 [P, n], n > 4, pixels.
-      crossings: float32 [P, K, A], A a multiple of n: see geometry.crossings.
+      crossings: float32 [P, A, K], A a multiple of n: see geometry.signed_distances.
       border: float32 [P, A], distance to the picture's border, at which both polygons are cut.
     """
-    radius = tf.minimum(_at_directions(lengths, crossings.shape[-1] // lengths.shape[-1]), border)
-    sector = 2 * math.pi / crossings.shape[-1]
+    radius = tf.minimum(_at_directions(lengths, border.shape[-1] // lengths.shape[-1]), border)
+    sector = 2 * math.pi / border.shape[-1]
     return Areas(
         sector * tf.reduce_sum(_covered(radius, crossings), axis=-1),
         sector * tf.reduce_sum(0.5 * tf.square(radius), axis=-1),
@@ -61,19 +61,10 @@ def dice_loss(areas: Areas) -> tf.Tensor:
     return 1.0 - 2.0 * tf.math.divide_no_nan(areas.shared, areas.predicted + areas.true)
 
 
-def keep_farthest(crossings: tf.Tensor, count: int) -> tf.Tensor:
-    """The `count` farthest of K crossings of each direction, [P, K, A] to [P, count, A]: all there are, but in rare shapes."""
-    if crossings.shape[1] is not None and crossings.shape[1] <= count:
-        return crossings
-    by_direction = tf.transpose(crossings, [0, 2, 1])
-    _, index = tf.math.top_k(tf.abs(by_direction), count)
-    return tf.transpose(tf.gather(by_direction, index, batch_dims=2), [0, 2, 1])
-
-
 def _covered(radius, crossings):
     """Half the integral of the true occupancy times 2 s ds from 0 to the radius [P, A]."""
-    within = tf.minimum(tf.abs(crossings), radius[:, tf.newaxis])
-    return 0.5 * tf.reduce_sum(tf.sign(crossings) * tf.square(within), axis=1)
+    within = tf.minimum(tf.abs(crossings), radius[..., tf.newaxis])
+    return 0.5 * tf.reduce_sum(tf.sign(crossings) * tf.square(within), axis=-1)
 
 
 def _at_directions(lengths, per_ray):
