@@ -317,6 +317,9 @@ def test_numbers_must_be_finite(override):
         "loss.ray_weight=-1",
         "model.backbone.groups=0",
         "train.accumulate=0",
+        "train.backbone_lr_multiplier=-0.1",
+        "train.freeze_backbone_steps=-1",
+        "data.color_jitter=1.1",
     ],
 )
 def test_numbers_that_no_training_could_start_with_are_refused(override):

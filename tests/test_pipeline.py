@@ -447,7 +447,7 @@ def test_keras_takes_the_epochs_one_after_the_other(tmp_path):
 
 def test_validation_data_are_every_image_once_as_stored(tmp_path):
     info = converted(tmp_path)
-    config = config_of(batch=4, flip="both", scale=(0.5, 2.0), crop=(32, 32), damaged="skip")
+    config = config_of(batch=4, flip="both", scale=(0.5, 2.0), crop=(32, 32), color_jitter=0.5, damaged="skip")
     first, again = (list(pipeline.validation_data(info.directory, config).as_numpy_iterator()) for _ in range(2))
     assert [ids(images) for images, _ in first] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]  # shard by shard
     assert len(pipeline.validation_data(info.directory, config_of(batch=4))) == 3

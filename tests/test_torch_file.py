@@ -153,7 +153,7 @@ def test_hostile_pickles_are_refused_in_one_line_and_little_memory(tmp_path, nam
             archive.writestr("a/data/k", NUMBERS[8:])
     else:
         old_file(path, HOSTILE[name], "k", NUMBERS)
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     try:
         with pytest.raises(InputError) as error:
@@ -162,7 +162,7 @@ def test_hostile_pickles_are_refused_in_one_line_and_little_memory(tmp_path, nam
     finally:
         tracemalloc.stop()
     message = str(error.value)
-    assert "\n" not in message and str(path) in message and time.monotonic() - began < 10
+    assert "\n" not in message and str(path) in message and time.process_time() - began < 10
 
 
 def test_objects_that_are_not_loaded_are_named(tmp_path):
@@ -243,7 +243,7 @@ def test_changed_bytes_are_refused_or_harmless(whole, tmp_path_factory, data):
 
 
 def test_a_pickle_without_end_is_given_up(tmp_path):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InputError):
         read_tensors(old_file(tmp_path / "a.pth", b"\x80\2" + b"N0" * (4 << 20) + b"}.", "k", NUMBERS))
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30

@@ -2,7 +2,7 @@
 
 A pickle is a program. Python's own machine imports and calls what the program names; this one knows plain values, lists,
 tuples and dicts, and three functions: those that rebuild a tensor or a parameter, and OrderedDict. It has no recursion, and
-what it holds is bounded by the length of the program.
+its time and what it holds are bounded by the length of the program: no opcode copies what another one has made.
 """
 
 from __future__ import annotations
@@ -173,19 +173,11 @@ def _call(name: str, arguments: tuple):
     match name.split(" ")[1], arguments:
         case "OrderedDict", ():
             return {}
-        case "OrderedDict", (list() as pairs,):  # as Python 2 writes it
-            return _pairs([part for pair in pairs for part in _pair(pair)])
         case "_rebuild_tensor_v2", (storage, offset, size, strides, _, _, *_):
             return Tensor(storage, offset, size, strides)
         case "_rebuild_parameter", (Tensor() as tensor, _, _):
             return tensor
     raise ValueError(f"{name} of other arguments")
-
-
-def _pair(value) -> typing.Sequence:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError("a pair expected")
-    return value
 
 
 def _storage(about, storages: dict[str, Storage]) -> Storage:
