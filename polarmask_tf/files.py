@@ -127,7 +127,8 @@ def _locked_file(directory, purpose):
             _take(file, directory)
             # Between opening and locking, the holder before may have removed the file: then it locks nothing.
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
-                holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+                since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+                holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
                 os.truncate(file, 0)
                 os.pwrite(file, json.dumps(holder).encode(), 0)
                 return file
@@ -163,10 +164,6 @@ def _holder(file):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # just being written
         text = "another process"
     return one_line(text, 200)
-
-
-def _now():
-    return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def read_file(path: Path, at_most: int) -> bytes:
