@@ -356,7 +356,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, InputError):

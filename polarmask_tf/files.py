@@ -129,7 +129,8 @@ def _locked_file(directory, purpose):
             _take(file, directory)
             # Between opening and locking, the holder before may have removed the file: then it locks nothing.
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
-                holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+                since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+                holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
                 content = json.dumps(holder).encode()
                 os.pwrite(file, content, 0)  # over what a killed one left, so that it is never empty for long
                 os.truncate(file, len(content))
@@ -169,10 +170,6 @@ def _holder(file):
             if time.monotonic() > end:
                 return "another process"
             time.sleep(0.01)
-
-
-def _now():
-    return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
 
 
 def read_file(path: Path, at_most: int) -> bytes:

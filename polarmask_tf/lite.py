@@ -230,11 +230,8 @@ def check_metadata(metadata, where):
             raise ValueError("a category_id is given twice")
         for side in ("height", "width"):
             number(size, side, 1, 2**15)
-        for entry, key, least, most in (
-            (size, "bit_depth", 8, 16),
-            (metadata, "rays", 1, MAX_RAYS),
-            (metadata, "max_detections", 1, MAX_DETECTIONS),
-        ):
+        optional = ((metadata, "rays", 1, MAX_RAYS), (metadata, "max_detections", 1, MAX_DETECTIONS))
+        for entry, key, least, most in ((size, "bit_depth", 8, 16), *optional):
             if key in entry:
                 number(entry, key, least, most)
         if "flatbuffer_sha256" in metadata:
@@ -360,9 +357,8 @@ def main(argv=None):
     parser.add_argument("image", type=Path, help="any image that Pillow reads, or a folder of images")
     parser.add_argument("--score", type=float, default=SHOWN, help="least score to print (default %(default)s)")
     parser.add_argument("--exif", choices=("ignore", "apply"), default="ignore", help="turn images as their EXIF data say")
-    parser.add_argument(
-        "--bit-depth", type=int, metavar="BITS", help="that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
-    )
+    text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
+    parser.add_argument("--bit-depth", type=int, metavar="BITS", help=text)
     args = parser.parse_args(argv)
     folder, status, model = args.image.is_dir(), 0, None
     for path in sorted(args.image.iterdir()) if folder else [args.image]:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
@@ -77,12 +77,19 @@ def test_trace_joins_pixels_that_touch_diagonally():
     assert len(contours.trace(np.array([[1, 0, 1]]))) == 2
 
 
+def pixels_at(*places):
+    mask = np.zeros((4, 12), bool)
+    mask[tuple(zip(*places, strict=True))] = True
+    return mask
+
+
 def test_trace_of_nothing_is_empty():
     assert contours.trace(np.zeros((3, 4))) == []
 
 
 @settings(deadline=None)
 @given(masks.filter(np.any), st.integers(12, 60), st.sampled_from([0.0, 0.25, 1.0]))
+@example(pixels_at((0, 0), (2, 7), (2, 9), (3, 8)), 12, 0.0)  # two edges on one line but for the last bit
 def test_simplify_keeps_the_edge_count_and_never_overstates_the_iou(mask, max_edges, tolerance):
     rings = contours.trace(mask)
     simple, iou = contours.simplify(rings, max_edges, tolerance=tolerance)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import reprlib
@@ -80,9 +81,7 @@ def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Confi
     values = _read(path)
     for override in overrides:
         values = _merge(values, _override(override))
-    config = _build(Config, values, "", str(path))
-    check(config)
-    return config
+    return _checked(values, path)
 
 
 def load_saved(path: Path) -> Config:
@@ -94,6 +93,10 @@ def load_saved(path: Path) -> Config:
             value = values[section].pop(key)
             if new:
                 values[section].setdefault(new.split(".")[1], value)
+    return _checked(values, path)
+
+
+def _checked(values: dict, path: Path) -> Config:
     config = _build(Config, values, "", str(path))
     check(config)
     return config
@@ -106,7 +109,7 @@ def dump(config: Config) -> str:
 
 def to_dict(config) -> dict:
     """A config, or a section of one, as dicts, lists, numbers and text."""
-    return _plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls, values: dict, source: str = "config"):
@@ -269,9 +272,3 @@ def _convert(hint, value, key: str, source: str):
         return value
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     raise InputError(f"{source}: {key} takes {names[hint]}, not {_shown.repr(value)}")
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -18,7 +18,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     such a ring passes through the point where they touch twice.
     """
     mask = np.asarray(mask, bool)
-    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), bool)
+    padded = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), bool)  # np.pad would take as long as all that follows
     padded[1:-1, 1:-1] = mask
     # Four kinds of boundary edge, with the inside on the right hand (y points down): top edges of set pixels run east,
     # right edges south, bottom edges west, left edges north. Straight runs of one kind become one segment.
@@ -96,8 +96,6 @@ def simplify(
 
 
 def _largest(rings, count):
-    if len(rings) <= count:
-        return rings
     order = sorted(range(len(rings)), key=lambda i: -abs(shoelace(rings[i])))
     return [rings[i] for i in sorted(order[:count])]
 
@@ -145,10 +143,8 @@ def _collapse(rings, max_edges, budget):
             version[at] += 1
             heapq.heappush(heap, candidate(at))
             at = following[at]
-    kept = []
-    for first, ring in zip(_offsets(rings), rings, strict=True):
-        kept.append(np.array([points[i] for i in range(first, first + len(ring)) if alive[i]]))
-    return kept, displaced
+    firsts = zip(_offsets(rings), rings, strict=True)
+    return [np.array([points[i] for i in range(first, first + len(ring)) if alive[i]]) for first, ring in firsts], displaced
 
 
 def _offsets(rings):
@@ -173,7 +169,7 @@ def _merged_vertex(a, b, c, d):
     level = abs(height) <= flat  # then any point of a-d does: the cost is that of E at a, the choice the middle
     if level:
         ex = ey = 0.0
-    elif height * height_b <= 0:
+    elif height * height_b <= 0 or abs(height_b) <= flat:  # E would lie on the other side, or nowhere
         return math.inf, 0.0, 0.0
     else:
         ex, ey = bx * height / height_b, by * height / height_b

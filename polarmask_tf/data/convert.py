@@ -8,7 +8,6 @@ under a final name is half, and the directory is the old data set or the new one
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import re
@@ -57,14 +56,11 @@ class _Task(typing.NamedTuple):
     options: Options
 
 
-@dataclasses.dataclass
-class _Written:
+class _Written(typing.NamedTuple):
     report: Report
-    images: int = 0
-    instances: int = 0
-    crowd: int = 0
-    max_edges: int = 0
-    per_image: Counter = dataclasses.field(default_factory=Counter)  # instances that are no crowd -> images
+    counts: Counter  # num_images, num_instances, num_crowd
+    per_image: Counter  # instances that are no crowd -> images
+    max_edges: int
 
 
 def convert(
@@ -147,9 +143,7 @@ def convert(
         info = dataset.DatasetInfo(
             directory=out,
             name=out.name,
-            num_images=sum(part.images for part in written),
-            num_instances=sum(part.instances for part in written),
-            num_crowd=sum(part.crowd for part in written),
+            **{name: sum(part.counts[name] for part in written) for name in ("num_images", "num_instances", "num_crowd")},
             classes=classes,
             max_instances=max(per_image, default=0),
             max_edges=max(part.max_edges for part in written),
@@ -173,10 +167,9 @@ def convert(
 
 
 def _print(info, report, speed):
-    print(
-        f"{info.directory}: {info.num_images} images, {info.num_instances} instances ({info.num_crowd} crowd), "
-        f"{len(info.classes)} classes, {len(info.shard_paths)} shards, {speed:.0f} images/s"
-    )
+    objects = f"{info.num_instances} instances ({info.num_crowd} crowd)"
+    rest = f"{len(info.classes)} classes, {len(info.shard_paths)} shards, {speed:.0f} images/s"
+    print(f"{info.directory}: {info.num_images} images, {objects}, {rest}")
     if not info.num_instances:
         print("  note: no annotations: images of background alone, which `polarmask train` refuses")
     for line in report.lines():
@@ -213,10 +206,8 @@ def _check_room(out, entries, decoded):
     """InputError where the pixels of all images do not fit onto the disk."""
     need, free = 3 * sum(entry["height"] * entry["width"] for entry in entries), shutil.disk_usage(out).free
     if decoded and need > free:
-        raise InputError(
-            f"{out}: the decoded images take {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free; make room, or go without "
-            "--decoded"
-        )
+        sizes = f"the decoded images take {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+        raise InputError(f"{out}: {sizes}; make room, or go without --decoded")
 
 
 def _free_names(out, count, id):
@@ -239,7 +230,7 @@ def _publish(info):
 
 def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
     options, report = task.options, Report(task.options.strict)
-    written = _Written(report)
+    counts, per_image, max_edges = Counter(), Counter(), 0
     with open(task.partial, "wb") as file:
         for image in task.images:
             where = f"image {image['id']}, {image['file_name']}"
@@ -256,17 +247,14 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
             else:
                 found = _instances(image, task, report, where)
                 names = {"file_name": image["file_name"], "image_id": image["id"], "dataset_id": options.id}
-                records.write_record(
-                    file, records.encode_example(encoded=encoded, format=format, **names, **size, instances=found)
-                )
+                example = records.encode_example(encoded=encoded, format=format, **names, **size, instances=found)
+                records.write_record(file, example)
                 crowd = sum(i.is_crowd for i in found)
-                written.images += 1
-                written.instances += len(found)
-                written.crowd += crowd
-                written.per_image[len(found) - crowd] += 1
-                written.max_edges = max([written.max_edges, *(sum(map(len, i.rings)) for i in found)])
+                counts.update(num_images=1, num_instances=len(found), num_crowd=crowd)
+                per_image[len(found) - crowd] += 1
+                max_edges = max([max_edges, *(sum(map(len, i.rings)) for i in found)])
             after_image()
-    return written
+    return _Written(report, counts, per_image, max_edges)
 
 
 def _instances(image, task, report, where):

@@ -155,10 +155,8 @@ def require_objects(info: DatasetInfo) -> None:
     if info.num_instances > info.num_crowd:
         return
     what = "only crowd regions, which training ignores" if info.num_crowd else "no object at all"
-    raise InputError(
-        f"{info.directory}: {info.num_images} images with {what}: nothing to train on; see what `polarmask convert` says of "
-        "the annotations (single objects marked as crowds: --crowd-as-instances)"
-    )
+    see = "see what `polarmask convert` says of the annotations (single objects marked as crowds: --crowd-as-instances)"
+    raise InputError(f"{info.directory}: {info.num_images} images with {what}: nothing to train on; {see}")
 
 
 def surplus(info: DatasetInfo, max_instances: int) -> tuple[int, int]:

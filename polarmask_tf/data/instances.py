@@ -14,12 +14,7 @@ from polarmask_tf.ops import targets
 
 
 def make_instances(
-    objects: Mapping,
-    image_size: tuple[int, int],
-    config: Config,
-    *,
-    max_instances: int | None = None,
-    max_edges: int = 96,
+    objects: Mapping, image_size: tuple[int, int], config: Config, *, max_instances: int | None = None, max_edges: int = 96
 ) -> dict[str, np.ndarray]:
     """The instances of ONE image: targets.INSTANCES without the batch dimension, numpy arrays of fixed shapes.
 
@@ -43,9 +38,8 @@ def make_instances(
     if not (0 < height <= canvas[0] and 0 < width <= canvas[1]):
         raise InputError(f"make_instances: image_size is {[height, width]}, the network's input {list(canvas)} (height, width)")
     if max_edges < 8 or (max_instances is not None and max_instances < 1):
-        raise InputError(
-            f"make_instances: max_instances is {max_instances}, max_edges {max_edges}: at least 1 and 8 are needed"
-        )
+        given = f"max_instances is {max_instances}, max_edges {max_edges}"
+        raise InputError(f"make_instances: {given}: at least 1 and 8 are needed")
     if not isinstance(objects, Mapping) or "classes" not in objects:
         raise InputError('make_instances: objects must be {"classes", and "masks", "polygons" or "boxes"}')
     classes = np.asarray(objects["classes"])
@@ -115,9 +109,8 @@ def _outlines(objects, boxes, count, size, rays, max_edges):
     if objects.get("masks") is not None:
         masks = np.asarray(objects["masks"])
         if masks.shape != (count, *size) or masks.dtype != bool:
-            raise InputError(
-                f"make_instances: 'masks' are {masks.dtype} {list(masks.shape)}, not bool [n, h, w], {[count, *size]}"
-            )
+            given = f"{masks.dtype} {list(masks.shape)}"
+            raise InputError(f"make_instances: 'masks' are {given}, not bool [n, h, w], {[count, *size]}")
         return [segmentation.outline(mask, max_edges)[0] if mask.any() else [] for mask in masks]
     if objects.get("polygons") is not None:
         polygons = objects["polygons"]
@@ -140,10 +133,8 @@ def _rings(polygon, index):
             raise ValueError
         rings = [segmentation.oriented(ring.reshape(-1, 2)) for ring in rings]
     except (TypeError, ValueError, LookupError, ArithmeticError):
-        raise InputError(
-            f"make_instances: 'polygons[{index}]' is neither a ring (finite [V, 2] with V >= 3, or x, y, x, y, ...) nor a list "
-            "of rings"
-        ) from None
+        a_ring = "a ring (finite [V, 2] with V >= 3, or x, y, x, y, ...)"
+        raise InputError(f"make_instances: 'polygons[{index}]' is neither {a_ring} nor a list of rings") from None
     return [ring for ring in rings if ring is not None]
 
 

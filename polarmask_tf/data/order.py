@@ -120,10 +120,9 @@ def _by_orientation(serialized: tf.Tensor, order: tf.Tensor, batch: int, key: tf
 def _own_shards(info, seed, worker, workers):
     paths = info.shard_paths
     if len(paths) < workers:
-        raise InputError(
-            f"{info.directory}: {len(paths)} shards for {workers} workers, too few for data.sharding: file; "
-            f"run `polarmask convert --shards N` with N of {workers} or more, or set data.sharding=data"
-        )
+        few = f"{len(paths)} shards for {workers} workers, too few for data.sharding: file"
+        advice = f"run `polarmask convert --shards N` with N of {workers} or more, or set data.sharding=data"
+        raise InputError(f"{info.directory}: {few}; {advice}")
     own = random.Random(seed).sample(range(len(paths)), len(paths))[worker::workers]
     return [paths[number] for number in sorted(own)]
 

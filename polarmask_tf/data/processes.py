@@ -39,10 +39,8 @@ def run_tasks(work: typing.Callable, tasks: list, processes: int, bar) -> list:
                 future.result()
         return [future.result() for future in futures]
     except BrokenProcessPool as error:
-        raise InputError(
-            "a worker process died: out of memory, or the calling script lacks `if __name__ == '__main__':`; "
-            "try fewer --processes"
-        ) from error
+        why = "out of memory, or the calling script lacks `if __name__ == '__main__':`"
+        raise InputError(f"a worker process died: {why}; try fewer --processes") from error
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

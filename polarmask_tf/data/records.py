@@ -123,8 +123,6 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    if 0 <= value < 128:
-        return bytes((value,))
     value &= 0xFFFFFFFFFFFFFFFF  # negative int64: two's complement, ten bytes
     out = bytearray()
     while value > 127:
@@ -202,24 +200,20 @@ def parse(serialized) -> dict:
     import tensorflow as tf
 
     types = {bytes: tf.string, int: tf.int64, float: tf.float32}
-    record = tf.io.parse_single_example(
-        serialized,
-        {
-            key: tf.io.FixedLenSequenceFeature([], types[kind], allow_missing=True)
-            if many
-            else tf.io.FixedLenFeature([], types[kind], "" if key == "image/dataset_id" else None)
-            for key, (kind, many) in _FEATURES.items()
-        },
-    )
+    features = {
+        key: tf.io.FixedLenSequenceFeature([], types[kind], allow_missing=True)
+        if many
+        else tf.io.FixedLenFeature([], types[kind], "" if key == "image/dataset_id" else None)
+        for key, (kind, many) in _FEATURES.items()
+    }
+    record = tf.io.parse_single_example(serialized, features)
     height, width = tf.cast(record["image/height"], tf.int32), tf.cast(record["image/width"], tf.int32)
     boxes = tf.stack([record[f"image/object/bbox/{side}"] for side in _SIDES], axis=-1)
     return {
         "image/encoded": record["image/encoded"],
         "height": height,
         "width": width,
-        "source_id": record["image/source_id"],
-        "filename": record["image/filename"],
-        "dataset_id": record["image/dataset_id"],
+        **{name: record[f"image/{name}"] for name in ("source_id", "filename", "dataset_id")},
         "boxes": boxes * tf.cast(tf.stack([width, height, width, height]), tf.float32),
         "labels": tf.cast(record["image/object/class/label"], tf.int32) - 1,
         "is_crowd": record["image/object/is_crowd"] > 0,

@@ -98,9 +98,7 @@ def _traced(mask, max_size, max_corners):
             rings = contours.trace(mask)
             if sum(map(len, rings)) <= max_corners or max(mask.shape) <= 16:
                 return [ring * scale for ring in rings]
-        h, w = mask.shape
-        padded = np.zeros((h + h % 2, w + w % 2), np.uint8)
-        padded[:h, :w] = mask
+        padded = np.pad(np.asarray(mask, np.uint8), [(0, side % 2) for side in mask.shape])
         covered = padded[0::2, 0::2] + padded[0::2, 1::2] + padded[1::2, 0::2] + padded[1::2, 1::2]
         mask = covered >= min(2, covered.max())  # a mask of specks must not vanish
         scale *= 2

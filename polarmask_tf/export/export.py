@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import sys
 import time
@@ -60,9 +59,8 @@ def export_model(
         raise InputError(f"precision {unknown[0]}: choose of {', '.join(tflite.PRECISIONS)}")
     if not 0 <= max_ap_drop <= 1:
         raise InputError(f"--max-ap-drop {max_ap_drop:g}: a difference of two APs is between 0 and 1")
-    for path in filter(None, (images, data)):
-        if not Path(path).is_dir():
-            raise InputError(f"{path}: not a directory of converted data")
+    if missing := [path for path in (images, data) if path and not Path(path).is_dir()]:
+        raise InputError(f"{missing[0]}: not a directory of converted data")
     out, model = Path(out), _load(model, overrides)
     own = model.config.data
     pictures = _first_images([images, data, own.val, own.train], PARITY_IMAGES)
@@ -74,28 +72,28 @@ def export_model(
     if raw:
         tflite.check_raw(model)
     graph.check_saved_model_path(out / "saved_model")
+    fit = tflite.file_fit(own)
+
+    def prepared():  # images as evaluation prepares them, one after the other
+        return (network_input(lite.read_image(content), own, fit)[0] for content in calibration)
+
     jobs = {"saved_model": graph.export_saved_model}
     for precision, ends in itertools.product(precisions, (False, True) if raw else (False,)):
-        prepared = functools.partial(_prepare, model, calibration)
         job = functools.partial(tflite.export_tflite, precision=precision, raw=ends, images=prepared)
         jobs[tflite.file_name(precision, ends)] = job
     with lock(out, "export"):
         atomic_write(out / "lite.py", Path(lite.__file__).read_bytes())
         written = {name: _write(job, model, out / name) for name, job in jobs.items()}
-    fit = tflite.file_fit(own)
     if fit != own.fit:
-        height, width = model.input_size
-        print(
-            f"warning: model.tflite fits every image into {height} x {width}: a portrait one gets smaller than in training",
-            file=sys.stderr,
-        )
+        what = "model.tflite fits every image into {} x {}: a portrait one gets smaller than in training"
+        print(f"warning: {what.format(*model.input_size)}", file=sys.stderr)
     rows = {}
     if pictures:
         # Each against Keras on images that are resized as it resizes them.
         keras = run_predictor(model)
         in_files = keras if fit == own.fit else run_predictor(model, fit)
         references = {name: keras if name == "saved_model" else in_files for name in written}
-        decoded = [lite.read_image(io.BytesIO(encoded)) for encoded in pictures]
+        decoded = [lite.read_image(encoded) for encoded in pictures]
         for name, path in written.items():
             rows[name] = parity.compare(references[name], load_predictor(path), decoded)
         if data:
@@ -103,8 +101,12 @@ def export_model(
         print(parity.format_rows(rows))
     else:
         print("no comparison with Keras: the run's data is not here; give --images DATA")
-    if data:
-        _refuse(rows, max_ap_drop)
+    for name, row in rows.items() if data else ():
+        if (drop := row["keras"] - row["AP"]) > max_ap_drop:
+            what = (
+                f"mask AP {row['AP']:.4f}, {drop:.4f} below Keras' {row['keras']:.4f}: more than --max-ap-drop {max_ap_drop:g}"
+            )
+            raise InputError(f"{name}: {what}; do not ship it")
     print(f"next: python {out / 'lite.py'} {out / tflite.file_name(precisions[0])} IMAGE")
     return rows
 
@@ -152,12 +154,6 @@ def _first_images(directories: list, number: int) -> list[bytes]:
     return [encoded for _, encoded in itertools.islice(records.iter_images(directory), number)] if directory else []
 
 
-def _prepare(model: PolarMask, encoded: list[bytes]):
-    """Images as evaluation prepares them, one after the other."""
-    for content in encoded:
-        yield network_input(lite.read_image(io.BytesIO(content)), model.config.data, tflite.file_fit(model.config.data))[0]
-
-
 def _measure(rows: dict, written: dict, references: dict, data: Path, detections: int) -> None:
     """Adds "AP", of every export, and "keras", of the model that resizes images as that does.
 
@@ -170,13 +166,3 @@ def _measure(rows: dict, written: dict, references: dict, data: Path, detections
     keras = {id(predictor): mask_ap(predictor) for predictor in {id(p): p for p in references.values()}.values()}
     for name, path in written.items():
         rows[name] |= {"AP": mask_ap(load_predictor(path)), "keras": keras[id(references[name])]}
-
-
-def _refuse(rows: dict, max_ap_drop: float) -> None:
-    for name, row in rows.items():
-        drop = row["keras"] - row["AP"]
-        if drop > max_ap_drop:
-            raise InputError(
-                f"{name}: mask AP {row['AP']:.4f}, {drop:.4f} below Keras' {row['keras']:.4f}: more than "
-                f"--max-ap-drop {max_ap_drop:g}; do not ship it"
-            )

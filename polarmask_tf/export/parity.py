@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from polarmask_tf.files import format_table
 from polarmask_tf.inference.coco_metrics import polygons_to_rle
@@ -19,8 +20,6 @@ def compare(reference: Callable, other: Callable, images: list[np.ndarray]) -> d
       {"detections": of the reference, "matched": how many of them, "score": largest difference of matched scores, "boxes":
       of the sides of matched boxes, "pixels": largest distance between matched polygons' vertices; in pixels of the image}.
     """
-    from pycocotools import mask as coco_mask
-
     total = matched = 0
     score = sides = pixels = 0.0
     for image in images:

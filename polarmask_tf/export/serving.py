@@ -17,7 +17,6 @@ from polarmask_tf.export.graph import check_saved_model_path, detect, metadata, 
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops.placement import resize
 
-CONTRACTS = ("model_garden",)
 WARM_UP_SIZE = (96, 128)  # height and width of the picture in the warm-up requests
 
 
@@ -44,8 +43,8 @@ def export_serving(
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name):
         raise InputError(f"--name {name!r}: letters, digits and _.- are possible, a letter or _ first")
-    if contract not in (None, *CONTRACTS):
-        raise InputError(f"--contract {contract!r}: possible is {', '.join(CONTRACTS)}")
+    if contract not in (None, "model_garden"):
+        raise InputError(f"--contract {contract!r}: possible is model_garden")
     if max_pixels < 1 or mask_size < 1:
         raise InputError("the limit of pixels and the size of masks must be at least 1")
     _protos()
@@ -136,20 +135,19 @@ class ServingModule(tf.Module):
             found, canvases = detections(padded, filled)
             return model_garden.outputs(found, sizes, filled, canvases, mask_size, box_branch)
 
+        def told(request):
+            return {"metadata": tf.fill(tf.shape(request), description)}
+
         def signature(spec, name, read, answer):
-            return tf.function(
-                lambda given: answer(*read(given)), input_signature=[tf.TensorSpec(spec.shape, spec.dtype, name)]
-            )
+            given = tf.TensorSpec(spec.shape, spec.dtype, name)
+            return tf.function(lambda given: answer(*read(given)), input_signature=[given])
 
         self.functions = {
             "serving_default": signature(text, "image_bytes", from_bytes, ours),
             "images": signature(pixels, "images", from_images, ours),
             "tf_example": signature(text, "examples", from_examples, ours),
             # TF Serving gives a client the signatures, but no file of the model's.
-            "metadata": tf.function(
-                lambda request: {"metadata": tf.fill(tf.shape(request), description)},
-                input_signature=[tf.TensorSpec([None], tf.string, "request")],
-            ),
+            "metadata": signature(text, "request", lambda request: [request], told),
         }
         if contract == "model_garden":  # by its names for kinds of input; the tensor is called `inputs` in all of them
             kinds = [("image_bytes", text, from_bytes), ("image_tensor", pixels, from_images)]

@@ -119,24 +119,20 @@ def export_tflite(model: PolarMask, out: Path, precision: str = "fp32", *, raw: 
         "flatbuffer_sha256": hashlib.sha256(content).hexdigest(),
     }
     if raw:
-        described |= {"output": "the head's logits by level; lite.py makes polygons of them", "raw": _assembling(model)}
+        options = model.config.postprocess
+        assembling = {  # what lite.assemble needs to know
+            "ray_units": model.ray_units,
+            "ray_limit": geometry.MAX_RAY_LOGIT,
+            "score_threshold": postprocess.uncalibrated(options.score_threshold, options.temperature),
+            "temperature": options.temperature,
+            "candidates": options.pre_nms_top_k,
+            "nms_iou": options.nms_iou_threshold,
+            "max_detections": options.max_detections,
+            "multi_label": options.multi_label,
+        }
+        described |= {"output": "the head's logits by level; lite.py makes polygons of them", "raw": assembling}
     with replacing(out) as part:
         part.write_bytes(content)
         with zipfile.ZipFile(part, "a") as archive:
             archive.writestr("metadata.json", json.dumps(described, indent=1))
     return out
-
-
-def _assembling(model: PolarMask) -> dict:
-    """What lite.assemble needs to know."""
-    options = model.config.postprocess
-    return {
-        "ray_units": model.ray_units,
-        "ray_limit": geometry.MAX_RAY_LOGIT,
-        "score_threshold": postprocess.uncalibrated(options.score_threshold, options.temperature),
-        "temperature": options.temperature,
-        "candidates": options.pre_nms_top_k,
-        "nms_iou": options.nms_iou_threshold,
-        "max_detections": options.max_detections,
-        "multi_label": options.multi_label,
-    }

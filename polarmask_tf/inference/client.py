@@ -127,7 +127,6 @@ class _Incoming(io.RawIOBase):
 
 
 def _until(deadline):
-    """Seconds that are left."""
     if (seconds := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return seconds

@@ -157,10 +157,9 @@ def _results(truth, results, iou_type):
             raise InputError(f"results name image {result['image_id']!r}, which the ground truth does not have")
         image = truth.imgs[result["image_id"]]
         if iou_type == "segm" and list(result["segmentation"]["size"]) != [image["height"], image["width"]]:
-            raise InputError(
-                f"image {image['id']}: the results' masks are {result['segmentation']['size']}, "
-                f"the ground truth says {[image['height'], image['width']]} (height, width)"
-            )
+            theirs, ours = result["segmentation"]["size"], [image["height"], image["width"]]
+            what = f"the results' masks are {theirs}, the ground truth says {ours} (height, width)"
+            raise InputError(f"image {image['id']}: {what}")
 
     def area(result):  # of the mask, which says which size range a false positive belongs to
         return coco_mask.area(result["segmentation"]) if iou_type == "segm" else result["bbox"][2] * result["bbox"][3]

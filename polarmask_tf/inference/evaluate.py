@@ -34,7 +34,6 @@ def read_coco(path):
 
 
 def _check_classes(classes, categories, data):
-    """The model's category ids and names must be the data set's."""
     model = {entry["category_id"]: entry["name"] for entry in classes}
     names = {category["id"]: category["name"] for category in categories}
     wrong = [

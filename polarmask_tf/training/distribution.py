@@ -44,7 +44,8 @@ def make(name: str = "auto", *, devices: int = 0, timeout: float = 600) -> tf.di
     Raises InputError: TF_CONFIG is wrong, more devices than there are, this worker's port is taken, a worker is missing.
     """
     gpus = tf.config.list_physical_devices("GPU")
-    cluster = find_cluster(os.environ) if name != "none" else None
+    given = os.environ.get("TF_CONFIG", "").strip()
+    cluster = None if name == "none" else parse_tf_config(given) if given else slurm_cluster(os.environ)
     if name == "auto":
         several = devices > 1 or (len(gpus) > 1 and devices != 1)
         name = "multi_worker" if cluster and len(cluster.addresses) > 1 else "mirrored" if several else "none"
@@ -72,13 +73,6 @@ def make(name: str = "auto", *, devices: int = 0, timeout: float = 600) -> tf.di
     if name == "multi_worker":
         return _multi_worker(cluster, len(gpus), timeout)
     raise InputError(f"strategy {name}: choose auto, none, mirrored or multi_worker")
-
-
-def find_cluster(environment) -> Cluster | None:
-    """The cluster that TF_CONFIG names, else the one of the Slurm step of several tasks that runs this; None without both."""
-    if environment.get("TF_CONFIG", "").strip():
-        return parse_tf_config(environment["TF_CONFIG"])
-    return slurm_cluster(environment)
 
 
 def parse_tf_config(text: str) -> Cluster:
@@ -173,9 +167,8 @@ def _multi_worker(cluster: Cluster, gpus: int, timeout: float) -> tf.distribute.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", int(port)))
     except OSError as e:
-        raise InputError(
-            f"port {port} of this machine ({host}) is taken ({e.strerror}): end what uses it, or give another in TF_CONFIG"
-        ) from None
+        taken = f"port {port} of this machine ({host}) is taken ({e.strerror})"
+        raise InputError(f"{taken}: end what uses it, or give another in TF_CONFIG") from None
     # gRPC sends what goes to other workers through http_proxy, too, where one is set.
     hosts = ",".join(address.rpartition(":")[0] for address in cluster.addresses)
     os.environ["no_grpc_proxy"] = hosts  # noqa: SIM112 gRPC's name for it
@@ -198,10 +191,9 @@ def _multi_worker(cluster: Cluster, gpus: int, timeout: float) -> tf.distribute.
         with worker_watchdog(strategy):
             pass  # its end is the first meeting of all
     except tf.errors.OpError as e:
-        raise InputError(
-            f"the workers are there but do not fit together ({e.message.splitlines()[0][:200]}): give each the same list of "
-            "workers, its own index and equally many GPUs"
-        ) from None
+        advice = "give each the same list of workers, its own index and equally many GPUs"
+        what = f"the workers are there but do not fit together ({e.message.splitlines()[0][:200]})"
+        raise InputError(f"{what}: {advice}") from None
     finally:
         abort.cancel()
     return strategy
@@ -215,10 +207,9 @@ def _wait_for_all(cluster: Cluster, timeout: float) -> None:
         now = time.monotonic()
         names = ", ".join(missing)
         if now - begin >= timeout:
-            raise InputError(
-                f"{len(missing)} of {len(cluster.addresses)} workers did not come within {timeout:g} s: {names}; start every "
-                "worker with the same command, its own index and a way through the firewall (--worker-timeout waits longer)"
-            )
+            late = f"{len(missing)} of {len(cluster.addresses)} workers did not come within {timeout:g} s: {names}"
+            advice = "the same command, its own index and a way through the firewall (--worker-timeout waits longer)"
+            raise InputError(f"{late}; start every worker with {advice}")
         if now - told >= TELL_EVERY:
             print(f"waiting for {len(missing)} of {len(cluster.addresses)} workers: {names}", file=sys.stderr, flush=True)
             told = now

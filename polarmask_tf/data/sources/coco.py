@@ -67,19 +67,15 @@ def why_unusable(images: list[dict], report: Report) -> str:
     skipped = {reason: count for reason, (count, _) in report.skipped.items()}
     commonest = max(skipped, key=skipped.get, default="")
     if crowds > skipped.get(commonest, 0):
-        return (
-            f"{crowds} annotations are iscrowd: 1, which training only ignores; if they are single objects (CVAT exports "
-            "brush masks so), add --crowd-as-instances"
-        )
+        single = "if they are single objects (CVAT exports brush masks so), add --crowd-as-instances"
+        return f"{crowds} annotations are iscrowd: 1, which training only ignores; {single}"
     if commonest in ("annotation without segmentation", "empty polygon"):
         return "annotations are boxes without 'segmentation', and outlines are needed: annotate polygons or masks"
     if commonest == RELATIVE:
         return "coordinates lie between 0 and 1: multiply x by the image's width and y by its height, as COCO has them"
     if "no integer 'image_id'" in commonest or "no integer 'category_id'" in commonest:
-        return (
-            "ids are text or missing, as the VGG Image Annotator (VIA) exports them: write image_id and category_id as "
-            "integers, and each segmentation as a list of lists [[x, y, x, y, ...]]"
-        )
+        write = "write image_id and category_id as integers, and each segmentation as a list of lists [[x, y, x, y, ...]]"
+        return f"ids are text or missing, as the VGG Image Annotator (VIA) exports them: {write}"
     return "see the reasons"
 
 
@@ -114,18 +110,15 @@ def _load(path):
             raise InputError(f"{path}: '{key}' is a {type(document[key]).__name__}; {wanted}")
     first = next(iter(document["annotations"]), None)
     if isinstance(first, dict) and "segments_info" in first and "segmentation" not in first:
-        raise InputError(
-            f"{path}: is a panoptic COCO file (segments_info); convert it to instances first, with panopticapi's "
-            "panoptic2detection_coco_format.py"
-        )
+        tool = "panopticapi's panoptic2detection_coco_format.py"
+        raise InputError(f"{path}: is a panoptic COCO file (segments_info); convert it to instances first, with {tool}")
     return document
 
 
 def _classes(path, categories, report):
     classes = []
     for index, entry in enumerate(categories):
-        usable = isinstance(entry, dict) and _is_integer(entry.get("id")) and _is_text(entry.get("name"))
-        if not usable:
+        if not (isinstance(entry, dict) and _is_integer(entry.get("id")) and _is_text(entry.get("name"))):
             raise InputError(f"{path}: categories[{index}] needs an integer 'id' and a string 'name'")
         classes.append({"name": entry["name"], "category_id": entry["id"]})
     if not classes:
@@ -147,8 +140,7 @@ def _twice(values):
 def _images(path, entries, report):
     """Usable images by id, and the ids of the others."""
     named = collections.defaultdict(list)  # every file name that an id is given to
-    usable = []
-    unusable = set()
+    usable, unusable = [], set()
     for index, entry in enumerate(entries):
         where = f"{path.name}, images[{index}]"
         if isinstance(entry, dict) and _is_integer(entry.get("id")):
