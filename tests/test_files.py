@@ -100,9 +100,9 @@ def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(tmp_path):
         (tmp_path / files.LOCK).write_bytes(b"")
         writer = threading.Timer(0.2, (tmp_path / files.LOCK).write_bytes, [name])
         writer.start()
-        with pytest.raises(InputError, match=rf"in use by polarmask train \(process {os.getpid()} on"):
-            with files.lock(tmp_path, "train"):
-                pytest.fail("two hold it")
+        me = rf"in use by polarmask train \(process {os.getpid()} on"
+        with pytest.raises(InputError, match=me), files.lock(tmp_path, "train"):
+            pytest.fail("two hold it")
         writer.join()
 
 

@@ -16,7 +16,7 @@ from polarmask_tf.config.schema import (
     check,
     input_size,
 )
-from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, to_dict
+from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, override, to_dict
 
 __all__ = [
     "CONVENTIONS",
@@ -39,5 +39,6 @@ __all__ = [
     "input_size",
     "load",
     "load_saved",
+    "override",
     "to_dict",
 ]

@@ -44,7 +44,7 @@ def predict(
     predictor's) are lite.read_image's: with exif="apply" coordinates are those of the turned image. Files that are no
     images, and then images of `truth` that are not there, are named on stderr, counted and left out.
     Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
-    "sheet": Path | None}. Raises InputError if no file is an image, or if `out` cannot be written.
+    "sheet": Path | None}. Raises InputError if no file is an image, or if `out` is in use or cannot be written.
     """
     source, out = Path(source), Path(out)
     paths, missing = _files(source), []
@@ -60,33 +60,33 @@ def predict(
     shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
     cells, images, detections = [], 0, 0
     read = _Reader(exif=exif, bit_depth=bit_depth or predictor.bit_depth)
-    files.make_directory(out if results_only else out / "overlays")
-    # Two at once into one directory would each replace the other's files: here is where to lock `out`.
-    with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
-        for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
-            image = read(path)
-            if image is None:
-                continue
-            images += 1
-            found = predictor(image).above(score_threshold)
-            # A line each, written at once: a test set has millions.
-            for result in found.to_coco(ids[path]):
-                results.write((",\n" if detections else "[") + json.dumps(result))
-                detections += 1
-            if results_only:
-                continue
-            found.save(out / "overlays" / names[path])
-            if path in shown:
-                entry = entries[path] if beside_truth else None
-                cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
-        results.write("]" if detections else "[]")
-        read.report(source, images)
-    if beside_truth and not cells and not results_only:
-        print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
-    if cells:
-        heads = ("ground truth", "prediction") if beside_truth else ()
-        title = f"PolarMask, {len(cells)} of {images} images"
-        visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
+    with files.lock(out, "predict"):
+        files.make_directory(out if results_only else out / "overlays")
+        with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
+            for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
+                image = read(path)
+                if image is None:
+                    continue
+                images += 1
+                found = predictor(image).above(score_threshold)
+                # A line each, written at once: a test set has millions.
+                for result in found.to_coco(ids[path]):
+                    results.write((",\n" if detections else "[") + json.dumps(result))
+                    detections += 1
+                if results_only:
+                    continue
+                found.save(out / "overlays" / names[path])
+                if path in shown:
+                    entry = entries[path] if beside_truth else None
+                    cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
+            results.write("]" if detections else "[]")
+            read.report(source, images)
+        if beside_truth and not cells and not results_only:
+            print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
+        if cells:
+            heads = ("ground truth", "prediction") if beside_truth else ()
+            title = f"PolarMask, {len(cells)} of {images} images"
+            visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
     counts = {"images": images, "detections": detections, "skipped": read.skipped, "missing": missing}
     return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
 

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write
+from polarmask_tf.files import atomic_write, lock
 
 # Ids with gaps, as in COCO itself, so that nobody can take an id for a label.
 CATEGORIES = {
@@ -43,8 +43,8 @@ def make_shapes(
 
     Images are RGB, `size` x `size`, with 1 to 4 shapes that never cover one another, so that each polygon (x, y in
     pixels, pixel (0, 0) covers [0, 1) x [0, 1)) is exactly what one sees. `kinds` are names of CATEGORIES, all equally
-    frequent. Image i of a split depends on (seed, split, i, kinds) alone. Raises InputError where `out` cannot be
-    written, a kind is unknown or a number makes no sense.
+    frequent. Image i of a split depends on (seed, split, i, kinds) alone. Raises InputError where `out` is in use or cannot
+    be written, a kind is unknown or a number makes no sense.
     """
     kinds = tuple(kinds)
     unknown = [str(kind) for kind in kinds if kind not in CATEGORIES]
@@ -54,7 +54,7 @@ def make_shapes(
     if size < 48 or train < 1 or val < 0:
         raise InputError(f"shapes: need size >= 48, train >= 1, val >= 0; got size {size}, train {train}, val {val}")
     try:
-        with tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
+        with lock(out, "shapes"), tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
             for split, (name, count) in enumerate((("train", train), ("val", val))):
                 _write_split(Path(out) / name, count, size, (seed, split), kinds, bar)
     except OSError as error:
@@ -63,6 +63,7 @@ def make_shapes(
 
 def _write_split(folder, count, size, seeds, kinds, bar):
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations.json").unlink(missing_ok=True)  # they are not those of the images to come
     images, annotations = [], []
     for i in range(count):
         pixels, shapes = _draw_image(np.random.default_rng([*seeds, i]), size, kinds)
