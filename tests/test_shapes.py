@@ -173,8 +173,17 @@ def test_unknown_kinds_are_refused_with_the_known_ones(tmp_path, kinds, said):
 
 
 def test_bad_requests_are_refused(tmp_path):
-    with pytest.raises(InputError, match="size"):
-        make_shapes(tmp_path, size=8, progress=False)
+    for name, value in (
+        ("size", 8),
+        ("size", 10**8),
+        ("train", 0),
+        ("train", 10**9),
+        ("val", -1),
+        ("seed", -1),
+        ("seed", 10**30),
+    ):
+        with pytest.raises(InputError, match=f"{name} is {value}; it must be"):
+            make_shapes(tmp_path, **{name: value}, progress=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         make_shapes(tmp_path / "file", train=1, val=0, progress=False)

@@ -51,8 +51,10 @@ def make_shapes(
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         fault = f"unknown kind {unknown[0]!r}" if unknown else "a kind is named twice" if kinds else "no kind is named"
         raise InputError(f"shapes: {fault}; choose different ones from {', '.join(CATEGORIES)}")
-    if size < 48 or train < 1 or val < 0:
-        raise InputError(f"shapes: need size >= 48, train >= 1, val >= 0; got size {size}, train {train}, val {val}")
+    limits = {"size": (size, 48, 4096), "train": (train, 1, 10**6), "val": (val, 0, 10**6), "seed": (seed, 0, 2**63)}
+    for name, (value, least, most) in limits.items():
+        if not least <= value <= most:
+            raise InputError(f"shapes: {name} is {value}; it must be {least} to {most}")
     try:
         with lock(out, "shapes"), tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
             for split, (name, count) in enumerate((("train", train), ("val", val))):
