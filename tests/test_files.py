@@ -137,6 +137,24 @@ def test_a_directory_that_cannot_be_locked_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_no_device_is_replaced_by_a_file_and_no_link_either(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").symlink_to("pipe")  # as /dev/stdout is one
+    for write in (files.check_writable, lambda path: files.atomic_write(path, "text")):
+        for name in ("pipe", "out"):
+            with pytest.raises(InputError, match=f"{name}: is a device or a pipe"):
+                write(tmp_path / name)
+        with pytest.raises(InputError, match="is a directory"):
+            write(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["out", "pipe"] and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    for text in ("one", "two"):
+        files.atomic_write(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == text
+    assert os.listdir(tmp_path / "far") == ["file"]
+
+
 def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):
     (tmp_path / "file").write_bytes(b"123")
     (tmp_path / "link").symlink_to("file")

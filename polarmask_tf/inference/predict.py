@@ -61,7 +61,6 @@ def predict(
     cells, images, detections = [], 0, 0
     read = _Reader(exif=exif, bit_depth=bit_depth or predictor.bit_depth)
     with files.lock(out, "predict"):
-        files.make_directory(out if results_only else out / "overlays")
         with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
             for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
                 image = read(path)
@@ -75,6 +74,7 @@ def predict(
                     detections += 1
                 if results_only:
                     continue
+                files.make_directory(out / "overlays")
                 found.save(out / "overlays" / names[path])
                 if path in shown:
                     entry = entries[path] if beside_truth else None
@@ -174,7 +174,7 @@ def _read_truth(path):
     images = [
         image
         for image in document["images"]
-        if isinstance(image, dict) and isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
+        if isinstance(image, dict) and _is_id(image.get("id")) and isinstance(image.get("file_name"), str)
     ]
     if not images:
         raise InputError(f"{path}: names no images; its list 'images' needs objects with an integer 'id' and a 'file_name'")
@@ -184,6 +184,10 @@ def _read_truth(path):
         why = "no 'id' or 'file_name', or an 'id' that several have"
         print(f"skipped {unusable} of {len(document['images'])} images of {path}: {why}", file=sys.stderr)
     return {"images": images, "annotations": [], "categories": []}
+
+
+def _is_id(value):
+    return type(value) is int and abs(value) < 2**63
 
 
 def _truth_entries(paths, dataset):
@@ -202,6 +206,8 @@ def _truth_entries(paths, dataset):
             entries[path] = best[0]
         elif best:
             unclear.append(path.name)
+    if dataset and paths and not entries and not unclear:
+        print("the truth names none of these files: image ids are made of their names", file=sys.stderr)
     if unclear:
         print(
             f"{len(unclear)} files could be any of several images of the truth, and are none of it here: {_some(unclear)}; "
