@@ -143,8 +143,9 @@ def _locked_file(directory, purpose):
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
                 holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
                 content = json.dumps(holder).encode()
-                os.pwrite(file, content, 0)  # over what a killed one left, so that it is never empty for long
-                os.truncate(file, len(content))
+                with contextlib.suppress(OSError):  # of a full disk: it is locked all the same
+                    os.pwrite(file, content, 0)  # over what a killed one left, so that it is never empty for long
+                    os.truncate(file, len(content))
                 return file
         except BaseException as error:
             os.close(file)

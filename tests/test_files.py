@@ -116,6 +116,18 @@ def test_what_the_file_says_is_not_trusted(tmp_path, text, monkeypatch):
         assert str(error.value).isprintable()
 
 
+def test_on_a_full_disk_it_is_locked_all_the_same(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "pwrite", full)
+    monkeypatch.setattr(files, "_WRITTEN_WITHIN", 0)
+    refused = pytest.raises(InputError, match="in use by another process")
+    with files.lock(tmp_path / "run", "train"), refused, files.lock(tmp_path / "run", "train"):
+        pytest.fail("two hold it")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def without(file, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
