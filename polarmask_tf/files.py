@@ -32,7 +32,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @contextlib.contextmanager
 def replacing(path: Path) -> typing.Iterator[Path]:
-    """A path beside `path` to write to, renamed to it at the end unless an error came between; InputError if that fails."""
+    """A path beside `path` to write to, renamed to it at the end unless an error came between; InputError if that fails.
+
+    A link stays one: the file that it leads to is replaced. What is no file, like /dev/stdout, is refused.
+    """
+    path = _file(path)
     part = _beside(path)
     try:
         yield part
@@ -52,14 +56,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def check_writable(path: Path) -> None:
     """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold."""
-    part = _beside(path)
+    part = _beside(_file(path))
     try:
         part.touch()
         part.unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
-    if os.path.isdir(path):
+
+
+def _file(path):
+    """Where what is written to `path` goes."""
+    real = Path(os.path.realpath(path))
+    if os.path.isdir(real):
         raise InputError(f"{path}: is a directory; name a file in it")
+    if os.path.exists(real) and not os.path.isfile(real):
+        raise InputError(f"{path}: is a device or a pipe; name a file")
+    return real
 
 
 def _beside(path: Path) -> Path:
@@ -132,8 +144,9 @@ def _locked_file(directory, purpose):
                 since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
                 holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
                 content = json.dumps(holder).encode()
-                os.pwrite(file, content, 0)  # over what a killed one left, so that it is never empty for long
-                os.truncate(file, len(content))
+                with contextlib.suppress(OSError):  # of a full disk: it is locked all the same
+                    os.pwrite(file, content, 0)  # over what a killed one left, so that it is never empty for long
+                    os.truncate(file, len(content))
                 return file
         except BaseException as error:
             os.close(file)

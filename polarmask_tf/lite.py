@@ -360,11 +360,16 @@ def main(argv=None):
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     parser.add_argument("--bit-depth", type=int, metavar="BITS", help=text)
     args = parser.parse_args(argv)
-    folder, status, model = args.image.is_dir(), 0, None
-    for path in sorted(args.image.iterdir()) if folder else [args.image]:
+    if not 0 <= args.score <= 1:
+        parser.error(f"--score {args.score:g}: a number from 0 to 1 is needed")
+    folder, status, model = os.path.isdir(args.image), 0, None
+    paths = sorted(args.image.glob("*")) if folder else [args.image]  # of what may not be read: none
+    if not paths:
+        parser.error(f"{one_line(args.image)}: no file in it")
+    for path in paths:
         try:
             model = model or PolarMaskLite(args.model)
-            found = model(path, exif=args.exif, **({"bit_depth": args.bit_depth} if args.bit_depth else {}))
+            found = model(path, exif=args.exif, **({} if args.bit_depth is None else {"bit_depth": args.bit_depth}))
         except (ImportError, ValueError) as error:  # of a folder the other images are read
             print(f"error: {error}", file=sys.stderr)
             status = 2
@@ -376,5 +381,19 @@ def main(argv=None):
     return status
 
 
+def script():
+    """main as a program: whoever reads its output may go away, like `head`; a full disk is an error in one line."""
+    try:
+        status = main()
+        print(end="", flush=True)
+        return status
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would fail again
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"error: the output cannot be written: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

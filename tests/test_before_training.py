@@ -122,7 +122,11 @@ MISTAKES = {
     ),
     "a shard of validation is cut": (
         lambda t, d, r: ("--set", f"data.val={changed_copy(d / 'val', t / 'val', cut_shard(t / 'val'))}"),
-        "2 records, dataset.json says 4",
+        "2 whole records, dataset.json says 4",
+    ),
+    "a shard of training is cut": (
+        lambda t, d, r: ("--data", changed_copy(d / "train", t / "cut", cut_shard(t / "cut"))),
+        "cut: 6 whole records, dataset.json says 12",
     ),
     "no object": (
         lambda t, d, r: ("--data", changed_copy(d / "train", t / "crowds", only_crowds)),

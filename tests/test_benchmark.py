@@ -106,3 +106,8 @@ def test_without_anything_to_time_it_says_what_to_give(tmp_path, capsys):
         len(errors) == 2 and "name configs, runs or .tflite files" in errors[0] and "scripts/benchmarks/steps.py" in errors[0]
     )
     assert "cannot be written" in errors[1]
+
+
+def test_more_threads_than_any_machine_has_are_refused():
+    with pytest.raises(InputError, match="99999999999 threads, of 1 to 256"):
+        benchmark.benchmark_files(["model.tflite"], threads=99999999999)

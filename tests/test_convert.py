@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -297,6 +298,22 @@ def test_one_conversion_at_a_time_into_a_directory(coco, tmp_path):
     assert_equals_pycocotools(coco[0], tmp_path / "set")
     with files.lock(tmp_path / "set", "train"), pytest.raises(InputError, match="in use by polarmask train"):
         run(coco, tmp_path / "set")
+
+
+def test_a_disk_that_is_full_at_the_very_end_leaves_what_was_there(coco, tmp_path, monkeypatch):
+    run(coco, tmp_path / "set")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    replace = os.replace
+
+    def full(source, target):
+        if os.path.basename(target) == "dataset.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(InputError, match=r"dataset\.json: cannot be written: No space left on device"):
+        run(coco, tmp_path / "set")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
 
 
 def test_decoded_shards_hold_the_pixels(coco, tmp_path):

@@ -190,6 +190,7 @@ def test_auto_takes_all_that_there_is(machine, gpus, environment, devices, expec
         ("mirrored", 0, {"TF_CONFIG": "{"}, 0, "not JSON"),
         ("auto", 0, {"TF_CONFIG": "{"}, 0, "not JSON"),
         ("two", 0, {}, 0, "choose auto"),
+        ("auto", 0, {}, 10**6, "split into 64 devices at most"),
     ],
 )
 def test_what_cannot_be_made(machine, name, gpus, environment, devices, problem):

@@ -100,8 +100,8 @@ def test_a_holder_that_has_not_written_its_name_yet_is_waited_for(tmp_path):
         (tmp_path / files.LOCK).write_bytes(b"")
         writer = threading.Timer(0.2, (tmp_path / files.LOCK).write_bytes, [name])
         writer.start()
-        held = pytest.raises(InputError, match=rf"in use by polarmask train \(process {os.getpid()} on")
-        with held, files.lock(tmp_path, "train"):
+        me = rf"in use by polarmask train \(process {os.getpid()} on"
+        with pytest.raises(InputError, match=me), files.lock(tmp_path, "train"):
             pytest.fail("two hold it")
         writer.join()
 
@@ -114,6 +114,18 @@ def test_what_the_file_says_is_not_trusted(tmp_path, text, monkeypatch):
         with pytest.raises(InputError, match="in use by another process") as error, files.lock(tmp_path, "train"):
             pass
         assert str(error.value).isprintable()
+
+
+def test_on_a_full_disk_it_is_locked_all_the_same(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "pwrite", full)
+    monkeypatch.setattr(files, "_WRITTEN_WITHIN", 0)
+    refused = pytest.raises(InputError, match="in use by another process")
+    with files.lock(tmp_path / "run", "train"), refused, files.lock(tmp_path / "run", "train"):
+        pytest.fail("two hold it")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
@@ -135,6 +147,24 @@ def test_a_directory_that_cannot_be_locked_is_one_line(tmp_path):
         with pytest.raises(InputError, match=f"{name}: cannot be ") as error, files.lock(tmp_path / name, "train"):
             pass
         assert "\n" not in str(error.value)
+
+
+def test_no_device_is_replaced_by_a_file_and_no_link_either(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").symlink_to("pipe")  # as /dev/stdout is one
+    for write in (files.check_writable, lambda path: files.atomic_write(path, "text")):
+        for name in ("pipe", "out"):
+            with pytest.raises(InputError, match=f"{name}: is a device or a pipe"):
+                write(tmp_path / name)
+        with pytest.raises(InputError, match="is a directory"):
+            write(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["out", "pipe"] and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    for text in ("one", "two"):
+        files.atomic_write(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == text
+    assert os.listdir(tmp_path / "far") == ["file"]
 
 
 def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):

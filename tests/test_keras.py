@@ -174,6 +174,11 @@ def test_a_run_that_was_made_before_keras_files_is_read(tmp_path):
     model = runs.load_run(ROOT / "tests" / "old_run")
     model.save(tmp_path / "m.keras")
     assert_equal_models(pm.load_model(tmp_path / "m.keras"), model)
+    assert pm.load_model(tmp_path / "m.keras", max_detections=7).config.postprocess.max_detections == 7
+    for values in ({"max_detections": 10**9}, {"score_threshold": -1}, {"score_threshold": "x"}, {"max_detection": 7}):
+        for path in (ROOT / "tests" / "old_run", tmp_path / "m.keras"):
+            with pytest.raises(InputError, match=f"postprocess.*{next(iter(values))}"):
+                pm.load_model(path, **values)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 and then nothing"])

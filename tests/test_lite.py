@@ -545,6 +545,24 @@ def test_the_command_says_in_one_line_what_is_wrong(tflite, tmp_path, capsys):
     assert lite.main([str(tmp_path / "text.jpg"), str(tmp_path / "text.jpg")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len([line for line in errors if line.startswith("error: ")]) == 2
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert lite.main([str(tflite), str(tmp_path / "a.png"), "--bit-depth", "0"]) == 2
+    for words, said in ((["a.png", "--score", "nan"], "--score nan: a number"), (["empty"], "empty: no file in it\n")):
+        with pytest.raises(SystemExit) as stop:
+            lite.main([str(tflite), str(tmp_path / words[0]), *words[1:]])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redirect, code", [("| true", 0), (">&-", 0), (">/dev/full", 2)])
+def test_an_output_that_nobody_takes_shows_no_traceback(tflite, tmp_path, redirect, code):
+    for number in range(20):
+        Image.fromarray(spot(64, 96, 60, 20, 2)).save(tmp_path / f"{number}.png")
+    command = f"set -o pipefail; {sys.executable} {lite.__file__} {tflite} {tmp_path} --score 0 {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+    assert done.returncode == code, lines
+    assert lines == ["error: the output cannot be written: No space left on device"] * (code == 2)
 
 
 def test_the_file_is_short():

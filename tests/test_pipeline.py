@@ -470,6 +470,15 @@ def test_validation_data_of_both_orientations(tmp_path):
     assert set(seen[-1][0]) == set(STANDING)
 
 
+def test_what_a_cut_shard_lacks_is_said_before_keras_is_given_the_data(tmp_path):
+    info = converted(tmp_path)
+    cut(info.shard_paths[1])
+    for make in (pipeline.training_data, pipeline.validation_data):
+        with pytest.raises(InputError, match=r"\d+ whole records, dataset.json says 11; run `polarmask convert` again"):
+            make(tmp_path, config_of())
+        make(tmp_path, config_of(damaged="skip"))
+
+
 def test_data_without_objects_are_not_trained_on(tmp_path):
     info = dataclasses.replace(write(tmp_path, SIZES), num_crowd=len(SIZES))
     (tmp_path / "dataset.json").write_text(dataset.dump(info))

@@ -3,9 +3,7 @@ import json
 import os
 import shutil
 import sys
-import threading
 import types
-from concurrent import futures
 
 import numpy as np
 import pytest
@@ -97,6 +95,12 @@ def test_overrides_go_to_a_run_and_to_a_model(run):
     assert calls == [{}, given] * 3
     with pytest.raises(InputError, match="max_detections is 1000000000, must be 1 to"):
         load_predictor(path, max_detections=10**9)
+    for source in (path, model):
+        with pytest.raises(InputError, match=r"postprocess.max_detections is 50000: a number from 1 to 10000"):
+            load_predictor(source, max_detections=50000)
+        for value in (-1, 2, float("nan")):
+            with pytest.raises(InputError, match=r"score_threshold is .*, must be 0 to 1"):
+                load_predictor(source, score_threshold=value)
 
 
 def test_what_is_no_model_is_refused(tmp_path, exports):
@@ -307,18 +311,20 @@ def test_images_are_turned_on_request_and_what_is_ignored_is_counted(exports, tm
     np.testing.assert_allclose(center["turned"], (96 - 61, 64 - 21), atol=1.1)
 
 
-def test_two_at_once_into_one_directory_leave_whole_files(exports, folder, tmp_path):
-    together = threading.Barrier(2)
+def test_one_prediction_at_a_time_into_a_directory(exports, folder, tmp_path):
+    predictor, refused = load_predictor(exports["tflite"]), []
 
-    def one(_):
-        predictor = load_predictor(exports["tflite"])
-        together.wait(60)
-        return predict.predict(predictor, folder, tmp_path / "out", score_threshold=0.0, progress=False)["detections"]
+    def meanwhile(image):
+        with pytest.raises(InputError) as error:
+            predict.predict(predictor, folder, tmp_path / "out", progress=False)
+        refused.append(str(error.value))
+        return predictor(image)
 
-    with futures.ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(one, range(2))) == [6, 6]
-    assert len(json.loads((tmp_path / "out/results.json").read_text())) == 6
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".tmp")]
+    meanwhile.bit_depth, meanwhile.classes = None, CLASSES
+    done = predict.predict(meanwhile, folder, tmp_path / "out", score_threshold=0.0, progress=False)
+    assert done["detections"] == 6 == len(json.loads((tmp_path / "out/results.json").read_text()))
+    assert refused and all(f"in use by polarmask predict (process {os.getpid()} on" in line for line in refused)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.startswith(".")]
 
 
 def test_predict_takes_one_file_and_draws_only_what_is_sure(exports, folder, tmp_path):
@@ -350,7 +356,7 @@ def test_nothing_readable_is_an_error(exports, tmp_path):
 def test_an_output_that_cannot_be_written_is_an_error(exports, folder, tmp_path, monkeypatch):
     predictor = load_predictor(exports["tflite"])
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="file: cannot be written"):
         predict.predict(predictor, folder, tmp_path / "file", progress=False)
 
     def full(*_):

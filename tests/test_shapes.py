@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from polarmask_tf import files
 from polarmask_tf.data.contours import shoelace
 from polarmask_tf.errors import InputError
 from polarmask_tf.tools import shapes
@@ -172,8 +173,28 @@ def test_unknown_kinds_are_refused_with_the_known_ones(tmp_path, kinds, said):
 
 
 def test_bad_requests_are_refused(tmp_path):
-    with pytest.raises(InputError, match="size"):
-        make_shapes(tmp_path, size=8, progress=False)
+    for name, value in (
+        ("size", 8),
+        ("size", 10**8),
+        ("train", 0),
+        ("train", 10**9),
+        ("val", -1),
+        ("seed", -1),
+        ("seed", 10**30),
+    ):
+        with pytest.raises(InputError, match=f"{name} is {value}; it must be"):
+            make_shapes(tmp_path, **{name: value}, progress=False)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         make_shapes(tmp_path / "file", train=1, val=0, progress=False)
+
+
+def test_one_drawing_at_a_time_and_no_labels_beside_pictures_of_others(tmp_path, monkeypatch):
+    make_shapes(tmp_path, train=2, val=1, progress=False)
+    with files.lock(tmp_path, "shapes"), pytest.raises(InputError, match="in use by polarmask shapes"):
+        make_shapes(tmp_path, train=2, val=1, seed=1, progress=False)
+    assert (tmp_path / "train/annotations.json").is_file()
+    monkeypatch.setattr(shapes, "_draw_image", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_shapes(tmp_path, train=2, val=1, seed=1, progress=False)
+    assert not (tmp_path / "train/annotations.json").exists() and (tmp_path / "val/annotations.json").is_file()

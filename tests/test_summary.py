@@ -173,3 +173,8 @@ def test_the_table_says_what_it_counts(capsys):
 def test_a_size_that_the_network_cannot_take_is_refused():
     with pytest.raises(InputError, match="multiples of 32"):
         summary.summarize(config.load("shapes", TINY), 3, (60, 64))
+
+
+def test_more_classes_than_anybody_has_are_refused():
+    with pytest.raises(InputError, match="99999999 classes, and the limit is 100000"):
+        summary.print_summary(config.load("shapes"), 99_999_999)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from polarmask_tf import files
 from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
@@ -301,3 +302,12 @@ def test_four_rays_are_measured_as_they_are_trained(tmp_path):
     source = coco_file(tmp_path / "triangle.json", [[[[20, 20, 120, 20, 20, 120]]]])
     result = upper_bound(source, (4,), progress=False)
     np.testing.assert_allclose(result.ious, 0.5, atol=0.01)
+
+
+def test_where_it_is_written_is_known_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("polarmask_tf.tools.upper_bound.upper_bound", lambda *_, **__: pytest.fail("it measures"))
+    with pytest.raises(InputError, match="file: cannot be written"):
+        run(tmp_path / "a.json", tmp_path / "file")
+    with files.lock(tmp_path / "out", "upper-bound"), pytest.raises(InputError, match="in use by polarmask upper-bound"):
+        run(tmp_path / "a.json", tmp_path / "out")

@@ -17,7 +17,7 @@ from polarmask_tf.config.schema import (
     input_size,
     needs_mask_iou,
 )
-from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, to_dict
+from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, override, to_dict
 
 __all__ = [
     "CONVENTIONS",
@@ -41,5 +41,6 @@ __all__ = [
     "load",
     "load_saved",
     "needs_mask_iou",
+    "override",
     "to_dict",
 ]

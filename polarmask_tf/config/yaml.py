@@ -117,6 +117,13 @@ def from_dict(cls, values: dict, source: str = "config"):
     return _build(cls, values, "", source)
 
 
+def override(section, values: dict, prefix: str):
+    """A section with other values, of the right types and within bounds; InputError names `prefix` and the key."""
+    changed = from_dict(type(section), to_dict(section) | values, prefix.rstrip("."))
+    check(changed, prefix)
+    return changed
+
+
 class _Loader(yaml.SafeLoader):
     """yaml.safe_load without what YAML allows and no config needs: aliases, a key twice, whole numbers above 64 bits."""
 

@@ -223,7 +223,12 @@ def _free_names(out, count, id):
 def _publish(info):
     for path in info.shard_paths:
         os.replace(path.with_name(f"{path.name}.tmp"), path)
-    atomic_write(info.directory / "dataset.json", dataset.dump(info))
+    try:
+        atomic_write(info.directory / "dataset.json", dataset.dump(info))
+    except InputError:  # the old one stands
+        for path in info.shard_paths:
+            path.unlink()
+        raise
     for stale in {*_ours(info.directory)} - {*info.shard_paths}:
         stale.unlink()
 

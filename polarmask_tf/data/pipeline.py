@@ -64,7 +64,7 @@ def training_data(directory, config: Config, *, seed: int | None = None) -> tf.d
     leaves over begins the next. Its length is the number of whole batches of all images, at least one. `seed`:
     config.train.seed if None. Raises InputError for data that are not usable or hold no object.
     """
-    info = dataset.load(directory)
+    info = _load_whole(directory, config)
     dataset.require_objects(info)
     seed = config.train.seed if seed is None else seed
     steps, iterations = order.epoch_steps(info, config), itertools.count()
@@ -86,7 +86,7 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
     which all records are looked at here, landscape images come first, so that batches are of one orientation. Raises
     InputError for data that are not usable.
     """
-    info = dataset.load(directory)
+    info = _load_whole(directory, config)
     data = dataclasses.replace(config.data, flip="none", scale=(1.0, 1.0), color_jitter=0.0, crop=(), sizes=())
     config = dataclasses.replace(config, data=data)
     stored = tf.data.Dataset.from_tensor_slices([str(path) for path in info.shard_paths]).flat_map(order.reader(data.damaged))
@@ -111,6 +111,13 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
         upright = sum(image["height"] > image["width"] for image, _ in records.iter_records(info))
         counts = [info.num_images - upright, upright]
     return found.apply(tf.data.experimental.assert_cardinality(sum(-(-count // data.batch) for count in counts)))
+
+
+def _load_whole(directory, config):
+    info = dataset.load(directory)
+    if config.data.damaged == "fail":
+        records.check_complete(info)
+    return info
 
 
 def _batches(examples, info, config, seed, size) -> tf.data.Dataset:

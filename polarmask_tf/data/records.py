@@ -186,6 +186,16 @@ def count_records(path) -> int:
     return count
 
 
+def check_complete(info: DatasetInfo) -> None:
+    """InputError unless the shards hold as many records as dataset.json says."""
+    try:
+        count = sum(map(count_records, info.shard_paths))
+    except OSError as error:
+        raise InputError(f"{info.directory}: cannot be read: {error.filename}: {io_error_text(error)}") from None
+    if count != info.num_images:
+        raise InputError(f"{info.directory}: {count} whole records, dataset.json says {info.num_images}; {_AGAIN}")
+
+
 def _is_whole(data: bytes, checksum: bytes) -> bool:
     return _masked(google_crc32c.value(data)) == int.from_bytes(checksum, "little")
 

@@ -45,7 +45,7 @@ def predict(
     predictor's) are lite.read_image's: with exif="apply" coordinates are those of the turned image. Files that are no
     images, and then images of `truth` that are not there, are named on stderr, counted and left out.
     Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
-    "sheet": Path | None}. Raises InputError if no file is an image, or if `out` cannot be written.
+    "sheet": Path | None}. Raises InputError if no file is an image, or if `out` is in use or cannot be written.
     """
     source, out = Path(source), Path(out)
     paths, missing = _files(source), []
@@ -61,34 +61,34 @@ def predict(
     shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
     cells, images, detections = [], 0, 0
     read = _Reader(exif=exif, bit_depth=bit_depth or predictor.bit_depth)
-    files.make_directory(out if results_only else out / "overlays")
-    # Two at once into one directory would each replace the other's files: here is where to lock `out`.
-    with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
-        for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
-            image = read(path)
-            if image is None:
-                continue
-            images += 1
-            found = predictor(image).above(score_threshold)
-            # A line each, written at once: a test set has millions.
-            for result in found.to_coco(ids[path]):
-                results.write((",\n" if detections else "[") + json.dumps(result))
-                detections += 1
-            if results_only:
-                continue
-            name = path.stem if stems[path.stem] == 1 else path.name  # where a.jpg and a.png would share one
-            found.save(out / "overlays" / f"{name}.png")
-            if path in shown:
-                entry = entries[path] if beside_truth else None
-                cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
-        results.write("]" if detections else "[]")
-        read.report(source, images)
-    if beside_truth and not cells and not results_only:
-        print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
-    if cells:
-        heads = ("ground truth", "prediction") if beside_truth else ()
-        title = f"PolarMask, {len(cells)} of {images} images"
-        visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
+    with files.lock(out, "predict"):
+        with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
+            for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
+                image = read(path)
+                if image is None:
+                    continue
+                images += 1
+                found = predictor(image).above(score_threshold)
+                # A line each, written at once: a test set has millions.
+                for result in found.to_coco(ids[path]):
+                    results.write((",\n" if detections else "[") + json.dumps(result))
+                    detections += 1
+                if results_only:
+                    continue
+                files.make_directory(out / "overlays")
+                name = path.stem if stems[path.stem] == 1 else path.name  # where a.jpg and a.png would share one
+                found.save(out / "overlays" / f"{name}.png")
+                if path in shown:
+                    entry = entries[path] if beside_truth else None
+                    cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
+            results.write("]" if detections else "[]")
+            read.report(source, images)
+        if beside_truth and not cells and not results_only:
+            print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
+        if cells:
+            heads = ("ground truth", "prediction") if beside_truth else ()
+            title = f"PolarMask, {len(cells)} of {images} images"
+            visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
     counts = {"images": images, "detections": detections, "skipped": read.skipped, "missing": missing}
     return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
 
@@ -152,8 +152,11 @@ def _read_truth(path):
         return read_coco(path)  # which says what is wrong with it
     if not isinstance(document, dict) or not isinstance(document.get("images"), list) or document.get("annotations"):
         return read_coco(path)
-    images = [image for image in document["images"] if isinstance(image, dict)]
-    images = [image for image in images if type(image.get("id")) is int and isinstance(image.get("file_name"), str)]
+    images = [
+        image
+        for image in document["images"]
+        if isinstance(image, dict) and _is_id(image.get("id")) and isinstance(image.get("file_name"), str)
+    ]
     if not images:
         raise InputError(f"{path}: names no images; its list 'images' needs objects with an integer 'id' and a 'file_name'")
     times = Counter(image["id"] for image in images)
@@ -162,6 +165,10 @@ def _read_truth(path):
         why = "no 'id' or 'file_name', or an 'id' that several have"
         print(f"skipped {unusable} of {len(document['images'])} images of {path}: {why}", file=sys.stderr)
     return {"images": images, "annotations": [], "categories": []}
+
+
+def _is_id(value):
+    return type(value) is int and abs(value) < 2**63
 
 
 def _truth_entries(paths, dataset):
@@ -179,6 +186,8 @@ def _truth_entries(paths, dataset):
             entries[path] = best[0]
         elif best:
             unclear.append(path.name)
+    if dataset and paths and not entries and not unclear:
+        print("the truth names none of these files: image ids are made of their names", file=sys.stderr)
     if unclear:
         print(
             f"{len(unclear)} files could be any of several images of the truth, and are none of it here: {_some(unclear)}; "

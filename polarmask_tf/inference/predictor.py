@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from polarmask_tf import config as configs
 from polarmask_tf import lite
-from polarmask_tf.config import input_size
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.results import Detections, read_image
 
@@ -56,6 +56,8 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
     """
     if max_detections is not None and not 1 <= max_detections <= lite.MAX_DETECTIONS:
         raise InputError(f"max_detections is {max_detections}, must be 1 to {lite.MAX_DETECTIONS}")
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise InputError(f"score_threshold is {score_threshold}, must be 0 to 1")
     options = {"score_threshold": score_threshold, "max_detections": max_detections}
     options = {name: value for name, value in options.items() if value is not None}
     if callable(getattr(source, "detect", None)):
@@ -142,13 +144,14 @@ def run_predictor(model, fit=None, strategy=None, devices=1, **overrides):
     """A PolarMask -> Predictor; images meet it by `fit`, see DataConfig (default: as in training).
 
     With a tf.distribute `strategy`, its `devices` of this process share the images of a call. `overrides` are of
-    config.postprocess.
+    config.postprocess; InputError where they are out of bounds.
     """
     import tensorflow as tf
 
+    configs.override(model.config.postprocess, overrides, "postprocess.")
     data = model.config.data
     fit = fit or data.fit
-    size = input_size(data)
+    size = configs.input_size(data)
     fixed = (None, None) if fit == "short_side" else size  # one graph for inputs of every size
     detect = functools.partial(model.detect, **overrides) if overrides else model.detect
     if strategy and strategy.num_replicas_in_sync > 1:
@@ -186,7 +189,7 @@ def _on_all(detect, strategy, devices):
 def network_input(image, data, fit=None):
     """uint8 [h, w, 3] as the network sees it under DataConfig `data`; see its `fit`, and lite.place for what is returned."""
     fit = fit or data.fit
-    size = data.size if fit == "short_side" else input_size(data)
+    size = data.size if fit == "short_side" else configs.input_size(data)
     return lite.place(image, *lite.fit_sizes(*image.shape[:2], size, fit))
 
 

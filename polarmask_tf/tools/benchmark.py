@@ -27,6 +27,7 @@ from polarmask_tf.inference.predictor import network_input
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights.runs import load_run
 
+MOST_THREADS = 256
 WARM_UP = 5  # calls of a .tflite file that do not count
 
 
@@ -107,6 +108,8 @@ def benchmark_files(
       "post_share" (of cpu_ms), "peak_mb" (most memory that a process that loads and runs it takes on top of what it had)}.
       Raises InputError for other files.
     """
+    if not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"benchmark: {threads} threads, of 1 to {MOST_THREADS}")
     rows, whole, post = [], [], {}
     for number, path in enumerate(files):
         try:

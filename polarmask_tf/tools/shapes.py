@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from polarmask_tf.data import contours
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write
+from polarmask_tf.files import atomic_write, lock
 
 # Ids with gaps, as in COCO itself, so that nobody can take an id for a label.
 CATEGORIES = {
@@ -44,18 +44,20 @@ def make_shapes(
 
     Images are RGB, `size` x `size`, with 1 to 4 shapes that never cover one another, so that each polygon (x, y in
     pixels, pixel (0, 0) covers [0, 1) x [0, 1)) is exactly what one sees. `kinds` are names of CATEGORIES, all equally
-    frequent. Image i of a split depends on (seed, split, i, kinds) alone. Raises InputError where `out` cannot be
-    written, a kind is unknown or a number makes no sense.
+    frequent. Image i of a split depends on (seed, split, i, kinds) alone. Raises InputError where `out` is in use or cannot
+    be written, a kind is unknown or a number makes no sense.
     """
     kinds = tuple(kinds)
     unknown = [str(kind) for kind in kinds if kind not in CATEGORIES]
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         fault = f"unknown kind {unknown[0]!r}" if unknown else "a kind is named twice" if kinds else "no kind is named"
         raise InputError(f"shapes: {fault}; choose different ones from {', '.join(CATEGORIES)}")
-    if size < 48 or train < 1 or val < 0:
-        raise InputError(f"shapes: need size >= 48, train >= 1, val >= 0; got size {size}, train {train}, val {val}")
+    limits = {"size": (size, 48, 4096), "train": (train, 1, 10**6), "val": (val, 0, 10**6), "seed": (seed, 0, 2**63)}
+    for name, (value, least, most) in limits.items():
+        if not least <= value <= most:
+            raise InputError(f"shapes: {name} is {value}; it must be {least} to {most}")
     try:
-        with tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
+        with lock(out, "shapes"), tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
             for split, (name, count) in enumerate((("train", train), ("val", val))):
                 _write_split(Path(out) / name, count, size, (seed, split), kinds, bar)
     except OSError as error:
@@ -64,6 +66,7 @@ def make_shapes(
 
 def _write_split(folder, count, size, seeds, kinds, bar):
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations.json").unlink(missing_ok=True)  # they are not those of the images to come
     images, annotations = [], []
     for i in range(count):
         pixels, shapes = _draw_image(np.random.default_rng([*seeds, i]), size, kinds)

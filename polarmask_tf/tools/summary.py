@@ -16,6 +16,7 @@ from polarmask_tf.config import CONVENTIONS, Config, DataConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import format_table
 from polarmask_tf.inference.predictor import network_input
+from polarmask_tf.lite import MAX_CLASSES
 from polarmask_tf.modeling.polarmask import PolarMask
 
 PICTURE = (480, 640)  # height and width of most COCO images, for configs whose input follows the image's ratio
@@ -29,6 +30,8 @@ _CALLS = {"PartitionedCall", "StatefulPartitionedCall", "While", "StatelessWhile
 
 def print_summary(config: Config, num_classes: int = 80) -> list[dict]:
     """Prints the table of `summarize` with what its columns mean; returns its rows."""
+    if num_classes > MAX_CLASSES:
+        raise InputError(f"summary: {num_classes} classes, and the limit is {MAX_CLASSES}")
     height, width = input_size(config.data)
     rows = summarize(config, num_classes, (height, width))
     columns = {"part": "", "parameters": ",", "trainable": ",", "multiply_adds": ","}

@@ -8,6 +8,7 @@ mask is pycocotools' own of the original annotation, with all parts and holes.
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import itertools
 import os
@@ -26,6 +27,7 @@ from polarmask_tf.data.instances import record_of
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import lock
 from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.ops import geometry
 
@@ -56,11 +58,12 @@ def run(source, out=None, rays: typing.Sequence[int] = RAYS, limit: int | None =
     """`polarmask upper-bound`: measures, prints, and with `out` writes upper_bound.csv and upper_bound.png there."""
     if out is not None:
         _figure()  # before hours of work, and not after
-    result = upper_bound(source, rays, limit=limit)
-    print(format_table(result))
-    if out is not None:
-        write(result, out)
-        print(f"wrote {Path(out) / 'upper_bound.csv'} and {Path(out) / 'upper_bound.png'}")
+    with lock(Path(out), "upper-bound") if out is not None else contextlib.nullcontext():
+        result = upper_bound(source, rays, limit=limit)
+        print(format_table(result))
+        if out is not None:
+            write(result, out)
+            print(f"wrote {Path(out) / 'upper_bound.csv'} and {Path(out) / 'upper_bound.png'}")
     return result
 
 

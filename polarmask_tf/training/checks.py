@@ -31,12 +31,14 @@ def check_layout(config: Config, replicas: int) -> None:
 
 
 def check_data(config: Config) -> dataset.DatasetInfo:
-    """What data.train says about itself. InputError if it, or data.val where that is set, cannot be used."""
+    """What data.train says about itself. InputError if it, or data.val where that is set, cannot be used or is not whole."""
     data = config.data
     if not data.train:
         raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
     info = dataset.load(data.train)
     dataset.require_objects(info)
+    if data.damaged == "fail":
+        records.check_complete(info)
     if data.val:
         _check_validation(info, config)
     return info
@@ -55,14 +57,7 @@ def _check_validation(info: dataset.DatasetInfo, config: Config) -> None:
             f"data.val: {path} has not the classes of {train}: {summarize(differences)} (of {len(info.classes)}); "
             "convert both with the same list of categories"
         )
-    try:
-        count = sum(records.count_records(shard) for shard in val.shard_paths)
-    except OSError as error:
-        raise InputError(f"data.val: {path}: cannot be read: {error.filename}: {error.strerror}") from None
-    if count != val.num_images:
-        raise InputError(
-            f"data.val: {path}: {count} records, dataset.json says {val.num_images}; run `polarmask convert` again"
-        )
+    records.check_complete(val)
 
 
 def warn(config: Config, info: dataset.DatasetInfo) -> None:

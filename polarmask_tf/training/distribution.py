@@ -24,6 +24,7 @@ from polarmask_tf.errors import InputError
 from polarmask_tf.training.watchdog import worker_watchdog
 
 EXAMPLE = '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
+MOST_CPU_DEVICES = 64  # each of which takes threads and seconds
 TELL_EVERY = 10.0  # seconds between two lines about whom we wait for
 
 
@@ -57,6 +58,8 @@ def make(name: str = "auto", *, devices: int = 0, timeout: float = 600) -> tf.di
         gpus = _share_of_node(gpus, os.environ)
         if not gpus and devices > 1:
             raise InputError(f"devices={devices}: without GPUs each of several workers has one device; start more workers")
+    if not gpus and devices > MOST_CPU_DEVICES:
+        raise InputError(f"devices={devices}: without GPUs the CPU is split into {MOST_CPU_DEVICES} devices at most")
     if gpus and devices > len(gpus):
         raise InputError(f"devices={devices}, but this process has {len(gpus)} GPU{'s' * (len(gpus) > 1)}")
     if gpus:

@@ -39,9 +39,7 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     """
     run = Path(run)
     config, classes = read_run(run)
-    config = with_calibration(config, run)
-    config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **overrides))
-    configs.check(config.postprocess, "postprocess.")
+    config = _overridden(with_calibration(config, run), overrides)
     model = PolarMask(config, classes)
     if not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")
@@ -65,9 +63,12 @@ def load_model(path: str | os.PathLike, **overrides) -> PolarMask:
         raise InputError(f"{path}: damaged, or not a .keras file that PolarMask.save wrote ({reason})") from None
     if not isinstance(model, PolarMask):
         raise InputError(f"{path}: holds a {type(model).__name__}, not a PolarMask")
-    if overrides:
-        model.config = dataclasses.replace(model.config, postprocess=dataclasses.replace(model.config.postprocess, **overrides))
+    model.config = _overridden(model.config, overrides)
     return model
+
+
+def _overridden(config: Config, postprocess: dict) -> Config:
+    return dataclasses.replace(config, postprocess=configs.override(config.postprocess, postprocess, "postprocess."))
 
 
 def read_run(run: Path) -> tuple[Config, list]:

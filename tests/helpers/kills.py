@@ -58,19 +58,18 @@ def command(data: Path, run: Path, *settings: str) -> list[str]:
     )
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen:
+def start(words: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
     with open(log, "wb") as file:  # and no pipe, which would have to be read meanwhile
-        return subprocess.Popen(
-            words, cwd=training.ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdout=file, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(words, cwd=training.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def newest(run: Path) -> int:
     return runs.step_of(next(iter(runs.checkpoints(run)), None))
 
 
-def kill(process: subprocess.Popen, kind: str, run: Path, log: Path, rng: random.Random) -> bool:
-    """Kills the process at a random moment of a kind; False if it has ended before."""
+def kill(process: subprocess.Popen, kind: str, run: Path, log: Path, rng: random.Random, number=signal.SIGKILL) -> bool:
+    """Sends a signal to the process at a random moment of a kind; False if it has ended before."""
     least = newest(run) + (rng.randrange(3) * EVERY if kind != "start-up" else 0)
 
     def reached():
@@ -90,8 +89,8 @@ def kill(process: subprocess.Popen, kind: str, run: Path, log: Path, rng: random
     moment, last = time.monotonic() + rng.uniform(0, MOMENTS[kind]), newest(run) + 2 * EVERY
     while process.poll() is None and time.monotonic() < moment and newest(run) < last:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    return process.wait(LIMIT) in (-number, 128 + number)  # the former also where SIGTERM comes before training begins
 
 
 def round_of_kills(words: list[str], run: Path, rng: random.Random, kinds=A_ROUND, tell=lambda line: None) -> int:
@@ -139,26 +138,60 @@ def differences(run: Path, other: Path, step: int = STEPS) -> list[str]:
     return found
 
 
-def soak(kills: int, folder: Path, seed: int) -> int:
+def several(words: list[str], run: Path, layout: str) -> list[tuple[subprocess.Popen, Path]]:
+    """One training of two workers ("workers"), two into one directory ("rivals"), or one ("one"): processes and their logs."""
+    tasks = training.cluster(2) if layout == "workers" else ["", ""] if layout == "rivals" else [""]
+    logs = [run.with_name(f"{run.name}_{index}.log") for index in range(len(tasks))]
+    return [(start(words, log, TF_CONFIG=task), log) for task, log in zip(tasks, logs, strict=True)]
+
+
+def round_of_signals(words: list[str], run: Path, rng: random.Random, kinds, number: int, layout: str, tell) -> int:
+    """As round_of_kills: a signal to any of the processes, which all must end, and be told why in at most one line each."""
+    signals = 0
+    for kind in (*kinds, None):
+        found, processes = newest(run), several(words, run, layout)
+        victim, _ = rng.choice(processes)
+        sent = kind is not None and kill(victim, kind, run, processes[0][1], rng, number)
+        ends = [(process.wait(LIMIT), log.read_text()) for process, log in processes]
+        text = "".join(text for _, text in ends)
+        assert "Traceback" not in text and "cannot be read" not in text, text
+        refused = [text for status, text in ends if status == 2]
+        assert all(
+            text.count("polarmask: error:") == 1 and ("in use by" in text or "lost worker" in text) for text in refused
+        ), text
+        assert newest(run) >= found, f"step {found} was lost: {text}"
+        if said := re.search(r"(?:already trained for|going on after step) (\d+)", text):
+            assert int(said[1]) == found, f"step {found} was saved: {text}"
+        if sent:
+            signals += 1
+            tell(f"signal {signals}, {kind}: statuses {[status for status, _ in ends]}, step {found} to {newest(run)}")
+    assert newest(run) == STEPS and 0 in [status for status, _ in ends], text
+    return signals
+
+
+def soak(kills: int, folder: Path, seed: int, number: int, layout: str) -> int:
     data = make_data(folder)
     print(f"seed {seed}; the training that is left alone ...", flush=True)
     alone = folder / "alone"
-    assert start(command(data, alone), folder / "alone.log").wait(LIMIT) == 0, (folder / "alone.log").read_text()
-    rng, done, number, wrong = random.Random(seed), 0, 0, 0
+    more = ("--strategy", "multi_worker") if layout == "workers" else ()  # the last one counts
+    for process, log in several([*command(data, alone), *more], alone, "workers" if more else "one"):
+        assert process.wait(LIMIT) == 0, log.read_text()
+    rng, done, rounds, wrong = random.Random(seed), 0, 0, 0
     while done < kills:
-        number += 1
-        run = folder / f"run{number}"
-        done += round_of_kills(
-            command(data, run),
-            run,
-            rng,
-            A_ROUND[: kills - done] if kills - done < len(A_ROUND) else A_ROUND,
-            lambda line, n=number: print(f"training {n}, {line}", flush=True),
-        )
+        rounds += 1
+        run = folder / f"run{rounds}"
+        kinds = rng.sample(A_ROUND, len(A_ROUND))[: kills - done]
+        tell = lambda line, n=rounds: print(f"training {n}, {line}", flush=True)  # noqa: E731
+        if number == signal.SIGKILL and layout == "one":
+            done += round_of_kills(command(data, run), run, rng, kinds, tell)
+        else:
+            done += round_of_signals([*command(data, run), *more], run, rng, kinds, number, layout, tell)
         differ = differences(run, alone)
+        if number != signal.SIGKILL:  # which saved other steps too
+            differ = [line for line in differ if not line.startswith("files ")]
         wrong += bool(differ)
-        print(f"training {number}: " + (f"DIFFERS: {'; '.join(differ)[:2000]}" if differ else "equal, bit for bit"), flush=True)
-    print(f"{done} kills, {number} trainings, {wrong} differ")
+        print(f"training {rounds}: " + (f"DIFFERS: {'; '.join(differ)[:2000]}" if differ else "equal, bit for bit"), flush=True)
+    print(f"{done} signals, {rounds} trainings, {wrong} differ")
     return int(wrong > 0)
 
 
@@ -166,9 +199,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kills", nargs="?", type=int, default=50)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM"), default="SIGKILL")
+    parser.add_argument("--layout", choices=("one", "workers", "rivals"), default="one", help="rivals: two into one directory")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak_training_"))
-    status = soak(given.kills, folder, given.seed)
+    status = soak(given.kills, folder, given.seed, signal.Signals[given.signal], given.layout)
     if status:
         print(f"what was found is in {folder}")
     else:
