@@ -155,10 +155,9 @@ def round_of_signals(words: list[str], run: Path, rng: random.Random, kinds, num
         ends = [(process.wait(LIMIT), log.read_text()) for process, log in processes]
         text = "".join(text for _, text in ends)
         assert "Traceback" not in text and "cannot be read" not in text, text
-        refused = [text for status, text in ends if status == 2]
-        assert all(
-            text.count("polarmask: error:") == 1 and ("in use by" in text or "lost worker" in text) for text in refused
-        ), text
+        reasons = ("in use by", "lost worker", "workers did not come")
+        for line in (text for status, text in ends if status == 2):
+            assert line.count("polarmask: error:") == 1 and any(reason in line for reason in reasons), line
         assert newest(run) >= found, f"step {found} was lost: {text}"
         if said := re.search(r"(?:already trained for|going on after step) (\d+)", text):
             assert int(said[1]) == found, f"step {found} was saved: {text}"
@@ -173,7 +172,7 @@ def soak(kills: int, folder: Path, seed: int, number: int, layout: str) -> int:
     data = make_data(folder)
     print(f"seed {seed}; the training that is left alone ...", flush=True)
     alone = folder / "alone"
-    more = ("--strategy", "multi_worker") if layout == "workers" else ()  # the last one counts
+    more = ("--strategy", "multi_worker", "--worker-timeout", "60") if layout == "workers" else ()  # the last one counts
     for process, log in several([*command(data, alone), *more], alone, "workers" if more else "one"):
         assert process.wait(LIMIT) == 0, log.read_text()
     rng, done, rounds, wrong = random.Random(seed), 0, 0, 0
