@@ -105,6 +105,7 @@ def test_the_exit_codes_are_documented(capsys):
         (["evaluate", "x", "--data", "y", "--limit", "0"], "0 is not a whole number of at least 1"),
         (["evaluate", "x", "--data", "y", "--limit", "9" * 5000], "is not a whole number of at least 1"),
         (["upper-bound", "x", "--rays", "8,x"], "x is not a whole number"),
+        (["convert", "x", "y", ""], "the path is empty"),
         (["export", "x", "--out", "y", "--max-ap-drop", "inf"], "inf is not a number from 0 to 1"),
     ],
 )

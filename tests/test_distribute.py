@@ -104,6 +104,8 @@ def test_no_slurm_step_or_one_of_one_task_is_no_cluster():
     [
         (slurm("n[1", "1(x2)", 0), "cannot be understood"),
         (slurm("n[1-2]", "two", 0), "cannot be understood"),
+        (slurm("n[1-99999999999]", "1(x2)", 0), "above 999,999"),
+        (slurm("n[1-2]", "1(x99999999999)", 0), "above 999,999"),
         (slurm("n[1-3]", "1(x2)", 0), "cannot be understood"),
         (slurm("n[1-2]", "1(x2)", 2), "cannot be understood"),
         (slurm("n[1-2]", "1(x2)", "x"), "cannot be understood"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from polarmask_tf import cli
+from polarmask_tf import cli, files
 from polarmask_tf import config as configs
 from polarmask_tf.config import FPNConfig, HeadConfig
 from polarmask_tf.errors import InputError
@@ -344,6 +344,9 @@ def test_a_directory_in_use_is_not_touched(small, tmp_path):
     with pytest.raises(InputError, match="exists already"):
         run_import(small, tmp_path)
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine"]
+    (tmp_path / "run/mine").unlink()
+    with files.lock(tmp_path / "run", "train"), pytest.raises(InputError, match="in use by polarmask train"):
+        run_import(small, tmp_path)
 
 
 def test_a_broken_file_is_one_line_and_exit_code_2(tmp_path, capsys):

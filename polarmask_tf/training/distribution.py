@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -125,6 +126,9 @@ def slurm_cluster(environment) -> Cluster | None:
     if any(name not in environment for name in names):
         return None
     try:
+        # Ranges like n[1-4] and 1(x4) are counted one by one.
+        if re.search(r"\[[^]]*\d{7}|\(x\d{7}", environment[names[0]] + environment[names[1]]):
+            raise ValueError("a number in brackets is above 999,999")
         hosts, tasks = expand_hostlist(environment[names[0]]), expand_tasks_per_node(environment[names[1]])
         places = [(node, local) for node, count in enumerate(tasks) for local in range(count)]
         rank, job = int(environment["SLURM_PROCID"]), int(environment.get("SLURM_JOB_ID", 0))

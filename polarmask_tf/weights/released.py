@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from polarmask_tf import config as configs
+from polarmask_tf import files
 from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
@@ -52,8 +53,15 @@ def import_weights(
     rays that 4 divides; the first convolution of "caffe" models (stride_in: 1x1) is turned from BGR to RGB.
     Raises InputError where any tensor is missing, left over or of another shape, naming it.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and not run.is_dir():
         raise InputError(f"{run}: exists already; choose another --out")
+    with files.lock(run, "import-weights"):
+        if {path.name for path in run.iterdir()} - {files.LOCK}:
+            raise InputError(f"{run}: exists already; choose another --out")
+        return _import(checkpoint, config, run, data)
+
+
+def _import(checkpoint, config, run, data):
     tensors = read(checkpoint)
     classes = dataset.load(data).classes if data else COCO_CLASSES
     _check_kind(checkpoint, tensors, config, len(classes))
