@@ -360,8 +360,8 @@ def main(argv=None):
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     parser.add_argument("--bit-depth", type=int, metavar="BITS", help=text)
     args = parser.parse_args(argv)
-    if not 0 <= args.score <= 1:
-        parser.error(f"--score {args.score:g}: a number from 0 to 1 is needed")
+    if not 0 <= args.score <= 1.5:  # the most that a model with the released code's scores gives
+        parser.error(f"--score {args.score:g}: a number from 0 to 1.5 is needed")
     folder, status, model = os.path.isdir(args.image), 0, None
     paths = sorted(args.image.glob("*")) if folder else [args.image]  # of what may not be read: none
     if not paths:

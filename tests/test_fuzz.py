@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from polarmask_tf.inference import client
+
 FOLDER = Path(__file__).resolve().parents[1] / "scripts/benchmarks"
 
 
@@ -46,8 +48,10 @@ def test_inputs_depend_on_their_seed_alone(fuzz, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["coco", "image", "yaml", "dataset", "server"])
-def test_valid_inputs_are_taken(fuzz, tmp_path, name):
+def test_valid_inputs_are_taken(fuzz, tmp_path, name, monkeypatch):
     """Else what is tried would not come further than to the first question."""
+    for patience in ("TIMEOUT", "WAITS"):  # which are shortened there
+        monkeypatch.setattr(client, patience, getattr(client, patience))
     kind = fuzz.KINDS[name]
     take = kind.prepare(tmp_path, tmp_path)
     assert {fuzz.outcome(take, data)["text"] for data in kind.seeds(tmp_path)} == {""}

@@ -150,3 +150,10 @@ def test_eight_crossings_a_ray_are_enough():
     assert eight.shape == (20, 72, 8) and np.count_nonzero(whole, axis=2).max() >= 5
     whole, eight = (overlap.iou(overlap.areas(lengths, kept, border)) for kept in (whole, eight))
     np.testing.assert_allclose(eight, whole, atol=1e-3)
+
+
+def test_boxes_by_hand():
+    """10 x 10 around (5, 5) against 10 x 20 that begins at the same corner."""
+    found = overlap.box_areas(tf.constant([[5.0, 5.0, 5.0, 5.0]]), tf.constant([[5.0, 15.0, 5.0, 5.0]]))
+    assert [float(area[0]) for area in found] == [100, 100, 200]
+    assert float(overlap.iou(found)[0]) == 0.5

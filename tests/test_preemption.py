@@ -148,8 +148,8 @@ def test_a_training_that_was_stopped_three_times_ends_as_if_it_had_not_been(data
     for number in preemption.SIGNALS:
         path = tmp_path / f"{number}.log"
         process = kills.start(words, path)
-        # A few steps after the first two evaluations, or just after a start.
-        marks = {signal.SIGTERM: b"step 25: AP", signal.SIGINT: b"step/s", signal.SIGHUP: b"step 50: AP"}
+        # A few steps after the first evaluation, or just after a start: there are many left on the fastest machine.
+        marks = {signal.SIGTERM: b"step 25: AP", signal.SIGINT: b"step/s", signal.SIGHUP: b"step/s"}
         wait_for(lambda path=path, mark=marks[number]: mark in path.read_bytes())
         process.send_signal(number)
         assert process.wait(kills.LIMIT) == 128 + number, path.read_text()
@@ -165,7 +165,7 @@ def test_a_training_that_was_stopped_three_times_ends_as_if_it_had_not_been(data
     assert undisturbed.wait(kills.LIMIT) == 0
     # But for the second checkpoint that is kept, of where it was stopped last.
     assert [difference for difference in kills.differences(run, alone) if not difference.startswith("files ")] == []
-    assert runs.steps(run) == {found, 60} and runs.steps(alone) == {50, 60}
+    assert runs.steps(run) == {max(found, 50), 60} and runs.steps(alone) == {50, 60}
 
 
 @pytest.mark.slow

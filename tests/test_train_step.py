@@ -39,6 +39,7 @@ BRANCHES = {
     "released": ("conventions=released", "model.head.box=true"),
     "iou": (*training.QUALITY, "targets.match=static", "model.head.box=true"),
     "cost": training.QUALITY,
+    "cost of boxes": (*training.QUALITY, "model.rays=4"),
 }
 
 
@@ -112,7 +113,7 @@ def test_the_parts_of_a_step_add_up_to_the_whole_batch(branch):
     model = kept(*BRANCHES[branch])
     expected = whole_batch(model, *batch())
     assert expected[0]["ray"] > 0 and ("box" in expected[0]) == (branch in ("released", "iou"))
-    assert ("mask" in expected[0]) == (branch in ("iou", "cost"))
+    assert ("mask" in expected[0]) == (branch in ("iou", "cost", "cost of boxes"))
     assert_same(stepped(model, *batch()), expected, 1e-6)
     for parts in (2, 4) if branch == "plain" else (4,):  # of four, one has no instance at all
         assert_same(stepped(model, *batch(), accumulate=parts), expected, 1e-5)

@@ -294,11 +294,6 @@ class Config(Section):
             yield f"data.batch is {self.data.batch}: not a multiple of train.accumulate ({self.train.accumulate})"
         if self.train.evaluate_every and not self.data.val:
             yield "train.evaluate_every needs data.val, converted data to evaluate on"
-        if self.model.rays == 4 and needs_mask_iou(self):
-            yield (
-                "model.rays: 4 gives boxes; targets.centerness: iou, targets.match: cost, loss.weight_by: iou and "
-                "loss.mask_weight need polygons"
-            )
         if self.targets.match == "cost":
             if ranges:
                 yield "targets.match: cost chooses among all levels; it needs targets.ranges: []"

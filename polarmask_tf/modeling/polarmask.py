@@ -227,7 +227,8 @@ class PolarMask(tf_keras.Model):
         class_logits, rays = _flat(outputs, "class_logits"), lengths("ray_logits")
         ray_losses = losses.RAY_LOSSES[config.ray](rays, encoded.rays)
         if self.needs_mask_iou:
-            areas = overlap.areas(rays, encoded.crossings, encoded.border)
+            boxes = rays.shape[1] == 4
+            areas = overlap.box_areas(rays, encoded.rays) if boxes else overlap.areas(rays, encoded.crossings, encoded.border)
             mask_losses = overlap.dice_loss(areas)
         if self.config.targets.match == "cost":
             classes = tf.maximum(tf.gather_nd(encoded.labels, at), 0)[:, tf.newaxis]  # 0: of padding

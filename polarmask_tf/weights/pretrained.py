@@ -38,6 +38,8 @@ def initialize(backbone: tf_keras.Model, config: ModelConfig) -> None:
     """
     weights, kind = config.backbone.weights, config.backbone.type
     suffix = Path(weights).suffix
+    if suffix in (".h5", ".pth", ".pt", ".npz") and not Path(weights).exists():
+        raise InputError(f"model.backbone.weights: {weights}: no such file")
     if kind == "EfficientNetLite0":
         require(config, weights, imagenet.LITE0_NEEDS)
         path = imagenet.lite0_file() if weights == "imagenet" else weights
