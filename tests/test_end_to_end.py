@@ -212,7 +212,7 @@ def test_a_truncated_shard_is_one_line(work, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"polarmask: error: {shard}: ") and "damaged" in last and "run `polarmask convert` again" in last
+    assert last.startswith(f"polarmask: error: {data}: ") and "11 whole records" in last and "`polarmask convert` again" in last
 
 
 def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
