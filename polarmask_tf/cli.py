@@ -235,8 +235,13 @@ def evaluate(args):
 
     if args.json:
         check_writable(args.json)
-    if args.calibrate and not (Path(args.model) / "config.yaml").is_file():
-        raise InputError(f"{args.model}: --calibrate is for a run directory; exports made of it then have its temperature")
+    checkpoint = ""
+    if args.calibrate:
+        from polarmask_tf.inference.calibration import calibrate, check_calibratable
+
+        if args.score_threshold is not None:
+            raise InputError("--calibrate needs all detections: leave --score-threshold out")
+        checkpoint = check_calibratable(Path(args.model))
     most = args.max_detections if args.max_detections != 100 else None
     predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
     metrics = evaluate(predictor, args.data, **_options(args, "max_detections", "per_class", "limit"))
@@ -244,9 +249,7 @@ def evaluate(args):
         atomic_write(args.json, json.dumps(metrics.to_dict(), indent=1))
     print(format_table(metrics))
     if args.calibrate:
-        from polarmask_tf.inference.calibration import calibrate
-
-        done = calibrate(args.model, metrics.matches)
+        done = calibrate(args.model, metrics.matches, checkpoint)
         print(
             f" Calibrated: temperature {done.temperature:.3f}. On the other half of the images the expected calibration error "
             f"is {done.error:.3f} (before: {done.error_before:.3f}), the median score of hits with IoU >= 0.9 "

@@ -94,7 +94,7 @@ def test_matches_are_those_of_pycocotools():
 
 def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys):
     before = load_predictor(run)(list(IMAGES))
-    done = calibration.calibrate(run, flat_matches(0.4))
+    done = calibration.calibrate(run, flat_matches(0.4), calibration.check_calibratable(run))
     assert done.temperature == pytest.approx(0.4, rel=0.05) and done.error < 0.02 < 0.1 < done.error_before
     assert 0.5 < done.score_of_close_hits <= 1 and done.score_threshold < 0.05
     after = load_predictor(run)(list(IMAGES))
@@ -115,26 +115,29 @@ def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys
     # a second time: of what the scores are without the first one
     again = flat_matches(0.4)
     again["score"] = calibration.calibrated(again["score"], done.temperature)
-    assert calibration.calibrate(run, again).temperature == pytest.approx(done.temperature, rel=0.02)
+    assert calibration.calibrate(run, again, runs.checkpoint_digest(run)).temperature == pytest.approx(
+        done.temperature, rel=0.02
+    )
     assert runs.load_run(run).config.postprocess.score_threshold == pytest.approx(done.score_threshold, rel=0.1)
-    # of another checkpoint
-    content = json.loads((run / runs.CALIBRATION).read_text())
-    (run / runs.CALIBRATION).write_text(json.dumps({**content, "step": content["step"] + 1}))
+    # a training that started over has come to the same step
+    model.head.classes.conv.kernel.assign_add(tf.ones_like(model.head.classes.conv.kernel))
+    runs.save(model, run, runs.step_of(runs.checkpoints(run)[0]), weights_only=True)
     assert runs.load_run(run).config.postprocess.temperature == 1
     assert "scores are not calibrated" in capsys.readouterr().err
 
 
 def test_what_cannot_be_calibrated_is_said(run, tmp_path, capsys):
     with pytest.raises(InputError, match=r"hits and .* misses are too few, 20 of each are needed"):
-        calibration.calibrate(run, flat_matches(1.0, 30))
-    for content in ("{", "[]", '{"temperature": "a"}', '{"temperature": -1, "score_threshold": 0.1, "step": STEP}'):
-        step = runs.step_of(runs.checkpoints(run)[0])
-        (run / runs.CALIBRATION).write_text(content.replace("STEP", str(step)))
+        calibration.calibrate(run, flat_matches(1.0, 30), "")
+    for content in ("{", "[]", '{"temperature": "a"}', '{"temperature": -1, "score_threshold": 0.1, "checkpoint": "STEP"}'):
+        (run / runs.CALIBRATION).write_text(content.replace("STEP", runs.checkpoint_digest(run)))
         with pytest.raises(InputError, match=r"calibration\.json: "):
             runs.with_calibration(*runs.read_run(run)[:1], run)
     file = tmp_path / "model.tflite"
     file.write_bytes(b"")
     assert cli.main(["evaluate", str(file), "--data", "x", "--calibrate"]) == 2
     assert "--calibrate is for a run directory" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), "--data", "x", "--calibrate", "--score-threshold", "0.5"]) == 2
+    assert "leave --score-threshold out" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"postprocess\.temperature"):
         configs.load("released_r50_1x", ["postprocess.temperature=0.5"])

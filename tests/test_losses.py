@@ -123,6 +123,12 @@ def test_focal_by_hand():
     assert losses.focal_loss(tf.zeros([1, 3]), tf.constant([1])).numpy() == pytest.approx(expected, rel=1e-6)
 
 
+def test_focal_cost_is_the_difference_of_two_losses():
+    for logit in (-3.0, 0.0, 2.5):
+        as_class, as_background = (losses.focal_loss(tf.constant([[logit]]), tf.constant([label])) for label in (0, -1))
+        assert float(losses.focal_cost(tf.constant([logit]))[0]) == pytest.approx(float(as_class - as_background), rel=1e-5)
+
+
 def test_ignored_locations_neither_count_nor_learn():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (2, 4, 3)).astype(np.float32)

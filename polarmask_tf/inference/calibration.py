@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write
+from polarmask_tf.files import atomic_write, check_writable
 from polarmask_tf.inference.coco_metrics import expected_calibration_error
 from polarmask_tf.ops.postprocess import uncalibrated
 from polarmask_tf.weights import runs
@@ -55,17 +55,26 @@ class Calibration(typing.NamedTuple):
     score_threshold: float  # what postprocess.score_threshold is now
 
 
-def calibrate(run: Path, matches: np.ndarray) -> Calibration:
+def check_calibratable(run: Path) -> str:
+    """runs.checkpoint_digest; InputError for what is no run directory, or has the released code's scores (up to 1.5)."""
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: --calibrate is for a run directory; exports made of it then have its temperature")
+    if runs.read_run(run)[0].conventions == "released":
+        raise InputError(f"{run}: conventions: released has scores up to 1.5; --calibrate is for those in [0, 1]")
+    check_writable(run / runs.CALIBRATION)
+    return runs.checkpoint_digest(run)
+
+
+def calibrate(run: Path, matches: np.ndarray, checkpoint: str) -> Calibration:
     """Fits a temperature to the Metrics.matches of a run, and stores it in the run, for all that is made of it.
 
     The least score is stored too, as the calibrated score of the detections that it lets through now: which ones these
-    are does not change. Raises InputError for what is no run directory, scores of the released code (they reach 1.5), or
-    too few detections.
+    are does not change. `checkpoint` is what check_calibratable gave before the evaluation, of all of whose detections the
+    matches must be. Raises InputError for too few of them.
     """
     run = Path(run)
     config, _ = runs.read_run(run)
-    if config.conventions == "released":
-        raise InputError(f"{run}: conventions: released has scores up to 1.5; --calibrate is for those in [0, 1]")
     before = runs.with_calibration(config, run).postprocess
     fitted, other = halves(matches)
     raw = uncalibrated(fitted["score"], before.temperature)
@@ -80,10 +89,6 @@ def calibrate(run: Path, matches: np.ndarray) -> Calibration:
         float(np.median(close)) if len(close) else float("nan"),
         threshold,
     )
-    content = {
-        "temperature": temperature,
-        "score_threshold": threshold,
-        "step": runs.step_of(next(iter(runs.checkpoints(run)), None)),
-    }
+    content = {"temperature": temperature, "score_threshold": threshold, "checkpoint": checkpoint}
     atomic_write(run / runs.CALIBRATION, json.dumps(content, indent=1))
     return done

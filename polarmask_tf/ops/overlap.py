@@ -75,8 +75,6 @@ def _covered(radius, crossings):
 
 def _at_directions(lengths, per_ray):
     """[P, n] to [P, n * per_ray]: how far the straight sides between the rays' ends are."""
-    if per_ray == 1:
-        return lengths
     after, angle = tf.roll(lengths, -1, axis=-1), 2 * math.pi / lengths.shape[-1]
     parts = [lengths]
     for k in range(1, per_ray):

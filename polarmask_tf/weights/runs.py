@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -94,16 +95,25 @@ def with_calibration(config: Config, run: Path) -> Config:
     try:
         content = json.loads(read_file(file, 10**6))
         values = {name: float(content[name]) for name in ("temperature", "score_threshold")}
-        step = content["step"]
+        checkpoint = content["checkpoint"]
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         reason = one_line(error, 200)
         raise InputError(f"{file}: damaged ({reason}); delete it, or run polarmask evaluate --calibrate again") from None
-    if step != step_of(next(iter(checkpoints(run)), None)):
-        print(f"warning: {file} is of step {step}: scores are not calibrated; evaluate --calibrate again", file=sys.stderr)
+    if checkpoint != checkpoint_digest(run):
+        print(
+            f"warning: {file} is of another checkpoint: scores are not calibrated; evaluate --calibrate again", file=sys.stderr
+        )
         return config
     config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **values))
     configs.check(config.postprocess, f"{file}: ")
     return config
+
+
+def checkpoint_digest(run: Path) -> str:
+    """SHA-256 of the index of the newest checkpoint, which holds checksums of its values; "" without one. A training that
+    starts over comes to the same steps with other weights."""
+    newest = next(iter(checkpoints(run)), None)
+    return hashlib.sha256(Path(f"{newest}.index").read_bytes()).hexdigest() if newest else ""
 
 
 def write_run(run: Path, config: Config, dataset: dict) -> None:
