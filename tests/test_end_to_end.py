@@ -27,7 +27,6 @@ TINY = [
     "train.learning_rate=0.01",
     "data.size=[64,96]",
     "data.batch=4",
-    "targets.match=static",
     "targets.ranges=[24]",
     "train.checkpoint_every=4",
     "postprocess.max_detections=20",

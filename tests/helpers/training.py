@@ -26,12 +26,6 @@ TINY = [
     "targets.ranges=[24]",
     "postprocess.max_detections=20",
     "postprocess.score_threshold=0.001",
-    # The paper's losses, of few operations; what is trained by QUALITY has tests of its own.
-    "model.head.centerness_tower=class",
-    "targets.centerness=polar",
-    "targets.match=static",
-    "loss.weight_by=centerness",
-    "loss.mask_weight=0",
 ]
 QUALITY = (
     "model.head.centerness_tower=ray",

@@ -1,0 +1,180 @@
+"""What each command of `polarmask` takes. Loads neither TensorFlow nor what the commands run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from polarmask_tf import __version__
+
+MODEL = """run or SavedModel directory, .tflite or .keras file, or a server: http://HOST:8501/v1/models/NAME,
+    grpc://HOST:8500/NAME"""
+
+EPILOG = """Each command has its own --help. Typical order: convert, train, evaluate, export, predict.
+Exit codes: 0 done; 2 wrong arguments or input, or a file that cannot be read or written; 130 interrupted (Ctrl-C); 1 an error
+that polarmask does not know: --debug shows where."""
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="polarmask",
+        description="PolarMask instance segmentation: COCO JSON in, polygons out.",
+        epilog=EPILOG,
+    )
+    root.add_argument("--version", action="version", version=f"polarmask_tf {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub.add_argument
+
+    config = {"help": "YAML file, or the name of a shipped one, like shapes"}
+    setting = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    limit = {"type": _positive, "metavar": "N", "help": "only the first images"}
+
+    add = command("shapes", "draw the quickstart's data: images of simple shapes with COCO annotations")
+    add("out", type=_path, help="directory to make; gets train/ and val/")
+    add("--train", type=int, default=1000, help="training images (default %(default)s)")
+    add("--val", type=int, default=150, help="validation images (default %(default)s)")
+    add("--size", type=int, default=128, help="pixels a side (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--kinds", metavar="A,B,...", help="default: circle,rectangle,triangle,star; there are also bar, ellipse, ell and cee")
+
+    add = command("convert", "COCO JSON and images to TFRecord shards")
+    add("annotations", type=_path, help="COCO JSON file")
+    add("images", type=_path, help="directory of the images")
+    add("out", type=_path, help="directory to write: shards and dataset.json")
+    add("--shards", type=int, help="number of shards (default: one for every 256 images)")
+    add("--processes", type=int, help="worker processes (default: one for each CPU)")
+    add("--masks", action="store_true", help="also write PNG masks, for Model Garden's own models")
+    add("--verify", action="store_true", help="decode every image instead of checking header and end")
+    add("--strict", action="store_true", help="stop at the first image or annotation that would be skipped")
+    add("--max-edges", type=int, default=96, help="most polygon edges of an instance (default %(default)s)")
+    add("--decoded", action="store_true", help="store pixels: training then decodes nothing, and reads more")
+    add("--crowd-as-instances", action="store_true", help="take iscrowd: 1 for single objects, as CVAT means it")
+    add("--allow-outside", action="store_true", help="also image files outside the directory (.., links)")
+    text = "orientation of photos (default: applied only where the JSON has the size of the turned photo)"
+    add("--exif", choices=("apply", "ignore"), help=text)
+    add("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
+
+    add = command("train", "train a model with model.fit; goes on where an interrupted run stopped")
+    add("--config", required=True, **config)
+    add("--data", help="converted training data (data.train)")
+    add("--out", type=_path, required=True, help="run directory")
+    add("--set", **setting, help="override, like train.steps=100")
+    add("--restart", action="store_true", help="start over; the first new checkpoint replaces what was there")
+    text = "begin with the weights of a run, a .keras file, a released .pth, or a backbone's checkpoint, where they fit"
+    add("--start", type=_path, metavar="RUN|FILE", help=text)
+    _add_devices(add)
+    text = "how long to wait for the other workers at the start (default %(default)s)"
+    add("--worker-timeout", type=_positive, default=600, metavar="SECONDS", help=text)
+    add("--profile", type=_numbers, metavar="A,B", help="profile between two steps, for TensorBoard")
+
+    add = command("evaluate", "COCO mask AP of a run directory, a SavedModel or a .tflite file")
+    add("model", help=MODEL)
+    add("--data", type=_path, required=True, help="converted data")
+    add("--max-detections", type=int, default=100, help="an image (default %(default)s)")
+    add("--score-threshold", type=_fraction, metavar="X", help="drop detections below (default: the model's own)")
+    add("--limit", **limit)
+    add("--per-class", action="store_true", help="AP of every class as well")
+    text = "fit one temperature to the scores on half of the images, and store it in the run directory"
+    add("--calibrate", action="store_true", help=text)
+    add("--json", type=_path, metavar="FILE", help="also write the numbers as JSON")
+
+    add = command("predict", "draw what a model finds in images, and write COCO results")
+    add("model", help=MODEL)
+    add("images", type=_path, help="image file, or directory of images")
+    add("--out", type=_path, required=True, help="directory for overlays/ and results.json")
+    add("--score-threshold", type=_fraction, metavar="X", help="least score (default 0.3; with --results-only the model's own)")
+    add("--limit", **limit)
+    add("--truth", type=_path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
+    add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
+    add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
+    text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
+    add("--bit-depth", type=int, metavar="BITS", help=text)
+
+    add = command("export", "a SavedModel and a .tflite file from a run directory, image to polygons inside")
+    add("run", type=_path, help="run directory")
+    add("--out", type=_path, required=True, help="directory for saved_model/, model.tflite and lite.py")
+    text = "of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)"
+    add("--precision", type=lambda text: text.split(","), default=["fp32"], metavar="A,B,...", help=text)
+    add("--raw", action="store_true", help="also .tflite files that end at the head's outputs, for GPUs and NPUs")
+    add("--data", type=_path, help="converted data: measure the mask AP of every export beside Keras'")
+    text = "with --data: fail if an AP is lower by more (default %(default)s)"
+    add("--max-ap-drop", type=_fraction, default=0.01, metavar="X", help=text)
+    add("--images", type=_path, metavar="DATA", help="converted data to compare on (default: the run's own)")
+    add("--score-threshold", type=_fraction, metavar="X", help="fixed in the exports (default: the config's)")
+    add("--max-detections", type=int, help="fixed in the exports (default: the config's)")
+    add("--serving", action="store_true", help="instead: a version directory for TF Serving, OUT/NAME/1")
+    add("--name", default="polarmask", help="serving: what the model is called in requests (default %(default)s)")
+    add("--contract", choices=("model_garden",), help="serving: also speak as Model Garden's Mask R-CNN does")
+    text = "serving: refuse encoded images of more pixels (default %(default)s)"
+    add("--max-pixels", type=_positive, default=50_000_000, metavar="N", help=text)
+
+    add = command("import-weights", "a run directory of a released PyTorch checkpoint")
+    add("checkpoint", type=_path, help=".pth file, or .npz of the same keys")
+    add("--config", required=True, help="the network's: released_r50_1x, released_r101_1x, ...")
+    add("--out", type=_path, required=True, help="run directory to make")
+    add("--data", help="converted data of the classes it was trained on (default: the 80 classes of COCO)")
+    add("--set", **setting, help="override, like data.size=[800,1344]")
+
+    add = command("upper-bound", "what polar masks can reach on your data, before any training (figure 7)")
+    add("data", type=_path, help="COCO JSON file (images are not needed), or converted data")
+    add("--out", type=_path, help="directory for upper_bound.csv and upper_bound.png")
+    add("--rays", type=_numbers, metavar="N,N,...", help="numbers of rays (default: 8,12,18,24,36,72,120)")
+    add("--limit", **limit)
+
+    add = command("summary", "parameters, multiply-adds and memory of a config, part by part")
+    add("config", **config)
+    add("--classes", type=_positive, default=80, help="number of classes (default %(default)s)")
+    add("--set", **setting, help="override, like model.rays=72")
+
+    add = command("inspect", "what an exported .tflite file or SavedModel takes, gives and knows about itself")
+    add("model", type=_path, help=".tflite file or SavedModel directory")
+
+    add = command("benchmark", "inference time of configs, runs and exported files; what a training step costs")
+    text = """timed in turns, one image, on the GPU if there is one; .tflite files: by LiteRT, on the CPU; `train CONFIG`:
+        images/s of input, step and both"""
+    add("models", nargs="*", metavar="CONFIG|RUN|FILE", help=text)
+    add("--data", help="train: converted data (default: synthetic pictures)")
+    add("--set", **setting, help="train: override, like data.batch=8")
+    _add_devices(add)
+    add("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
+    add("--image", type=_path, help=".tflite files: image to run on (default: a synthetic one)")
+    add("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")
+    add("--csv", type=_path, metavar="FILE", help="also write the rows as CSV")
+    return root
+
+
+def _add_devices(add) -> None:
+    text = "one device, all of this machine, or all of several machines (default: by what there is)"
+    add("--strategy", choices=("auto", "none", "mirrored", "multi_worker"), default="auto", help=text)
+    text = "devices of this machine to use (default: all GPUs); without GPUs the CPU is split into N"
+    add("--devices", type=_positive, default=0, metavar="N", help=text)
+
+
+def _path(text: str) -> Path:
+    if not text:  # which pathlib takes for the working directory: a shell's variable that is not set
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",")]
