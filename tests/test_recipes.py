@@ -68,7 +68,7 @@ def gpus(name):
 def test_the_command_is_accepted_and_its_batch_fits_the_gpus(recipe):
     words, gpus = RECIPES[recipe]()
     args = cli.parser().parse_args(words)
-    assert args.function is cli.train and args.strategy == "multi_worker" and not args.devices
+    assert args.command == "train" and args.strategy == "multi_worker" and not args.devices
     assert config.load(args.config, args.set).data.batch % gpus == 0
 
 
