@@ -58,9 +58,15 @@ def parser() -> argparse.ArgumentParser:
     add("--exif", choices=("apply", "ignore"), help=text)
     add("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
 
+    add = command("init", "write a config that fits your data, with the reason behind each number")
+    add("data", type=_path, help="converted data, or a directory that holds it as train/ and val/")
+    add("--val", type=_path, metavar="DATA", help="converted validation data, to be measured at the end of the training")
+    add("--out", type=_path, metavar="FILE", help="YAML file to write (default: to the terminal)")
+
     add = command("train", "train a model with model.fit; goes on where an interrupted run stopped")
-    add("--config", required=True, **config)
-    add("--data", help="converted training data (data.train)")
+    text = "YAML file, or the name of a shipped one, like shapes (default: the run's in --out, else what `init` fits)"
+    add("--config", help=text)
+    add("--data", type=_path, help="converted training data (data.train), or a directory that holds it as train/ and val/")
     add("--out", type=_path, required=True, help="run directory")
     add("--set", **setting, help="override, like train.steps=100")
     add("--restart", action="store_true", help="start over; the first new checkpoint replaces what was there")

@@ -26,6 +26,23 @@ def _settings(args, name: str, data: str | None = None):
     return config.load(name, [*([f"data.train={json.dumps(data)}"] if data else []), *args.set])
 
 
+def _training_settings(args):
+    """The config of `train`: the one named, else that of the run that is there, else one that fits the data."""
+    from polarmask_tf import config
+    from polarmask_tf.tools import init_config
+
+    data, val = init_config.locate(args.data) if args.data else (None, None)
+    places = [f"data.{name}={json.dumps(str(path))}" for name, path in (("train", data), ("val", val)) if path]
+    if args.config is None and (args.out / "config.yaml").is_file():
+        return config.load_saved(args.out / "config.yaml", [*places, *args.set])
+    if args.config in (None, "own"):
+        if not args.data:
+            raise InputError(f"{args.out}: no run to go on with, and no data: give --data DIR, made by `polarmask convert`")
+        print(f"settings fitted to {data}; to read or change them: polarmask init {args.data} --out my.yaml")
+        return config.loads(init_config.fit(data, val), f"polarmask init {args.data}", args.set)
+    return config.load(args.config, [*places, *args.set])
+
+
 def shapes(args):
     from polarmask_tf.tools.shapes import DEFAULT_KINDS, make_shapes
 
@@ -41,8 +58,21 @@ def convert(args):
     convert(args.annotations, args.images, args.out, **options)
 
 
+def init(args):
+    from polarmask_tf.tools import init_config
+
+    if args.out and args.out.exists():
+        raise InputError(f"{args.out}: exists; remove it, or choose another --out")
+    text = init_config.fit(args.data, args.val)
+    if args.out:
+        atomic_write(args.out, text)
+        print(f"wrote {args.out}; next: polarmask train --config {args.out} --out runs/{args.out.stem}")
+    else:
+        print(text, end="")
+
+
 def train(args):
-    settings = _settings(args, args.config, args.data)
+    settings = _training_settings(args)
     if args.profile and (len(args.profile) != 2 or args.profile[0] >= args.profile[1]):
         raise InputError("--profile takes two steps, the first before the second, like 10,20")
     from polarmask_tf.training import distribution, replicas
@@ -52,7 +82,12 @@ def train(args):
 
     train(settings, args.out, strategy=strategy, **_options(args, "restart", "start", "profile"))
     if replicas.is_chief(strategy):
-        print(f"trained model in {args.out}; next: polarmask evaluate {args.out} --data DATA")
+        from polarmask_tf.training.log import summarize
+
+        if measured := summarize(args.out):
+            print(measured)
+        following = f"predict {args.out} IMAGES --out predictions" if measured else f"evaluate {args.out} --data DATA"
+        print(f"trained model in {args.out}; next: polarmask {following}")
 
 
 def evaluate(args):
@@ -173,6 +208,7 @@ def _benchmark_train(args):
 COMMANDS = {
     "shapes": shapes,
     "convert": convert,
+    "init": init,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

@@ -17,7 +17,7 @@ from polarmask_tf.config.schema import (
     input_size,
     needs_mask_iou,
 )
-from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, override, to_dict
+from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, loads, override, to_dict
 
 __all__ = [
     "CONVENTIONS",
@@ -40,6 +40,7 @@ __all__ = [
     "input_size",
     "load",
     "load_saved",
+    "loads",
     "needs_mask_iou",
     "override",
     "to_dict",

@@ -235,7 +235,7 @@ class TrainConfig(Section):
     # Momentum of the running average of the weights that evaluation and export then take; 0: none.
     ema: float = _checked(0.0, lambda momentum: 0 <= momentum < 1, "a number from 0 up to 1, like 0.999, is needed")
     deterministic: bool = False  # the same weights from every run, bit for bit; slower
-    # Steps between COCO evaluations on data.val; the best model is kept in best/; 0: none.
+    # Steps between COCO evaluations on data.val; the best model is kept in best/; 0: one at the end, where there is data.val.
     evaluate_every: int = _within(0, 0, 10**9)
     patience: int = _within(0, 0, 10**9)  # stop after so many evaluations without a better AP; 0: never
 

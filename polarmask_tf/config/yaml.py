@@ -78,13 +78,15 @@ def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Confi
     a cycle of bases, or settings that contradict each other.
     """
     path = find(name)
-    values = _read(path)
-    for override in overrides:
-        values = _merge(values, _override(override))
-    return _checked(values, path)
+    return _checked(_read(path), path, overrides)
 
 
-def load_saved(path: Path) -> Config:
+def loads(text: str, source: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """As `load`, of YAML text whose bases are shipped ones; `source` is what messages call it."""
+    return _checked(_over_bases(_parse(text), Path(source), (), []), Path(source), overrides)
+
+
+def load_saved(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     """The config that `dump` wrote into a run directory, also one of an earlier version; raises InputError as `load` does."""
     values = _read(path)
     for old, new in RENAMED.items():
@@ -93,10 +95,12 @@ def load_saved(path: Path) -> Config:
             value = values[section].pop(key)
             if new:
                 values[section].setdefault(new.split(".")[1], value)
-    return _checked(values, path)
+    return _checked(values, path, overrides)
 
 
-def _checked(values: dict, path: Path) -> Config:
+def _checked(values: dict, path: Path, overrides: typing.Sequence[str]) -> Config:
+    for override in overrides:
+        values = _merge(values, _override(override))
     config = _build(Config, values, "", str(path))
     check(config)
     return config
@@ -195,6 +199,10 @@ def _read(path: Path, chain: tuple[Path, ...] = (), files: list[Path] | None = N
         raise InputError(f"{path}: cannot be read ({type(error).__name__}); is it a YAML file?") from None
     except ValueError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
+    return _over_bases(values, path, chain, files)
+
+
+def _over_bases(values, path: Path, chain: tuple[Path, ...], files: list[Path]) -> dict:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found {type(values).__name__}")

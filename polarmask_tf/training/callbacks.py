@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from polarmask_tf.config import TrainConfig
+from polarmask_tf.config import Config
 from polarmask_tf.data import records
 from polarmask_tf.files import atomic_write
 from polarmask_tf.inference import visualize
@@ -58,11 +58,9 @@ class Checkpoints(Stepwise):
     def on_step(self, step, logs):
         train = self.model.config.train
         due = step % train.checkpoint_every == 0
-        if due:
-            self.model.reset_metrics()  # the losses are means since then
         if step >= train.steps:
             self.model.stop_training = True
-        if due or self.model.stop_training or is_evaluated(train, step):
+        if due or self.model.stop_training or is_evaluated(self.model.config, step):
             self.log.check(step)
             replicas.average_batch_norm(self.model)
             save(self.model, self.run, step, self.strategy, known=self.known)
@@ -70,18 +68,19 @@ class Checkpoints(Stepwise):
                 directory.remove_set_aside(self.run)
 
 
-def is_evaluated(train: TrainConfig, step: int) -> bool:
-    """Whether there is an evaluation after this step."""
-    return bool(train.evaluate_every) and (step % train.evaluate_every == 0 or step >= train.steps)
+def is_evaluated(config: Config, step: int) -> bool:
+    """Whether there is an evaluation after this step: of every training with validation data at its end at least."""
+    train = config.train
+    return bool(config.data.val) and (step >= train.steps or bool(train.evaluate_every and step % train.evaluate_every == 0))
 
 
-def is_evaluation_missing(train: TrainConfig, step: int, run: Path) -> bool:
+def is_evaluation_missing(config: Config, step: int, run: Path) -> bool:
     """Whether a training that was interrupted after `step` did not come to the evaluation there, by its metrics.csv."""
-    return step > 0 and is_evaluated(train, step) and not any(r["step"] == step and "AP" in r for r in read_metrics(run))
+    return step > 0 and is_evaluated(config, step) and not any(r["step"] == step and "AP" in r for r in read_metrics(run))
 
 
 class Evaluation(Stepwise):
-    """COCO evaluation on data.val every train.evaluate_every steps and at the last one; the best model goes to run/best.
+    """COCO evaluation on data.val, every train.evaluate_every steps and at the last one; the best model goes to run/best.
 
     All replicas of all workers take their share of the images. Ends the training after train.patience evaluations
     without a better AP. `stop` is the StopOnSignal that comes before it: what a signal prevents is made up for by the
@@ -111,7 +110,7 @@ class Evaluation(Stepwise):
         self.predictor = dataclasses.replace(predictor, run=run)
 
     def on_step(self, step, logs):
-        if is_evaluated(self.model.config.train, step) and not (self.stop and self.stop.number):
+        if is_evaluated(self.model.config, step) and not (self.stop and self.stop.number):
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:

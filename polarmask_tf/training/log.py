@@ -6,6 +6,8 @@ import contextlib
 import csv
 import io
 import math
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from polarmask_tf.errors import InputError
 from polarmask_tf.files import atomic_write, io_error_text
 
 LOG_EVERY = 20
+SECONDS_A_LINE = 30  # where there is no terminal for a bar
 APS = ("AP", "AP50", "AP75")
 
 
@@ -44,7 +47,8 @@ class Stepwise(tf_keras.callbacks.Callback):
 class Log(Stepwise):
     """The progress line, metrics.csv and TensorBoard scalars every 20 steps, by the chief; stops where the loss is not finite.
 
-    Losses are means since the last checkpoint. Of a run that goes on, later rows of metrics.csv are dropped.
+    Losses are means since the row before. Of a run that goes on, later rows of metrics.csv are dropped. The bar's time
+    begins at the end of the first step, which takes as long as hundreds: it is traced then.
     """
 
     def __init__(self, run: Path, done: int, steps: int, chief: bool):
@@ -52,10 +56,7 @@ class Log(Stepwise):
         self.run, self.steps, self.before = run, steps, None
         with self._written():
             self.writer = tf.summary.create_file_writer(str(run)) if chief else tf.summary.create_noop_writer()
-        self.since = (time.monotonic(), done)
-        self.bar = tqdm(
-            total=steps, initial=done, unit="step", desc="train", mininterval=1.0, smoothing=0.05, disable=not chief
-        )
+        self.chief, self.bar, self.said = chief, None, -math.inf
         self.file = run / "metrics.csv" if chief else None
         self.rows = [row for row in read_metrics(run) if row["step"] <= done]
 
@@ -77,17 +78,36 @@ class Log(Stepwise):
         if self.before is not None and not math.isfinite(float(self.before["loss"])):
             raise NotFinite("the loss is not finite", step - 1)
         self.before = logs
-        self.bar.update(1)
+        if self.bar is None:
+            self.began = self.since = (time.monotonic(), step)
+            show = self.chief and sys.stderr.isatty()
+            form = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            options = {"bar_format": form, "ncols": shutil.get_terminal_size().columns, "mininterval": 1.0}
+            self.bar = tqdm(desc="train", total=self.steps, initial=step, disable=not show, **options)
+        else:
+            self.bar.update(1)
         if step % LOG_EVERY and step != self.steps:
             return
         now = time.monotonic()
         speed = (step - self.since[1]) * self.model.config.data.batch / max(now - self.since[0], 1e-9)
         self.since = (now, step)
         values = {name: float(logs[name]) for name in ("loss", *self.model.loss_names)}
-        self.bar.set_postfix_str(
-            " ".join(f"{name} {value:.3f}" for name, value in values.items()) + f", {speed:.0f} images/s", refresh=False
-        )
+        self.model.reset_metrics()  # the next losses are means since this step
+        self._show(step, values, speed, now)
         self.add(step, {**values, "learning_rate": float(self.model.optimizer.lr.numpy()), "images_per_second": speed})
+
+    def _show(self, step, values, speed, now):
+        losses = [f"{name} {value:.3f}" for name, value in values.items()]
+        if not self.bar.disable:
+            room = shutil.get_terminal_size().columns - len(f"train {self.steps}/{self.steps} [00:00:00<00:00:00, ]")
+            while len(losses) > 1 and len(" ".join(losses)) > room:
+                losses.pop()
+            self.bar.set_postfix_str(" ".join(losses), refresh=False)
+        elif self.chief and (now - self.said >= SECONDS_A_LINE or step == self.steps):
+            self.said = now
+            left = (self.steps - step) * (now - self.began[0]) / max(step - self.began[1], 1)
+            rest = f"{speed:.0f} images/s, {left / 60:.1f} min left"
+            print(f"step {step}/{self.steps}: {' '.join(losses)}, {rest}", file=sys.stderr)
 
     def check(self, step: int) -> None:
         """NotFinite if the loss up to this step or a weight is not finite: for what must not be written."""
@@ -125,7 +145,8 @@ class Log(Stepwise):
 
     def close(self):
         """Also after an error, of which Keras does not tell: the message is to stand on a line of its own."""
-        self.bar.close()
+        if self.bar:
+            self.bar.close()
         with contextlib.suppress(tf.errors.OpError):  # of events that could not be written; the others have been
             self.writer.close()
 
@@ -143,6 +164,17 @@ def read_metrics(run: Path) -> list[dict]:
             with contextlib.suppress(ValueError, TypeError):
                 rows.append({k: int(v) if k == "step" else float(v) for k, v in row.items() if v})
     return [row for row in rows if len(row) > 1 and "step" in row]
+
+
+def summarize(run: Path) -> str:
+    """The evaluations of a run in one line, or ""."""
+    rows = [row for row in read_metrics(run) if "AP" in row]
+    if not rows:
+        return ""
+    last, best = rows[-1], max(rows, key=lambda row: row["AP"])
+    text = f"AP {last['AP']:.3f} (AP50 {last.get('AP50', math.nan):.3f}) after step {last['step']}"
+    better = best["AP"] > last["AP"]
+    return text + (f", best {best['AP']:.3f} after step {best['step']} ({run / 'best'})" if better else "")
 
 
 def ap_history(rows: list[dict]) -> list[float]:

@@ -130,7 +130,7 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
     config, chief = model.config, replicas.is_chief(strategy)
     worker, workers = replicas.worker(strategy)
     count, steps = strategy.num_replicas_in_sync, config.train.steps
-    missing = replicas.all_gather(strategy, [is_evaluation_missing(config.train, done, run)])[0]  # as the chief reads it
+    missing = replicas.all_gather(strategy, [is_evaluation_missing(config, done, run)])[0]  # as the chief reads it
     if done >= steps and not missing:
         if chief:
             print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
@@ -162,6 +162,8 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
                 if chief:
                     print(f"{run}: stopped at step {done}, since AP no longer rose; raise train.patience to go on")
             elif done < steps:
+                if chief:
+                    _announce(model, info, done, count)
                 data = batches(start_step=done, worker=worker, workers=workers, replicas=count)
                 if count > 1:
                     # The pipeline makes every replica's batch itself; TensorFlow would decode all on every worker.
@@ -187,6 +189,19 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
                 raise
             raise explained from None
         return stop.number, log.step
+
+
+def _announce(model: PolarMask, info, done: int, devices: int) -> None:
+    config, objects = model.config, info.num_instances - info.num_crowd
+    batch, steps = config.data.batch, config.train.steps
+    kinds = len(info.classes)
+    print(
+        f"{info.num_images:,} images, {objects:,} objects, {kinds} class{'es' * (kinds > 1)}; "
+        f"{model.count_params() / 1e6:.1f} M parameters; {steps - done:,} steps of {batch} images on {devices} "
+        f"device{'s' * (devices > 1)}, {(steps - done) * batch / info.num_images:.1f} epochs\n"
+        "the first step may take a minute: TensorFlow prepares it",
+        flush=True,
+    )
 
 
 def _save_batch(batches: tf.data.Dataset, run: Path, step: int) -> Path:

