@@ -131,6 +131,10 @@ def parser() -> argparse.ArgumentParser:
     add("--rays", type=_numbers, metavar="N,N,...", help="numbers of rays (default: 8,12,18,24,36,72,120)")
     add("--limit", **limit)
 
+    command("configs", "the shipped configs, a line each: what for, what each costs and has reached")
+
+    command("doctor", "look for what a training or an export would stumble over on this machine")
+
     add = command("summary", "parameters, multiply-adds and memory of a config, part by part")
     add("config", **config)
     add("--classes", type=_positive, default=80, help="number of classes (default %(default)s)")

@@ -155,6 +155,18 @@ def upper_bound(args):
     upper_bound.run(args.data, args.out, args.rays or upper_bound.RAYS, args.limit)
 
 
+def configs(args):
+    from polarmask_tf.tools.catalogue import format_configs
+
+    print(format_configs())
+
+
+def doctor(args):
+    from polarmask_tf.tools.doctor import print_report
+
+    return 0 if print_report() else 1
+
+
 def summary(args):
     settings = _settings(args, args.config)
     from polarmask_tf.tools.summary import print_summary
@@ -215,6 +227,8 @@ COMMANDS = {
     "export": export,
     "import-weights": import_weights,
     "upper-bound": upper_bound,
+    "configs": configs,
+    "doctor": doctor,
     "summary": summary,
     "inspect": inspect,
     "benchmark": benchmark,
@@ -232,8 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     with console.tolerant():
         args = parser().parse_args(argv)
         try:
-            COMMANDS[args.command](args)
-            return 0
+            return COMMANDS[args.command](args) or 0
         except (Exception, KeyboardInterrupt) as error:
             if args.debug:
                 traceback.print_exc()

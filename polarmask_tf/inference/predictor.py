@@ -13,6 +13,7 @@ from polarmask_tf import config as configs
 from polarmask_tf import lite
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.results import Detections, read_image
+from polarmask_tf.weights import shipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Predictor:
 
 
 def load_predictor(source, *, score_threshold=None, max_detections=None):
-    """A run directory, .keras file, PolarMask, SavedModel directory, .tflite file, or the URL of a served model -> Predictor.
+    """A run directory, .keras file, PolarMask, SavedModel directory, .tflite file, URL of a served model or name of a shipped
+    one -> Predictor.
 
     URLs are http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME, see client.py. A run, a .keras file and a PolarMask
     take both overrides into their post-processing; an exported or served model has its own fixed in the graph, so a lower
@@ -62,7 +64,7 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
     options = {name: value for name, value in options.items() if value is not None}
     if callable(getattr(source, "detect", None)):
         return run_predictor(source, **options)
-    path = Path(source)
+    path = shipped.resolve(source)
     if str(source).startswith(("http://", "https://", "grpc://")):
         from polarmask_tf.inference import client
 
@@ -78,6 +80,7 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
     else:
         what = "is none of these" if os.path.exists(path) else "does not exist"
         kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite or .keras file, a URL"
+        kinds += f", a model that comes with polarmask_tf ({', '.join(shipped.names())})" if shipped.names() else ""
         raise InputError(f"{path} {what}: {kinds}")
     most = metadata.get("max_detections", lite.MAX_DETECTIONS)
     if max_detections is not None and max_detections > most:

@@ -23,7 +23,7 @@ from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError, one_line
 from polarmask_tf.files import atomic_write, io_error_text, make_directory, read_file, readable_by_tensorflow
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.weights import earlier
+from polarmask_tf.weights import earlier, shipped
 from polarmask_tf.weights.state_dict import without_numbers
 
 CALIBRATION = "calibration.json"  # what `evaluate --calibrate` found; see inference/calibration.py
@@ -32,23 +32,25 @@ SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, u
 
 
 def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
-    """The trained model of a run directory, at its newest checkpoint that can be read.
+    """The trained model of a run directory, at its newest checkpoint that can be read, or a shipped one by name ("nuclei").
 
     With train.ema its weights are the running averages. Scores are calibrated where `evaluate --calibrate` has been run on
     that checkpoint. `overrides` replace values of config.postprocess, like
     score_threshold=0.3. Raises InputError if `run` is not a run directory or holds no checkpoint.
     """
-    run = Path(run)
+    run = shipped.resolve(run)
     config, classes = read_run(run)
     config = _overridden(with_calibration(config, run), overrides)
     model = PolarMask(config, classes)
-    if not restore(model, run):
+    if not checkpoints(run) and (run / shipped.WEIGHTS).is_file():
+        shipped.assign_weights(run / shipped.WEIGHTS, named_weights(model))
+    elif not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")
     return model
 
 
 def load_model(path: str | os.PathLike, **overrides) -> PolarMask:
-    """The model of a run directory, see load_run, or of a .keras file that model.save wrote.
+    """The model of a run directory or of a shipped name, see load_run, or of a .keras file that model.save wrote.
 
     Raises InputError for anything else at `path`.
     """
@@ -288,6 +290,12 @@ def ema_weights(model: PolarMask) -> list:
 def variable_names(model: PolarMask, variables) -> list[str]:
     """The same names for equal networks, however many models a process has made."""
     return without_numbers(variable.name.removeprefix(f"{model.name}/") for variable in variables)
+
+
+def named_weights(model: PolarMask) -> dict[str, tf.Variable]:
+    """Name -> variable of a model, without the metrics' state."""
+    variables = [*model.backbone.variables, *model.decoder.variables, *model.head.variables]
+    return dict(zip(variable_names(model, variables), variables, strict=True))
 
 
 def _checkpoint(model, weights_only, parts=None):

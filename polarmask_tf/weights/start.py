@@ -6,11 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.weights import pretrained, released, runs
+from polarmask_tf.weights import pretrained, released, runs, shipped
 from polarmask_tf.weights.state_dict import summarize
 
 STATE_DICTS = (".pth", ".pt", ".npz")
@@ -21,12 +20,12 @@ _MEANING = ("normalization", "mean", "std", "rays")
 def start_from(model: PolarMask, path: Path, chief: bool = True) -> None:
     """Gives `model` the weights at `path` that have its names and shapes, and tells in one line which parts begin anew.
 
-    `path` is a run directory, a .keras file, a released PolarMask (.pth, or .npz of the same keys), or whatever
+    `path` is a run directory, a shipped model's name, a .keras file, a released PolarMask (.pth, .npz of its keys), or what
     model.backbone.weights may name: a checkpoint of tf-models-official, a backbone's .pth, .npz or .h5 file. Raises
     InputError, and changes nothing, if it cannot be read, nothing of it fits, or a config would need other settings for it.
     """
-    path = Path(path)
-    mine, remark = _weights(model), ""
+    path = shipped.resolve(path)
+    mine, remark = runs.named_weights(model), ""
     if path.suffix in STATE_DICTS and released.is_released(tensors := released.read(path)):
         taken, remark = _take_released(model, tensors, path)
     elif path.suffix in (*STATE_DICTS, ".h5") or _is_garden(path):
@@ -44,7 +43,7 @@ def start_from(model: PolarMask, path: Path, chief: bool = True) -> None:
 def _take_run(model: PolarMask, mine: dict, path: Path) -> tuple[set[int], str]:
     """(ids of the variables that were assigned, what else is to be said) of a run or a .keras file."""
     theirs = runs.load_model(path)
-    values = _weights(theirs)
+    values = runs.named_weights(theirs)
     fitting = {name: variable for name, variable in mine.items() if name in values and values[name].shape == variable.shape}
     _need_some(fitting, path)
     for name, variable in fitting.items():  # in one order on all workers, who together assign BatchNorm's moving statistics
@@ -93,9 +92,3 @@ def _is_garden(path: Path) -> bool:
 
 def _plain(value):
     return list(value) if isinstance(value, tuple) else value
-
-
-def _weights(model: PolarMask) -> dict[str, tf.Variable]:
-    """Without the metrics' state."""
-    variables = [*model.backbone.variables, *model.decoder.variables, *model.head.variables]
-    return dict(zip(runs.variable_names(model, variables), variables, strict=True))

@@ -1,0 +1,52 @@
+"""`polarmask configs`: the shipped configs, a line each: what for, what it costs, what it reached. Loads no TensorFlow."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+from polarmask_tf.config import configs_dir
+from polarmask_tf.files import format_table
+
+COSTS = "costs.csv"  # beside the configs; written by scripts/benchmarks/config_costs.py
+_BASE = "A base, not a"  # in the header of files that are no config of their own
+
+_LEGEND = (
+    "parameters_m: 10^6; gmac: 10^9 multiply-adds of one image of `input`, 80 classes; cpu_ms: CPU time of that, all threads,",
+    "on an AMD EPYC (polarmask benchmark NAME: on yours); ap: mask AP and its source. For own pictures: polarmask init DATA",
+)
+
+
+def headers() -> dict[str, list[str]]:
+    """Name -> the comment lines at the head of each shipped config, without bases."""
+    found = {}
+    for path in sorted(configs_dir().glob("*.yaml")):
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            lines.append(line.removeprefix("#").strip())
+        if not any(_BASE in line for line in lines):
+            found[path.stem] = lines
+    return found
+
+
+def read_costs(folder: Path | None = None) -> dict[str, dict]:
+    """Name -> its row of costs.csv: "input", "parameters_m", "gmac", "cpu_ms" and "ap", as text."""
+    with open((folder or configs_dir()) / COSTS, newline="", encoding="utf-8") as file:
+        return {row["config"]: row for row in csv.DictReader(file)}
+
+
+def format_configs() -> str:
+    """The table that `polarmask configs` prints."""
+    costs = read_costs()
+    rows = []
+    for name, lines in headers().items():
+        row = costs.get(name, {})
+        numbers = {key: row.get(key, "") for key in ("parameters_m", "gmac", "cpu_ms", "input", "ap")}
+        rows.append({"config": name, **numbers, "for": lines[0]})
+    keys = ("config", "parameters_m", "gmac", "cpu_ms", "input", "ap", "for")
+    width = max(100, shutil.get_terminal_size().columns)
+    table = [line[:width].rstrip() for line in format_table(rows, dict.fromkeys(keys, "")).splitlines()]
+    return "\n".join([*table, *_LEGEND])
