@@ -389,6 +389,33 @@ def test_the_documented_instances_are_what_the_pipeline_gives(tmp_path):
     targets.check_batch((x, y), config.model.fpn.levels)
 
 
+@pytest.mark.parametrize("damaged", ["train", "validation", "neither"])
+def test_fit_names_the_shard_that_is_damaged(tmp_path, damaged):
+    pm.draw_shapes(tmp_path, train=4, val=0, size=64, progress=False)
+    for name in ("train", "validation"):
+        pm.convert_coco(tmp_path / "train/annotations.json", tmp_path / "train/images", tmp_path / name, progress=False)
+    model = make("shapes", (*NARROW, "data.size=[64,64]", "data.batch=2"))
+    model.compile("sgd")
+    data, validation = (
+        make_data(tmp_path / name, model.config)
+        for name, make_data in (("train", pm.training_data), ("validation", pm.validation_data))
+    )
+    if damaged == "neither":
+        images, instances = next(iter(data))
+        broken = tf.data.Dataset.from_tensors((images, instances)).map(
+            lambda x, y: (tf.cast(tf.debugging.check_numerics(tf.cast(x, tf.float32) / 0, "no"), tf.uint8), y)
+        )
+        with pytest.raises(tf.errors.InvalidArgumentError):  # of a pipeline of one's own: as it came
+            model.fit(broken, verbose=0)
+        return
+    (shard,) = (tmp_path / damaged).glob("*.tfrecord")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 8
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{damaged}/.*damaged or cut short after \d records"):
+        model.fit(data, validation_data=validation, verbose=0)
+
+
 # ---- a backbone of one's own
 
 

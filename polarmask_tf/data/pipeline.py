@@ -75,8 +75,8 @@ def training_data(directory, config: Config, *, seed: int | None = None) -> tf.d
     def epoch(number):
         return order.examples(info, config, seed, number * steps).take(steps * config.data.batch)
 
-    examples = number.flat_map(epoch)
-    return _batches(examples, info, config, seed, config.data.batch).apply(tf.data.experimental.assert_cardinality(steps))
+    batches = _batches(number.flat_map(epoch), info, config, seed, config.data.batch)
+    return _explained(batches.apply(tf.data.experimental.assert_cardinality(steps)), info, config, seed)
 
 
 def validation_data(directory, config: Config) -> tf.data.Dataset:
@@ -105,12 +105,19 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
         groups = [parsed.filter(no_autograph(landscape)), parsed.filter(no_autograph(portrait))]
     found = functools.reduce(tf.data.Dataset.concatenate, map(batches, groups)).prefetch(tf.data.AUTOTUNE)
     if data.damaged == "skip":
-        return found  # nobody knows how many there are
+        return _explained(found, info, config)  # nobody knows how many there are
     counts = [info.num_images]
     if data.fit == "short_side":  # their sizes have to be looked at
         upright = sum(image["height"] > image["width"] for image, _ in records.iter_records(info))
         counts = [info.num_images - upright, upright]
-    return found.apply(tf.data.experimental.assert_cardinality(sum(-(-count // data.batch) for count in counts)))
+    steps = sum(-(-count // data.batch) for count in counts)
+    return _explained(found.apply(tf.data.experimental.assert_cardinality(steps)), info, config)
+
+
+def _explained(batches: tf.data.Dataset, info: DatasetInfo, config: Config, seed: int = 0) -> tf.data.Dataset:
+    """The same batches, which can tell PolarMask.fit what of the data an error came from."""
+    batches.explain = functools.partial(explain, info=info, config=config, seed=seed)
+    return batches
 
 
 def _load_whole(directory, config):

@@ -164,7 +164,15 @@ class PolarMask(tf_keras.Model):
             if isinstance(data, tf.data.Dataset):
                 images, _ = targets.check_batch(data.element_spec, self.config.model.fpn.levels)
                 self._check_shape(images.shape)
-        return super().fit(x, y, *args, **kwargs)
+        first = self.optimizer.iterations.numpy() if self.optimizer else 0
+        try:
+            return super().fit(x, y, *args, **kwargs)
+        except (tf.errors.OpError, UnicodeDecodeError) as error:
+            for data in (x, kwargs.get("validation_data")):
+                explain = getattr(data, "explain", lambda error, step: None)
+                if explained := explain(error, step=int(self.optimizer.iterations.numpy() - first)):
+                    raise explained from None
+            raise
 
     @_no_autograph
     def train_step(self, data):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
 import os
 import platform
 import shutil
@@ -121,9 +119,9 @@ def _train_a_little() -> tuple[float, int]:
 
     import polarmask_tf as pm
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         drawn, converted = Path(folder) / "shapes", Path(folder) / "data"
-        pm.draw_shapes(drawn, train=4, val=1, size=64)
+        pm.draw_shapes(drawn, train=4, val=1, size=64, progress=False)
         pm.convert_coco(drawn / "train" / "annotations.json", drawn / "train" / "images", converted, progress=False)
         narrow = [f"model.{part}=16" for part in ("backbone.width", "fpn.channels", "head.channels")]
         config = pm.load_config("shapes", [*narrow, "data.size=[64,64]", "data.batch=4"])

@@ -37,7 +37,8 @@ def resolve(source: str | os.PathLike) -> Path:
 
 def write_weights(path: Path, variables: dict) -> None:
     """Writes name -> variable in float16; InputError for a value that float16 cannot hold."""
-    arrays = {name: np.asarray(variable, np.float16) for name, variable in variables.items()}
+    with np.errstate(over="ignore"):  # which is looked for below
+        arrays = {name: np.asarray(variable, np.float16) for name, variable in variables.items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise InputError(f"{name}: a weight beyond what float16 holds")
