@@ -83,6 +83,8 @@ class BackboneConfig(Section):
             yield "model.backbone.multiplier is for the mobile backbones; a resnet has model.backbone.width"
         if self.groups > 1 and self.block != "bottleneck":
             yield "model.backbone.groups above 1 needs model.backbone.block: bottleneck"
+        if sum(self.blocks) > 300:
+            yield f"model.backbone.blocks is {list(self.blocks)}: at most 300 blocks together"
         if self.stem_width and self.stem != "3x3":
             yield "model.backbone.stem_width needs model.backbone.stem: 3x3"
 
@@ -121,6 +123,14 @@ class ModelConfig(Section):
     normalization: typing.Literal["fixed", "image"] = "fixed"  # by mean and std below, or by each image's own
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, subtracted from 0..255 pixels in the graph
     std: tuple[float, float, float] = _each((58.395, 57.12, 57.375), 1e-6, 10**6)  # RGB, what they are then divided by
+
+    def contradictions(self):
+        """Widths and depths that are right one by one can make a network that no machine holds."""
+        backbone, head = self.backbone, self.head
+        stages = sum(count * (backbone.width * 2**stage) ** 2 for stage, count in enumerate(backbone.blocks))
+        about = 18 * stages + 9 * (len(self.fpn.levels) * self.fpn.channels**2 + 3 * (head.convs + 1) * head.channels**2)
+        if about > 2 * 10**9:
+            yield f"model: about {about:,} weights; at most 2 billion: lower width, channels, blocks or convs"
 
 
 @dataclass(frozen=True)
