@@ -51,6 +51,20 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     raise Unusable("annotation without segmentation" if segmentation is None else "malformed segmentation")
 
 
+def from_mask(mask: np.ndarray) -> dict:
+    """A uint8 mask [H, W] of 0 and 1 as a segmentation: an RLE whose counts are text."""
+    return _as_text(coco_mask.encode(np.asfortranarray(mask)))
+
+
+def united(parts: list, height: int, width: int) -> dict:
+    """Polygons [x, y, ...] and RLEs of one object as one RLE. Raises Unusable."""
+    return _as_text(coco_mask.merge([to_rle(p if isinstance(p, dict) else [p], height, width) for p in parts]))
+
+
+def _as_text(rle):
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
+
 def outline(mask: np.ndarray, max_edges: int, *, coarse: bool = False) -> tuple[list[np.ndarray], float]:
     """The rings of a mask [H, W], its staircases smoothed, with at most `max_edges` vertices in all; their IoU with it.
 
