@@ -189,9 +189,10 @@ def _mask(attributes, image):
     if len(text) > _MOST_ATTRIBUTES:
         raise Unusable("mask of too many runs")
     runs = np.array([int(run) for run in text.split(",")], np.int64)
-    if runs.min() < 0 or runs.max() > w * h or runs.sum() != w * h:
+    if runs.min() < 0 or runs.max() > w * h or not w * h - w < runs.sum() <= w * h:
         raise Unusable("RLE of the wrong size")
-    part = np.repeat(np.arange(len(runs)) & 1, runs).astype(np.uint8).reshape(h, w)
+    part = np.zeros(w * h, np.uint8)  # what follows the last run is background
+    part[: runs.sum()] = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs)
     whole = np.zeros((height, width), np.uint8, order="F")
-    whole[top : top + h, left : left + w] = part
+    whole[top : top + h, left : left + w] = part.reshape(h, w)
     return segmentation.from_mask(whole)

@@ -54,19 +54,19 @@ def read(path: Path, report: Report, folder: Folder) -> list[Source]:
     """A folder in one of the layouts; one source for each split that its folders name (images/train and the like)."""
     if not os.path.isdir(path):
         raise InputError(f"{path}: is a file; give the folder of pictures and masks")
-    kind = layout(folder)
+    kind, twins = layout(folder), set()
     if kind == "bowl":
         pairs = _bowl(folder)
     elif kind == "suffix":
         pairs = {picture: [mask] for picture, mask in _with_suffix(folder).items()}
     elif kind:
-        pairs = _in_folders(folder, ("segmentationobject",) if kind == "voc" else _MASKS, report)
+        pairs = _in_folders(folder, ("segmentationobject",) if kind == "voc" else _MASKS, twins, report)
     else:
         told = "images/ beside masks/, NAME.tif beside NAME_masks.tif, SegmentationObject/, or ID/images/ with ID/masks/"
         raise InputError(f"{path}: no pictures with masks found; known are {told}")
     masks = {mask for found in pairs.values() for mask in found}
     for name in folder.files:
-        if name not in pairs and name not in masks:
+        if name not in pairs and name not in masks and name not in twins:
             _tell_alone(name, report, kind)
     classes_of = _Classes(folder, path) if kind == "voc" else None
     builders: dict[str, Builder] = collections.defaultdict(Builder)
@@ -114,8 +114,11 @@ def _bowl(folder):
     return {name: masks[home] for home, name in images.items() if home in masks}
 
 
-def _in_folders(folder, mask_folders, report):
-    """{images/a.png: [masks/a.tif]} by the same name under both, the suffixes aside, in which the masks' may have a _mask."""
+def _in_folders(folder, mask_folders, twins, report):
+    """{images/a.png: [masks/a.tif]} by the same name under both, the suffixes aside, in which the masks' may have a _mask.
+
+    Of files that differ in their suffix alone the first is taken; `twins` gets the others.
+    """
     images, masks = {}, {}
     for name in folder.files:
         parts = stem(name).split("/")
@@ -129,6 +132,7 @@ def _in_folders(folder, mask_folders, report):
                 if keys[0] in found:
                     what = "mask" if found is masks else "picture"
                     report.skip(f"{what} with the stem of another", f"{name}, {found[keys[0]]}")
+                    twins.add(name)
                 else:
                     for k in keys:
                         found.setdefault(k, name)
@@ -253,13 +257,16 @@ def split_ids(ids: np.ndarray) -> dict[int, dict]:
     numbers, firsts = np.unique(values[order], return_index=True)
     if len(numbers) > MAX_OBJECTS:
         raise Unusable(f"mask of more than {MAX_OBJECTS:,} numbers or colors (is it a photo?)")
-    found = {}
+    found: dict[int, dict] = {}
+    if not len(numbers):
+        return found
     for number, runs in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True):
         begin, end = starts[runs], starts[runs] + lengths[runs]
         counts = np.empty(2 * len(runs) + 1, np.int64)
         counts[0:-1:2] = begin - np.concatenate([[0], end[:-1]])
         counts[1::2] = lengths[runs]
         counts[-1] = flat.size - end[-1]
+        counts = counts[:-1] if counts[-1] == 0 else counts  # as pycocotools itself ends them
         rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
         found[number] = {"size": [height, width], "counts": rle["counts"].decode()}
     return found
