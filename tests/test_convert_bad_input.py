@@ -472,10 +472,10 @@ def test_files_of_other_formats_are_called_by_their_name(case):
     for document, said in (
         (
             {"_via_settings": {}, "_via_img_metadata": {}},
-            r"project of the VGG Image Annotator \(VIA\): read by `polarmask convert SOURCE OUT`",
+            r"project of the VGG Image Annotator \(VIA\): `polarmask convert SOURCE OUT`",
         ),
         ({"a.jpg123": {"filename": "a.jpg", "regions": [region]}}, r"annotations of the VGG Image Annotator \(VIA\)"),
-        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
+        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "is a labelme file"),
         (panoptic, r"panoptic COCO file \(segments_info\).*panoptic2detection"),
         ([{"image_id": 1, "score": 0.5}], "results of a detector"),
     ):

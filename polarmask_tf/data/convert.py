@@ -116,7 +116,12 @@ def convert_dataset(
     record_options, work = checked(**options)
     report, out, sources = Report(record_options.strict), Path(out).resolve(), []
     publish.check_target(out, None, [source, *add])
-    finding = {"format": format, "exif": record_options.exif, "allow_outside": record_options.allow_outside}
+    finding = {
+        "format": format,
+        "progress": work.progress,
+        "exif": record_options.exif,
+        "allow_outside": record_options.allow_outside,
+    }
     for path in (source, *add):
         sources += recognise.read(path, report, images=images if path is source else None, **finding)
     return _convert(sources, out, record_options, work, report, split=split, seed=seed, group=group, edits=classes)
@@ -138,6 +143,8 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
     sets = sets_of(entries, split, seed, group, report)
     publish.check_target(out, sets, ())
     with contextlib.ExitStack() as held:
+        if not os.path.exists(out):
+            held.callback(publish.remove_empty, out)
         done = []
         for name, members in sets.items():
             held.enter_context(lock(out / name, "convert"))
@@ -213,7 +220,7 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
                 path = pictures.find(Path(image["folder"]), image["file_name"], options.allow_outside)
                 encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
             except Unusable as reason:
-                report.skip(str(reason), f"{where}: {reason.detail}" if reason.detail else where)
+                report.skip(reason, where)
                 if image["annotations"]:
                     report.skip("annotation of a skipped image", where, len(image["annotations"]))
             except MemoryError:
@@ -242,7 +249,7 @@ def _instances(image, task, report, where):
         try:
             rle, rings, iou, reduced = segmentation.region(annotation["segmentation"], height, width, max_edges, coarse=crowd)
         except Unusable as reason:
-            report.skip(str(reason), here)
+            report.skip(reason, here)
             continue
         if not crowd and coco_mask.area(rle) < task.options.min_area:
             report.note(f"object smaller than --min-area {task.options.min_area:g}, left out as asked", here)

@@ -16,10 +16,12 @@ from polarmask_tf.lite import MAX_PIXELS
 _KEYS = ("images", "annotations", "categories")
 _GIVE = "give the COCO JSON file with the annotations"
 # By keys of the whole file: what it is instead.
+_READ = "`polarmask convert SOURCE OUT` and pm.convert_dataset read it"
 _OTHERS = {
-    "_via_img_metadata": "a project of the VGG Image Annotator (VIA)",
-    "shapes": "a LabelMe file, of one image",
-    "asset": "a VoTT file, of one image",
+    "_via_img_metadata": f"a project of the VGG Image Annotator (VIA): {_READ}",
+    "shapes": f"a labelme file, of one image: {_READ}",
+    "asset": "a VoTT file, of one image: export it as COCO",
+    "view": "a project of VIA 3: export it as COCO",
 }
 _BACKGROUND = ("_background_", "__background__", "background", "bg")
 
@@ -57,7 +59,7 @@ def read(
             if annotation["id"] in seen:
                 raise Unusable("duplicate annotation id")
         except Unusable as reason:
-            report.skip(str(reason), where)
+            report.skip(reason, where)
             continue
         seen.add(annotation["id"])
         annotation["label"] = label_of[entry["category_id"]]
@@ -127,9 +129,8 @@ def check(path: Path, document) -> dict:
             what = next((what for other, what in _OTHERS.items() if other in document), "")
             values = next(iter(document.values()), None)
             if isinstance(values, dict) and "regions" in values:
-                what = "annotations of the VGG Image Annotator (VIA)"
-            read = "read by `polarmask convert SOURCE OUT` and pm.convert_dataset, or export it as COCO"
-            raise InputError(f"{path}: {what and f'is {what}: {read}; '}has no key '{key}'; {wanted}")
+                what = f"annotations of the VGG Image Annotator (VIA): {_READ}"
+            raise InputError(f"{path}: {what and f'is {what}; '}has no key '{key}'; {wanted}")
         if not isinstance(document[key], list):
             raise InputError(f"{path}: '{key}' is a {type(document[key]).__name__}; {wanted}")
     first = next(iter(document["annotations"]), None)
@@ -222,7 +223,7 @@ def _images(path, entries, number, folder, report):
                 entry = _as_there(entry, folder, report, where)
             image = _image(entry)
         except Unusable as reason:
-            report.skip(str(reason), f"{where}: {reason.detail}" if reason.detail else where)
+            report.skip(reason, where)
             continue
         named[image["id"]].append(image["file_name"])
         usable.append((where, image))

@@ -139,7 +139,7 @@ def _add(shapes, image, builder, report, where):
                 outline = _outline(kind, attributes, image, report, here)
                 group = int(attributes.get("group_id") or 0)
         except Unusable as reason:
-            report.skip(str(reason), f"{here}: {reason.detail}" if reason.detail else here)
+            report.skip(reason, here)
             continue
         groups.setdefault((class_, group) if group else index, (class_, []))[1].append(outline)
     for class_, parts in groups.values():
@@ -149,7 +149,7 @@ def _add(shapes, image, builder, report, where):
         try:
             builder.add(image, class_, segmentation.united(parts, image["height"], image["width"]))
         except Unusable as reason:
-            report.skip(str(reason), f"{where}, a group of {len(parts)} shapes")
+            report.skip(reason, f"{where}, a group of {len(parts)} shapes")
 
 
 def _outline(kind, attributes, image, report, where):
@@ -193,6 +193,4 @@ def _mask(attributes, image):
         raise Unusable("RLE of the wrong size")
     part = np.zeros(w * h, np.uint8)  # what follows the last run is background
     part[: runs.sum()] = np.repeat(np.arange(len(runs), dtype=np.uint8) & 1, runs)
-    whole = np.zeros((height, width), np.uint8, order="F")
-    whole[top : top + h, left : left + w] = part.reshape(h, w)
-    return segmentation.from_mask(whole)
+    return segmentation.from_crop(part.reshape(h, w), left, top, height, width)

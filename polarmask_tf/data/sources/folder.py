@@ -34,14 +34,23 @@ class Folder:
     @functools.cached_property
     def files(self) -> list[str]:
         """Names of all pictures in it and below, relative to it, with slashes, sorted."""
-        return [name for name in walk(self.root) if is_picture(name)]
+        return [name for name in walk(self.root, self._allow_outside) if is_picture(name)]
+
+    def names(self, suffix: str) -> list[str]:
+        """Names of all files with a suffix in it and below."""
+        return [name for name in walk(self.root, self._allow_outside) if name.lower().endswith(suffix)]
+
+    def with_stem(self, name: str) -> list[str]:
+        """The pictures whose names without suffixes are `name`."""
+        return self._by_stem.get(name, [])
+
+    @functools.cached_property
+    def _by_stem(self):
+        return _grouped(self.files, stem)
 
     @functools.cached_property
     def _by_name(self):
-        found = collections.defaultdict(list)
-        for name in self.files:
-            found[posixpath.basename(name)].append(name)
-        return found
+        return _grouped(self.files, posixpath.basename)
 
     def find(self, name: str, near: str = "") -> str:
         """The picture that an annotation calls `name`, relative to the folder. Unusable if there is none.
@@ -105,13 +114,32 @@ class Folder:
         return size, size[::-1] if turned else size
 
 
-def walk(root: Path) -> typing.Iterator[str]:
-    """Names of the files in a folder and below, relative to it, with slashes, sorted; hidden ones and links to folders not."""
+def _grouped(names, key):
+    found = collections.defaultdict(list)
+    for name in names:
+        found[key(name)].append(name)
+    return found
+
+
+def walk(root: Path, allow_outside: bool = False) -> typing.Iterator[str]:
+    """Names of the files in a folder and below, relative to it, with slashes, sorted.
+
+    Without hidden ones, links to folders, and (unless `allow_outside`) links to files elsewhere.
+    """
     found: list[str] = []
+    inside = os.path.join(os.path.realpath(root), "")
+
+    def is_inside(path):
+        return allow_outside or not os.path.islink(path) or os.path.realpath(path).startswith(inside)
+
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
         base = os.path.relpath(folder, root)
-        found += [name if base == "." else f"{base}/{name}" for name in names if not name.startswith(".")]
+        found += [
+            name if base == "." else f"{base}/{name}"
+            for name in names
+            if not name.startswith(".") and is_inside(f"{folder}/{name}")
+        ]
         if len(found) > _MOST_FILES:
             raise InputError(f"{root}: more than {_MOST_FILES:,} files in it; name the folder of the data set itself")
     return iter(sorted(name.replace(os.sep, "/") for name in found))

@@ -15,7 +15,7 @@ from PIL import Image
 from polarmask_tf.data import segmentation
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import outlines
-from polarmask_tf.data.sources.folder import Folder, walk
+from polarmask_tf.data.sources.folder import Folder, stem
 from polarmask_tf.data.sources.source import LINE, RECTANGLE, Builder, Source, class_name, load_json, skip_image, well_formed
 from polarmask_tf.errors import InputError
 
@@ -27,7 +27,7 @@ def is_one(document) -> bool:
 def read(path: Path, report: Report, folder: Folder) -> Source:
     """A folder of labelme files, or one such file, with their pictures in `folder`."""
     home = path if os.path.isdir(path) else path.parent
-    files = [name for name in walk(path) if name.lower().endswith(".json")] if home == path else [path.name]
+    files = Folder(home).names(".json") if home == path else [path.name]
     builder, others = Builder(), 0
     for name in files:
         try:
@@ -54,7 +54,7 @@ def read(path: Path, report: Report, folder: Folder) -> Source:
 def _read(document, name, builder, report, folder):
     shapes = document["shapes"]
     try:
-        given = document.get("imagePath") or f"{posixpath.splitext(name)[0]}.jpg"
+        given = document.get("imagePath") or f"{stem(name)}.jpg"
         file_name = _picture(folder, given, name)
         size = document.get("imageWidth"), document.get("imageHeight")
         if not all(type(side) is int and side > 0 for side in size):
@@ -73,7 +73,7 @@ def _picture(folder, given, name):
     try:
         return folder.find(given, near)
     except Unusable as reason:
-        own = [file for file in folder.files if posixpath.splitext(file)[0] == posixpath.splitext(name)[0]]
+        own = folder.with_stem(stem(name))
         if len(own) != 1:
             raise reason
         return own[0]
@@ -89,7 +89,7 @@ def _instances(shapes, image, report, name):
                 class_, outline = class_name(shape["label"]), _outline(shape, image, report, where)
                 group = shape.get("group_id")
         except Unusable as reason:
-            report.skip(str(reason), where)
+            report.skip(reason, where)
             continue
         together = type(group) in (int, str) and group != ""
         groups.setdefault((class_, group) if together else index, (class_, []))[1].append(outline)
@@ -99,7 +99,7 @@ def _instances(shapes, image, report, name):
             try:
                 yield class_, segmentation.united(parts, height, width)
             except Unusable as reason:
-                report.skip(str(reason), f"{name}, a group of {len(parts)} shapes")
+                report.skip(reason, f"{name}, a group of {len(parts)} shapes")
         else:
             yield class_, parts[0] if isinstance(parts[0], dict) else parts
 
@@ -140,7 +140,4 @@ def _mask(text, points, image):
     left, top = (round(v) for v in points[0])
     if left < 0 or top < 0 or left + part.shape[1] > width + 1 or top + part.shape[0] > height + 1:
         raise Unusable("mask beyond its image")
-    whole = np.zeros((height, width), np.uint8, order="F")
-    part = part[: height - top, : width - left]
-    whole[top : top + part.shape[0], left : left + part.shape[1]] = part
-    return segmentation.from_mask(whole)
+    return segmentation.from_crop(part[: height - top, : width - left], left, top, height, width)

@@ -42,7 +42,7 @@ def read(path: Path, report: Report, document: list, find: typing.Callable[[list
             with well_formed("task"):
                 tasks.append((where, _task(entry, report, where)))
         except Unusable as reason:
-            report.skip(str(reason), where)
+            report.skip(reason, where)
     if not tasks:
         raise InputError(f"{path}: none of its {len(document)} tasks has a picture")
     folder = find([task.picture for _, task in tasks])
@@ -123,7 +123,7 @@ def _add(results, image, builder, report, where):
                 class_ = class_name(names[0] if names else None)
                 builder.add(image, class_, _outline(kind, _value(result), image, report, here))
         except Unusable as reason:
-            report.skip(str(reason), here)
+            report.skip(reason, here)
 
 
 def _names(result):

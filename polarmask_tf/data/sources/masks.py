@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
 from polarmask_tf import lite
 from polarmask_tf.data import contours, pictures, segmentation
@@ -50,8 +51,11 @@ def layout(folder: Folder) -> str:
     return "suffix" if _with_suffix(folder) else ""
 
 
-def read(path: Path, report: Report, folder: Folder) -> list[Source]:
-    """A folder in one of the layouts; one source for each split that its folders name (images/train and the like)."""
+def read(path: Path, report: Report, folder: Folder, progress: bool = False) -> list[Source]:
+    """A folder in one of the layouts; one source for each split that its folders name (images/train and the like).
+
+    All masks are decoded here; `progress` shows a bar.
+    """
     if not os.path.isdir(path):
         raise InputError(f"{path}: is a file; give the folder of pictures and masks")
     kind, twins = layout(folder), set()
@@ -70,7 +74,7 @@ def read(path: Path, report: Report, folder: Folder) -> list[Source]:
             _tell_alone(name, report, kind)
     classes_of = _Classes(folder, path) if kind == "voc" else None
     builders: dict[str, Builder] = collections.defaultdict(Builder)
-    for picture, found in sorted(pairs.items()):
+    for picture, found in tqdm(sorted(pairs.items()), desc="read masks", unit="img", disable=not progress):
         try:
             image, objects = _objects(folder, picture, found, kind, report)
             image = builders[_split(picture)].image(picture, image)
@@ -172,7 +176,7 @@ def _objects(folder, picture, found, kind, report):
                 ids = ids_of(folder, name, report)
                 size = _fitting(ids, stored, upright)
             except Unusable as reason:
-                report.skip(str(reason), name)
+                report.skip(reason, name)
                 continue
             if (ids > 0).any():
                 objects.append(segmentation.from_mask((ids > 0).astype(np.uint8)))
@@ -261,14 +265,7 @@ def split_ids(ids: np.ndarray) -> dict[int, dict]:
     if not len(numbers):
         return found
     for number, runs in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True):
-        begin, end = starts[runs], starts[runs] + lengths[runs]
-        counts = np.empty(2 * len(runs) + 1, np.int64)
-        counts[0:-1:2] = begin - np.concatenate([[0], end[:-1]])
-        counts[1::2] = lengths[runs]
-        counts[-1] = flat.size - end[-1]
-        counts = counts[:-1] if counts[-1] == 0 else counts  # as pycocotools itself ends them
-        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-        found[number] = {"size": [height, width], "counts": rle["counts"].decode()}
+        found[number] = segmentation.from_runs(starts[runs], starts[runs] + lengths[runs], height, width)
     return found
 
 

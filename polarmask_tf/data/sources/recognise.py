@@ -25,6 +25,7 @@ class _Options(typing.NamedTuple):
     images: Path | None
     exif: str
     allow_outside: bool
+    progress: bool
 
     def folder(self, default: Path) -> Folder:
         return Folder(self.images or default, self.exif, self.allow_outside)
@@ -42,6 +43,7 @@ def read(
     images: Path | None = None,
     exif: str = "auto",
     allow_outside: bool = False,
+    progress: bool = False,
 ) -> list[Source]:
     """The sets that a file or a folder of annotations holds: one, or one for each split that it brings.
 
@@ -49,6 +51,7 @@ def read(
       format: one of FORMATS; None: by what is there.
       images: the folder of the pictures; None: found near the annotations.
       exif, allow_outside: see convert.convert.
+      progress: a bar where masks are decoded.
 
     Nothing is decoded but masks; sizes are read from headers where the annotations lack them. What cannot be used is counted
     in `report`. Raises InputError where nothing is recognised, and where a file as a whole is not usable.
@@ -60,7 +63,7 @@ def read(
         raise InputError(f"{path}: no such file or folder; give the annotations, or the folder that holds them")
     if images is not None and not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
-    options = _Options(images and Path(images), exif, allow_outside)
+    options = _Options(images and Path(images), exif, allow_outside, progress)
     if os.path.isdir(path):
         sources = _folder(path, report, format, options) or _split_folders(path, report, format, options)
     else:
@@ -87,7 +90,7 @@ def _file(path, report, format, options, split="", document=None) -> list[Source
     if format == "yolo":
         return yolo.read(path, report, options.folder(path.parent), options.allow_outside)
     if format == "masks":
-        return masks.read(path, report, options.folder(path.parent))
+        return masks.read(path, report, options.folder(path.parent), options.progress)
     if document is None:
         document = load_json(path)
     format = format or kind_of(document) or "coco"  # whose reader says what the file is instead
@@ -108,7 +111,7 @@ def _folder(path, report, format, options) -> list[Source]:
     if format == "yolo" or (format is None and yolo.yaml_of(path)):
         return yolo.read(path, report, options.folder(path), options.allow_outside)
     if format == "masks":
-        return masks.read(path, report, options.folder(path))
+        return masks.read(path, report, options.folder(path), options.progress)
     if format != "cvat" and (found := _json_files(path, format)):
         kind, documents = found
         if kind == "labelme":
@@ -124,7 +127,7 @@ def _folder(path, report, format, options) -> list[Source]:
         if yolo.is_folder(folder):
             return yolo.read(path, report, folder, options.allow_outside)
         if masks.layout(folder):
-            return masks.read(path, report, folder)
+            return masks.read(path, report, folder, options.progress)
         if not _called_like_splits(path) and any(_is_labelme(path / name) for name in _some_below(path, ".json")):
             return [labelme.read(path, report, folder)]
     return []

@@ -115,6 +115,6 @@ def load_json(path: Path, give: str = "give the file, or the folder, with the an
 
 def skip_image(report: Report, reason: Unusable, where: str, annotations: int) -> None:
     """Counts an image that is left out, and with it its annotations."""
-    report.skip(str(reason), f"{where}: {reason.detail}" if reason.detail else where)
+    report.skip(reason, where)
     if annotations:
         report.skip("annotation of a skipped image", where, annotations)

@@ -52,7 +52,7 @@ def read(path: Path, report: Report, document: dict, find: typing.Callable[[list
                 with well_formed():
                     builder.add(image, _class(region, attribute), [_outline(region["shape_attributes"], report, here)])
             except Unusable as reason:
-                report.skip(str(reason), here)
+                report.skip(reason, here)
     images, classes = builder.finish()
     return Source(path, "via", images, classes, folder.root)
 

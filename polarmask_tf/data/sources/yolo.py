@@ -18,7 +18,7 @@ from polarmask_tf.data.sources.source import BOX, SPLITS, Builder, Source, class
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text, read_file
 
-_MOST_YAML, _MOST_LABELS, _MOST_LIST = 10 * 2**20, 200 * 2**20, 2**30  # bytes
+_MOST_YAML, _MOST_LABELS, _MOST_LIST = 2**20, 200 * 2**20, 2**30  # bytes
 _MOST_CLASSES = 100_000
 _LISTS = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt")  # names of classes, one a line
 _IMAGES = ("images", "obj_train_data")
@@ -40,11 +40,11 @@ def yaml_of(path: Path) -> Path | None:
 
 def is_folder(folder: Folder) -> bool:
     """Whether pictures have label files: texts of which the first line is a number and at least four more."""
-    label_files = {name for name in walk(folder.root) if name.endswith(".txt")}
+    label_files = {*folder.names(".txt")}
     found = filter(None, (_label_file(name, label_files) for name in folder.files))
     for name in itertools.islice(found, 50):
         try:
-            words = read_file(folder.root / name, _MOST_LABELS).decode().split("\n", 1)[0].split()
+            words = read_file(folder.root / name, _MOST_LABELS).decode("utf-8-sig").split("\n", 1)[0].split()
             if len([float(word) for word in words]) > 4:
                 return True
         except (OSError, ValueError):
@@ -57,7 +57,7 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     file = path if not os.path.isdir(path) else yaml_of(path)
     names = _names_in_yaml(file) if file else _names_in_list(path)
     parts = _parts(file, folder, allow_outside, report) if file else _parts_of_folders(folder)
-    sources, label_files = [], {name for name in walk(folder.root) if name.endswith(".txt")}
+    sources, label_files = [], {*folder.names(".txt")}
     known: set[int] = set()
     read_files: set[str] = set()
     builders = {}
@@ -95,7 +95,7 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
             of_label[label_file] = picture
             read_files.add(label_file)
             try:
-                text = read_file(folder.root / label_file, _MOST_LABELS).decode()
+                text = read_file(folder.root / label_file, _MOST_LABELS).decode("utf-8-sig")
             except (OSError, ValueError) as error:
                 what = io_error_text(error) if isinstance(error, OSError) else "no UTF-8 text"
                 report.skip("label file that cannot be read, and its picture", f"{label_file}: {what}")
@@ -112,7 +112,7 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
             try:
                 index, outline = _line(words, image, names)
             except Unusable as reason:
-                report.skip(str(reason), f"{label_file}, line {number}" + (f": {reason.detail}" if reason.detail else ""))
+                report.skip(reason, f"{label_file}, line {number}")
                 continue
             known.add(index)
             builder.add(image, index, [outline])
@@ -172,7 +172,7 @@ def _names_in_list(path):
         for folder in (path, path / "labels"):
             if os.path.isfile(folder / name):
                 try:
-                    lines = read_file(folder / name, _MOST_YAML).decode().splitlines()
+                    lines = read_file(folder / name, _MOST_YAML).decode("utf-8-sig").splitlines()
                     return {index: class_name(line) for index, line in enumerate(lines) if line.strip()}
                 except (OSError, ValueError, Unusable) as error:
                     raise InputError(f"{folder / name}: cannot be read as names of classes, one a line: {error}") from None
@@ -212,7 +212,7 @@ def _parts(file, folder, allow_outside, report):
                     f"{file}: '{key}: {entry}' leads to no file or folder in {folder.root}; "
                     "mend the path, or give the folder that holds both"
                 )
-            parts.setdefault(key, []).extend(_pictures(place, folder, file))
+            parts.setdefault(key, []).extend(_pictures(place, folder, file, allow_outside))
     if not parts:
         raise InputError(f"{file}: names no 'train' or 'val' pictures")
     if content.get("train") == content.get("val"):  # as in the smallest examples
@@ -234,13 +234,13 @@ def _place(file, base, entry, folder, allow_outside):
     return None
 
 
-def _pictures(place, folder, file):
+def _pictures(place, folder, file, allow_outside):
     """Of a folder, or of a text file with one path a line."""
     if os.path.isdir(place):
         base = os.path.relpath(place, folder.root).replace(os.sep, "/")
-        return [name if base == "." else f"{base}/{name}" for name in walk(place) if is_picture(name)]
+        return [name if base == "." else f"{base}/{name}" for name in walk(place, allow_outside) if is_picture(name)]
     try:
-        lines = read_file(place, _MOST_LIST).decode().splitlines()
+        lines = read_file(place, _MOST_LIST).decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: cannot be read as a list of pictures, which {file.name} names: {error}") from None
     near = os.path.relpath(place.parent, folder.root).replace(os.sep, "/")
