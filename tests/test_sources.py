@@ -165,6 +165,25 @@ def test_a_mask_of_too_many_numbers_is_no_mask(monkeypatch):
         masks.split_ids(np.arange(100).reshape(10, 10))
 
 
+def test_a_photo_is_no_mask(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 60000, (300, 300)).astype(np.uint16)
+    with pytest.raises(Unusable, match="scattered"):
+        masks.split_ids(noise)
+    corners = np.zeros((300, 300), np.uint16)  # few pixels, and boxes as large as the picture
+    corners[0, :], corners[-1, :] = (np.arange(300) + 1,) * 2
+    corners[2:6, 3], corners[200, 250:260] = 301, 301
+    assert len(masks.split_ids(corners)) == 301  # of each a column, of one nearly all
+    boxes = [np.ptp(v) + 1 for v in np.nonzero(corners == 301)]
+    starts, ends = np.array([3 * 300 + 2, *(300 * x + 200 for x in range(250, 260))]), None
+    ends = np.array([starts[0] + 4, *(starts[1:] + 1)])
+    assert masks._box_areas(starts, ends, np.array([0]), 300) == np.prod(boxes)
+    picture(tmp_path / "s/images/a.png", 300, 300)
+    (tmp_path / "s/masks").mkdir()
+    Image.fromarray(noise).save(tmp_path / "s/masks/a.png")
+    with pytest.raises(InputError, match=r"empty data set.*skipped 1 x mask whose numbers.*scattered"):
+        run(tmp_path / "s", tmp_path / "o")
+
+
 def test_a_brush_mask_comes_back():
     mask = np.random.default_rng(0).integers(0, 2, (20, 31)).astype(np.uint8)
     assert np.array_equal(labelstudio.brush_mask(formats.brush_rle(mask), 20, 31), mask)

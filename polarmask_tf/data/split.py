@@ -58,8 +58,9 @@ def _drawn(images, fractions, seed, group, report):
 
     order = sorted(groups, key=chance)
     if len(order) <= len(fractions):
-        what = f"{len(order)} {'images' if group is None else 'groups'} cannot be split into {len(fractions) + 1} sets"
-        raise InputError(f"--split: {what}; {'give more images' if group is None else 'choose another --group'}")
+        kind = "images (those with equal bytes being one)" if group is None else "groups"
+        advice = "give more images" if group is None else "choose another --group"
+        raise InputError(f"--split: {len(order)} {kind} cannot be split into {len(fractions) + 1} sets; {advice}")
     sets: dict[str, list[int]] = {}
     for place, (name, fraction) in enumerate(zip(NAMES[1:], fractions, strict=False)):
         target, taken = max(1, round(fraction * len(images))), []

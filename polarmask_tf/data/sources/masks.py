@@ -84,6 +84,7 @@ def read(path: Path, report: Report, folder: Folder, progress: bool = False) -> 
         except Unusable as reason:
             skip_image(report, reason, f"{picture} with {found[0]}", 0)
     names = classes_of.names if classes_of else None
+    builders = builders or {"": Builder()}
     return [Source(path, "masks", *builder.finish(names), folder.root, split) for split, builder in builders.items()]
 
 
@@ -264,9 +265,22 @@ def split_ids(ids: np.ndarray) -> dict[int, dict]:
     found: dict[int, dict] = {}
     if not len(numbers):
         return found
+    # Every object is traced in its box: noise, in which all boxes are as large as the picture, would take hours.
+    boxes = _box_areas(starts[order], starts[order] + lengths[order], firsts, height).sum() / flat.size
+    if boxes > 1000 or (boxes > 100 and len(order) > flat.size / 10):
+        raise Unusable("mask whose numbers or colors lie scattered over the picture (is it a photo, or noise?)")
     for number, runs in zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True):
         found[number] = segmentation.from_runs(starts[runs], starts[runs] + lengths[runs], height, width)
     return found
+
+
+def _box_areas(starts, ends, firsts, height):
+    """The areas of the boxes around groups of runs down the columns; a group begins at each of `firsts`."""
+    left, right = starts // height, (ends - 1) // height
+    several = right > left  # columns: a run that goes on in the next has both ends of a column
+    top, bottom = np.where(several, 0, starts % height), np.where(several, height - 1, (ends - 1) % height)
+    low, high = (np.minimum.reduceat(v, firsts) for v in (left, top)), (np.maximum.reduceat(v, firsts) for v in (right, bottom))
+    return np.prod([b - a + 1.0 for a, b in zip(low, high, strict=True)], axis=0)
 
 
 class _Classes:
