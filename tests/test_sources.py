@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from helpers import formats
 from polarmask_tf.data import convert, records
 from polarmask_tf.data.report import Report, Unusable
-from polarmask_tf.data.sources import FORMATS, labelstudio, masks, outlines, recognise
+from polarmask_tf.data.sources import FORMATS, id_image, labelstudio, outlines, recognise
 from polarmask_tf.data.sources.folder import Folder
 from polarmask_tf.errors import InputError
 
@@ -153,30 +153,30 @@ def test_split_ids_equals_a_loop():
     rng = np.random.default_rng(0)
     for _ in range(30):
         ids = rng.integers(0, rng.choice([2, 5, 300]), rng.integers(1, 12, 2)).astype(np.uint16)
-        found = masks.split_ids(ids)
+        found = id_image.split_ids(ids)
         assert list(found) == [n for n in np.unique(ids) if n]
         for number, rle in found.items():
             assert rle["counts"].encode() == coco_mask.encode(np.asfortranarray(ids == number, np.uint8))["counts"]
 
 
 def test_a_mask_of_too_many_numbers_is_no_mask(monkeypatch):
-    monkeypatch.setattr(masks, "MAX_OBJECTS", 50)
+    monkeypatch.setattr(id_image, "MAX_OBJECTS", 50)
     with pytest.raises(Unusable, match="more than 50 numbers"):
-        masks.split_ids(np.arange(100).reshape(10, 10))
+        id_image.split_ids(np.arange(100).reshape(10, 10))
 
 
 def test_a_photo_is_no_mask(tmp_path):
     noise = np.random.default_rng(0).integers(0, 60000, (300, 300)).astype(np.uint16)
     with pytest.raises(Unusable, match="scattered"):
-        masks.split_ids(noise)
+        id_image.split_ids(noise)
     corners = np.zeros((300, 300), np.uint16)  # few pixels, and boxes as large as the picture
     corners[0, :], corners[-1, :] = (np.arange(300) + 1,) * 2
     corners[2:6, 3], corners[200, 250:260] = 301, 301
-    assert len(masks.split_ids(corners)) == 301  # of each a column, of one nearly all
+    assert len(id_image.split_ids(corners)) == 301  # of each a column, of one nearly all
     boxes = [np.ptp(v) + 1 for v in np.nonzero(corners == 301)]
     starts, ends = np.array([3 * 300 + 2, *(300 * x + 200 for x in range(250, 260))]), None
     ends = np.array([starts[0] + 4, *(starts[1:] + 1)])
-    assert masks._box_areas(starts, ends, np.array([0]), 300) == np.prod(boxes)
+    assert id_image._box_areas(starts, ends, np.array([0]), 300) == np.prod(boxes)
     picture(tmp_path / "s/images/a.png", 300, 300)
     (tmp_path / "s/masks").mkdir()
     Image.fromarray(noise).save(tmp_path / "s/masks/a.png")
@@ -729,6 +729,11 @@ def test_what_is_not_recognised_is_told(tmp_path):
     (tmp_path / "s/notes.json").write_text("[]")
     with pytest.raises(InputError, match=r"saw 1 \.(json|png), 1 \.(json|png); give --format"):
         run(tmp_path / "s", tmp_path / "o")
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match="is an archive; unpack it, and give the folder"):
+        run(tmp_path / "set.zip", tmp_path / "o")
+    with pytest.raises(InputError, match="is a picture; give the file, or the folder, with the annotations"):
+        run(tmp_path / "s/1.png", tmp_path / "o")
     with pytest.raises(InputError, match="no such file or folder"):
         run(tmp_path / "gone", tmp_path / "o")
     with pytest.raises(InputError, match="holds a list; expected a COCO file"):

@@ -85,6 +85,8 @@ def read(path: Path, report: Report, find: typing.Callable[[list[str]], Folder])
         except Unusable as reason:
             skip_image(report, reason, where, len(shapes))
             continue
+        if not shapes:
+            report.note("picture without a shape: background", where)
         _add(shapes, image, builder, report, where)
     images, classes = builder.finish(_names(content.labels))
     return Source(path, "cvat", images, classes, folder.root)

@@ -63,6 +63,8 @@ def _read(document, name, builder, report, folder):
     except Unusable as reason:
         skip_image(report, reason, name, len(shapes))
         return
+    if not shapes:
+        report.note("picture without a shape: background", name)
     for class_, parts in _instances(shapes, image, report, name):
         builder.add(image, class_, parts)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polarmask_tf.data.report import Report
 from polarmask_tf.data.sources import FORMATS, coco, cvat, labelme, labelstudio, masks, via, yolo
-from polarmask_tf.data.sources.folder import Folder, beside, walk
+from polarmask_tf.data.sources.folder import Folder, beside, is_picture, walk
 from polarmask_tf.data.sources.source import SPLITS, Source, load_json
 from polarmask_tf.errors import InputError
 
@@ -84,6 +84,10 @@ def kind_of(document) -> str:
 
 
 def _file(path, report, format, options, split="", document=None) -> list[Source]:
+    if path.suffix.lower() in (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar"):
+        raise InputError(f"{path}: is an archive; unpack it, and give the folder")
+    if is_picture(path.name):
+        raise InputError(f"{path}: is a picture; give the file, or the folder, with the annotations")
     format = format or {".xml": "cvat", ".yaml": "yolo", ".yml": "yolo"}.get(path.suffix.lower())
     if format == "cvat":
         return [cvat.read(path, report, options.find(path, split))]
