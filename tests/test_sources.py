@@ -574,7 +574,8 @@ CVAT = (
         ('<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotations>&x;</annotations>', "has a DOCTYPE"),
         (CVAT[:60], "not valid XML"),
         ("", "not valid XML"),
-        ("<annotation><object/></annotation>", "is XML of another kind"),
+        ("<annotation><object/></annotation>", "is XML of PASCAL VOC, which holds boxes alone"),
+        ("<svg/>", "is XML of another kind"),
         ("<annotations><track id='0'/></annotations>", "CVAT for video"),
         ("<annotations>" + "<a>" * 100, "nested more than 50"),
         ("<annotations/>", "empty data set"),
@@ -744,6 +745,51 @@ def test_what_is_not_recognised_is_told(tmp_path):
         run(tmp_path / "s", tmp_path / "o", format="voc")
     with pytest.raises(InputError, match="no such directory; give the one that holds the image files"):
         run(tmp_path / "s", tmp_path / "o", images=tmp_path / "nowhere")
+
+
+def test_pictures_in_a_folder_of_their_own(tmp_path):
+    document = make(tmp_path / "pictures")
+    formats.labelme(document, tmp_path / "pictures", tmp_path / "s")
+    for name in SIZES:
+        (tmp_path / "s" / name).unlink()
+    info = only(tmp_path / "s", tmp_path / "o", images=tmp_path / "pictures")
+    assert info.num_instances == len(document["annotations"]) and not info.skipped
+    yolo_set(tmp_path / "y", {"a": f"0 {QUARTER}"})
+    with pytest.raises(InputError, match="the folder that holds pictures and annotations is SOURCE itself; leave IMAGES out"):
+        run(tmp_path / "y", tmp_path / "p", images=tmp_path / "y/images")
+
+
+def test_yolo_without_any_label_file_is_refused(tmp_path):
+    yolo_set(tmp_path / "y", {"a": None, "b": None})
+    with pytest.raises(InputError, match=r"data.yaml: none of its 2 pictures has a label file; expected are labels/"):
+        run(tmp_path / "y", tmp_path / "o")
+
+
+def test_xml_of_boxes_is_told_and_does_not_hide_masks(tmp_path):
+    document = make(tmp_path / "pictures", parts=False, rle=False)
+    formats.voc(document, tmp_path / "pictures", tmp_path / "s")
+    (tmp_path / "s/Annotations").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"s/Annotations/{name}.xml").write_text("<annotation><object><bndbox/></object></annotation>")
+    assert only(tmp_path / "s", tmp_path / "o").num_instances == 3
+    (tmp_path / "s/SegmentationObject").rename(tmp_path / "s/elsewhere")
+    with pytest.raises(InputError, match=r"Annotations/a.xml: is XML of PASCAL VOC, which holds boxes alone"):
+        run(tmp_path / "s", tmp_path / "o")
+
+
+def test_cellposes_own_names_of_pictures(tmp_path):
+    mask = np.zeros((60, 80), np.uint16)
+    mask[5:20, 5:20] = 3
+    for n in range(2):
+        picture(tmp_path / f"s/00{n}_img.png", 60, 80, n)
+        Image.fromarray(mask).save(tmp_path / f"s/00{n}_masks.png")
+    picture(tmp_path / "s/002.png", 60, 80, 3)
+    Image.fromarray(mask).save(tmp_path / "s/002_cp_masks.tif")
+    Image.fromarray(mask).save(tmp_path / "s/003_masks.tif")
+    picture(tmp_path / "s/004.png", 60, 80, 4)
+    info = only(tmp_path / "s", tmp_path / "o")
+    assert (info.num_images, info.num_instances) == (3, 3)
+    assert info.skipped == {"mask without a picture": 1, "picture without a mask: not labelled yet?": 1}
 
 
 def test_a_folder_without_json_at_its_top_may_hold_labelmes_below(tmp_path):

@@ -45,6 +45,8 @@ class _Target:
         raise _Refused("has a DOCTYPE, which may make text without end; CVAT writes none: remove it")
 
     def start(self, tag, attributes):
+        if not self._path and tag == "annotation":
+            raise _Refused("is XML of PASCAL VOC, which holds boxes alone, and outlines are needed: annotate polygons")
         if not self._path and tag != "annotations":
             raise _Refused(f"is XML of another kind (<{tag[:50]}>); expected 'CVAT for images 1.1'")
         if len(self._path) > 50:
@@ -90,6 +92,18 @@ def read(path: Path, report: Report, find: typing.Callable[[list[str]], Folder])
         _add(shapes, image, builder, report, where)
     images, classes = builder.finish(_names(content.labels))
     return Source(path, "cvat", images, classes, folder.root)
+
+
+def check(path: Path) -> None:
+    """InputError unless the file begins as one of CVAT does."""
+    parser = ElementTree.XMLParser(target=_Target())
+    try:
+        with open(path, "rb") as file:
+            parser.feed(file.read(_BLOCK))
+    except _Refused as reason:
+        raise InputError(f"{path}: {reason}") from None
+    except (OSError, ElementTree.ParseError, ValueError, LookupError):
+        return  # said when it is read
 
 
 def _names(labels):

@@ -30,6 +30,13 @@ class _Options(typing.NamedTuple):
     def folder(self, default: Path) -> Folder:
         return Folder(self.images or default, self.exif, self.allow_outside)
 
+    def both(self, path: Path) -> Folder:
+        """The folder of annotations that are files beside or below the pictures, and so of both."""
+        if self.images and os.path.realpath(self.images) != os.path.realpath(path):
+            what = "of YOLO and of masks the folder that holds pictures and annotations is SOURCE itself"
+            raise InputError(f"{self.images}: {what}; leave IMAGES out")
+        return self.folder(path)
+
     def find(self, path: Path, split: str) -> typing.Callable[[list[str]], Folder]:
         """A function from the names of pictures to the folder that has them, near the file `path`."""
         return lambda names: self.folder(self.images or beside(path, names, split))
@@ -92,9 +99,9 @@ def _file(path, report, format, options, split="", document=None) -> list[Source
     if format == "cvat":
         return [cvat.read(path, report, options.find(path, split))]
     if format == "yolo":
-        return yolo.read(path, report, options.folder(path.parent), options.allow_outside)
+        return yolo.read(path, report, options.both(path.parent), options.allow_outside)
     if format == "masks":
-        return masks.read(path, report, options.folder(path.parent), options.progress)
+        return masks.read(path, report, options.both(path.parent), options.progress)
     if document is None:
         document = load_json(path)
     format = format or kind_of(document) or "coco"  # whose reader says what the file is instead
@@ -113,9 +120,9 @@ def _file(path, report, format, options, split="", document=None) -> list[Source
 def _folder(path, report, format, options) -> list[Source]:
     """What lies in a folder itself; nothing if it holds only folders of splits, or nothing that is known."""
     if format == "yolo" or (format is None and yolo.yaml_of(path)):
-        return yolo.read(path, report, options.folder(path), options.allow_outside)
+        return yolo.read(path, report, options.both(path), options.allow_outside)
     if format == "masks":
-        return masks.read(path, report, options.folder(path), options.progress)
+        return masks.read(path, report, options.both(path), options.progress)
     if format != "cvat" and (found := _json_files(path, format)):
         kind, documents = found
         if kind == "labelme":
@@ -124,16 +131,17 @@ def _folder(path, report, format, options) -> list[Source]:
     if format in (None, "cvat"):
         files = _in(path, ".xml")
         files = [file for file in files if file.name == "annotations.xml"] or files
-        if files:
+        if files and not (path / "SegmentationObject").is_dir():
+            cvat.check(files[0])
             return _files(path, dict.fromkeys(files), functools.partial(_file, report=report, format="cvat", options=options))
     if format is None:
-        folder = options.folder(path)
+        folder = Folder(path, options.exif, options.allow_outside)
         if yolo.is_folder(folder):
-            return yolo.read(path, report, folder, options.allow_outside)
+            return yolo.read(path, report, options.both(path), options.allow_outside)
         if masks.layout(folder):
-            return masks.read(path, report, folder, options.progress)
+            return masks.read(path, report, options.both(path), options.progress)
         if not _called_like_splits(path) and any(_is_labelme(path / name) for name in _some_below(path, ".json")):
-            return [labelme.read(path, report, folder)]
+            return [labelme.read(path, report, options.folder(path))]
     return []
 
 

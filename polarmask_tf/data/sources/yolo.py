@@ -64,6 +64,10 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     for split, pictures in parts.items():
         builders[split] = builder = Builder()
         _read(pictures, builder, report, folder, label_files, read_files, names, known)
+    pictures = sum(map(len, parts.values()))
+    if not read_files and pictures:
+        beside = "labels/ beside images/, or in one folder with the pictures"
+        raise InputError(f"{file or path}: none of its {pictures:,} pictures has a label file; expected are {beside}")
     for name in sorted(label_files - read_files):
         if "labels" in name.split("/")[:-1]:
             report.skip("label file without a picture", name)
