@@ -343,6 +343,17 @@ def test_the_command_line_takes_two_or_three_paths(words, source, images, out):
     assert (str(args.source), args.images and str(args.images), str(args.out)) == (source, images, out)
 
 
+def test_annotations_images_out_is_what_it_was(tmp_path):
+    """The command line's three paths and pm.convert_coco make the same records."""
+    folder = source(tmp_path / "s", ["a.png", "b.png"], ("cat", "dog"), first_id=5)
+    paths = [str(folder / "annotations.json"), str(folder)]
+    assert cli.main(["convert", *paths, str(tmp_path / "one/set"), "--processes", "1"]) == 0
+    convert.convert(*paths, tmp_path / "two/set", progress=False)
+    assert records.read_ground_truth(tmp_path / "one/set") == records.read_ground_truth(tmp_path / "two/set")
+    one, two = (dataset.load(tmp_path / name / "set") for name in ("one", "two"))
+    assert (one.classes, one.notes, one.num_instances) == (two.classes, two.notes, two.num_instances)
+
+
 @pytest.mark.parametrize("words", ["a", "a b c d", "a b --split x", "a b --format voc"])
 def test_the_command_line_refuses_others(words, capsys):
     with pytest.raises(SystemExit) as exit_:
