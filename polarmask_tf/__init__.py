@@ -23,6 +23,7 @@ _FRONT_DOOR = {
     "PolarMask": ("modeling.polarmask", "PolarMask"),
     "load_model": ("weights.runs", "load_model"),
     "convert_coco": ("data.convert", "convert"),
+    "convert_dataset": ("data.convert", "convert_dataset"),
     "training_data": ("data.pipeline", "training_data"),
     "validation_data": ("data.pipeline", "validation_data"),
     "make_instances": ("data.instances", "make_instances"),
@@ -39,6 +40,7 @@ _FRONT_DOOR = {
 if typing.TYPE_CHECKING:
     from polarmask_tf.config import load as load_config
     from polarmask_tf.data.convert import convert as convert_coco
+    from polarmask_tf.data.convert import convert_dataset
     from polarmask_tf.data.instances import instances_spec, make_instances
     from polarmask_tf.data.pipeline import training_data, validation_data
     from polarmask_tf.errors import InputError
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022 in the order in which they are used
     "PolarMask",
     "load_model",
     "convert_coco",
+    "convert_dataset",
     "training_data",
     "validation_data",
     "make_instances",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from polarmask_tf import __version__
+from polarmask_tf.data.sources import FORMATS
 
 MODEL = """run or SavedModel directory, .tflite or .keras file, or a server: http://HOST:8501/v1/models/NAME,
     grpc://HOST:8500/NAME"""
@@ -18,7 +19,7 @@ that polarmask does not know: --debug shows where."""
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="polarmask",
-        description="PolarMask instance segmentation: COCO JSON in, polygons out.",
+        description="PolarMask instance segmentation: annotated pictures in, polygons out.",
         epilog=EPILOG,
     )
     root.add_argument("--version", action="version", version=f"polarmask_tf {__version__}")
@@ -27,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     def command(name, text):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name == "convert":
+            _take_apart_positionals(sub)
         return sub.add_argument
 
     config = {"help": "YAML file, or the name of a shipped one, like shapes"}
@@ -41,10 +44,20 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--kinds", metavar="A,B,...", help="default: circle,rectangle,triangle,star; there are also bar, ellipse, ell and cee")
 
-    add = command("convert", "COCO JSON and images to TFRecord shards")
-    add("annotations", type=_path, help="COCO JSON file")
-    add("images", type=_path, help="directory of the images")
-    add("out", type=_path, help="directory to write: shards and dataset.json")
+    add = command("convert", "annotated pictures to TFRecord shards: COCO, labelme, YOLO, VIA, CVAT, Label Studio, masks")
+    add("source", type=_path, metavar="SOURCE", help="file or folder of annotations, whose format is recognised")
+    add("images", type=_path, nargs="?", metavar="IMAGES", help="folder of the pictures (default: found near the annotations)")
+    add("out", type=_path, metavar="OUT", help="directory to write: shards, dataset.json, report.json")
+    add("--add", type=_path, action="append", default=[], metavar="SOURCE", help="one more source, united by names of classes")
+    add("--format", choices=FORMATS, help="of the annotations (default: by what is there)")
+    text = "fractions of the images for val, or val and test: OUT/train, OUT/val, OUT/test (default: as the source has it)"
+    add("--split", type=_fractions, default=[], metavar="X[,Y]", help=text)
+    add("--seed", type=int, default=0, help="of --split (default %(default)s)")
+    text = "what --split keeps together: `folder`, or a regular expression whose first group in a file's name says it"
+    add("--group", metavar="folder|REGEX", help=text)
+    text = "rename and unite classes, or drop them; write it with an equals sign: --classes=-dirt,Cell=cell"
+    add("--classes", action="append", default=[], metavar="OLD=NEW,-DROP", help=text)
+    add("--min-area", type=float, default=0, metavar="PIXELS", help="leave out objects of fewer pixels")
     add("--shards", type=int, help="number of shards (default: one for every 256 images)")
     add("--processes", type=int, help="worker processes (default: one for each CPU)")
     add("--masks", action="store_true", help="also write PNG masks, for Model Garden's own models")
@@ -164,6 +177,20 @@ def _add_devices(add) -> None:
     add("--devices", type=_positive, default=0, metavar="N", help=text)
 
 
+def _take_apart_positionals(sub: argparse.ArgumentParser) -> None:
+    """Lets options stand between positional arguments of which one may be missing, which argparse does only if asked to."""
+    plain = sub.parse_known_args
+
+    def parse_known_args(args=None, namespace=None):
+        sub.parse_known_args = plain  # type: ignore[method-assign]
+        try:
+            return sub.parse_known_intermixed_args(args, namespace)
+        finally:
+            sub.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+    sub.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
 def _path(text: str) -> Path:
     if not text:  # which pathlib takes for the working directory: a shell's variable that is not set
         raise argparse.ArgumentTypeError("the path is empty")
@@ -184,6 +211,10 @@ def _fraction(text: str) -> float:
     if not 0 <= number <= 1:  # NaN is neither
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
     return number
+
+
+def _fractions(text: str) -> list[float]:
+    return [_fraction(part.strip()) for part in text.split(",")]
 
 
 def _numbers(text: str) -> list[int]:

@@ -51,11 +51,13 @@ def shapes(args):
 
 
 def convert(args):
-    from polarmask_tf.data.convert import convert
+    from polarmask_tf.data.convert import convert_dataset
 
     names = ("shards", "processes", "masks", "verify", "strict", "max_edges", "decoded", "crowd_as_instances")
-    options = _options(args, *names, "allow_outside", "exif", "bit_depth")
-    convert(args.annotations, args.images, args.out, **options)
+    options = _options(args, *names, "allow_outside", "exif", "bit_depth", "min_area")
+    options |= _options(args, "images", "add", "format", "split", "seed", "group")
+    edits = [edit for text in args.classes for edit in text.split(",") if edit]
+    convert_dataset(args.source, args.out, classes=edits, **options)
 
 
 def init(args):

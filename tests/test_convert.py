@@ -18,7 +18,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from polarmask_tf import files, lite
-from polarmask_tf.data import contours, convert, dataset, records
+from polarmask_tf.data import contours, convert, dataset, publish, records
+from polarmask_tf.data import options as conversion_options
 from polarmask_tf.errors import InputError
 
 
@@ -122,7 +123,7 @@ def test_round_trip_equals_pycocotools(coco, tmp_path):
     assert [c["category_id"] for c in info.classes] == [3, 7, 9, 12]
     assert [path.name for path in info.shard_paths] == [f"set-0000{i}-of-00002.tfrecord" for i in (0, 1)]
     assert info.skipped == {}
-    assert sorted(os.listdir(tmp_path / "set")) == ["dataset.json", *[path.name for path in info.shard_paths]]
+    assert sorted(os.listdir(tmp_path / "set")) == ["dataset.json", "report.json", *[path.name for path in info.shard_paths]]
 
 
 def test_images_keep_their_bytes_and_order_of_annotations(coco, tmp_path):
@@ -174,7 +175,7 @@ def raw_records(info):
 
 
 def test_several_processes_write_the_same_bytes_as_one(coco, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.uuid, "uuid4", lambda: uuid.UUID(int=7))  # all that tells two conversions apart
+    monkeypatch.setattr(conversion_options.uuid, "uuid4", lambda: uuid.UUID(int=7))  # all that tells two conversions apart
     one = run(coco, tmp_path / "one/set", shards=3, processes=1)
     two = run(coco, tmp_path / "two/set", shards=3, processes=2)
     for a, b in zip(one.shard_paths, two.shard_paths, strict=True):
@@ -228,7 +229,12 @@ def test_a_rerun_replaces_what_was_there(coco, tmp_path, capsys):
     (tmp_path / "set/set-00000-of-00009.tfrecord.tmp").write_text("left by a killed run")
     again = run(coco, tmp_path / "set", shards=2, progress=True)
     assert len(first.shard_paths) == 4 and len(again.shard_paths) == 2
-    assert sorted(os.listdir(tmp_path / "set")) == ["dataset.json", "notes.txt", *[p.name for p in again.shard_paths]]
+    assert sorted(os.listdir(tmp_path / "set")) == [
+        "dataset.json",
+        "notes.txt",
+        "report.json",
+        *[p.name for p in again.shard_paths],
+    ]
     assert "5 images, 8 instances (2 crowd), 4 classes, 2 shards" in capsys.readouterr().out
     assert_equals_pycocotools(coco[0], tmp_path / "set")
 
@@ -236,7 +242,7 @@ def test_a_rerun_replaces_what_was_there(coco, tmp_path, capsys):
 def test_a_set_is_the_old_or_the_new_one_at_every_moment(coco, tmp_path, monkeypatch):
     """Stopped before each file operation of the end, the directory loads, with the images of one conversion."""
     out = tmp_path / "set"
-    for stop in range(12):
+    for stop in range(14):
         before = run(coco, out, shards=3)
         calls = []
 
@@ -250,7 +256,7 @@ def test_a_set_is_the_old_or_the_new_one_at_every_moment(coco, tmp_path, monkeyp
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(convert.os, "replace", stopped(os.replace))
+            patch.setattr(os, "replace", stopped(os.replace))
             patch.setattr(Path, "unlink", stopped(Path.unlink))
             try:
                 run(coco, out, shards=3)
@@ -265,7 +271,7 @@ def test_a_set_is_the_old_or_the_new_one_at_every_moment(coco, tmp_path, monkeyp
             break
     assert ended and stop > 4
     run(coco, out, shards=3)
-    assert len(os.listdir(out)) == 4  # what was left over is gone
+    assert len(os.listdir(out)) == 5  # what was left over is gone
 
 
 def test_shards_of_another_conversion_are_told(coco, tmp_path):
@@ -339,12 +345,12 @@ def test_decoded_shards_hold_the_pixels(coco, tmp_path):
 def test_the_room_that_decoded_images_take_is_known_before(coco, tmp_path, monkeypatch):
     need = 3 * (4 * 60 * 80 + 30 * 40)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
+    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage._replace(free=need - 1))
     with pytest.raises(InputError, match=r"decoded images take 6.12e-05 GB, .* are free; make room"):
         run(coco, tmp_path / "set", decoded=True)
     assert not (tmp_path / "set").exists()
     run(coco, tmp_path / "set")
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage._replace(free=need))
+    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage._replace(free=need))
     run(coco, tmp_path / "set", decoded=True)
 
 

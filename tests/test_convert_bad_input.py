@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
-from polarmask_tf.data import convert, dataset, records
+from polarmask_tf.data import convert, dataset, publish, records
 from polarmask_tf.errors import InputError
 
 SQUARE = [4.0, 4, 12, 4, 12, 12, 4, 12]
@@ -104,7 +104,7 @@ BAD_ANNOTATIONS = {
     ],
     "malformed polygon (not lists of x, y, x, y, ...)": [
         spoil_annotation(segmentation=s)
-        for s in (SQUARE, [SQUARE[:-1]], [[*SQUARE[:-1], "a"]], [[*SQUARE[:-1], HUGE]], [None], [{}], [[[1, 2]] * 4])
+        for s in (SQUARE[:-1], [SQUARE[:-1]], [[*SQUARE[:-1], "a"]], [[*SQUARE[:-1], HUGE]], [None], [{}], [[[1, 2]] * 4])
     ],
     "malformed segmentation": [spoil_annotation(segmentation="abc"), spoil_annotation(segmentation=5)],
     "annotation without segmentation": [
@@ -137,7 +137,7 @@ BAD_ANNOTATIONS = {
     "annotation of an unknown category": [spoil_annotation(category_id=6)],
     "duplicate annotation id": [spoil_annotation(id=1)],
     "malformed annotation (not an object)": [lambda document: document["annotations"].__setitem__(1, [1, 2])],
-    "malformed annotation (no integer 'id')": [spoil_annotation(id=value) for value in (None, "x", 1.5, True, HUGE)],
+    "malformed annotation (no integer 'id')": [spoil_annotation(id=value) for value in (None, [], 1.5, True, HUGE)],
     "malformed annotation (no integer 'image_id')": [lambda document: document["annotations"][1].pop("image_id")],
     "malformed annotation (no integer 'category_id')": [spoil_annotation(category_id=[5])],
     "malformed annotation ('iscrowd' is neither 0 nor 1)": [spoil_annotation(iscrowd=v) for v in ("no", 2, [], None)],
@@ -165,10 +165,10 @@ def spoil_image(**changes):
 
 BAD_IMAGES = {
     "malformed image entry (not an object)": lambda document: document["images"].__setitem__(1, "bad.jpg"),
-    "malformed image entry (no integer 'id')": spoil_image(id="2"),
+    "malformed image entry (no integer 'id')": spoil_image(id=2.5),
     "malformed image entry (no 'file_name')": spoil_image(file_name=None),
-    "malformed image entry (no positive integer 'height')": spoil_image(height=0),
-    "malformed image entry (no positive integer 'width')": lambda document: document["images"][1].pop("width"),
+    "malformed image entry (no positive integer 'height')": spoil_image(height=-16),
+    "malformed image entry (no positive integer 'width')": spoil_image(width="24"),
     "image that is listed twice": spoil_image(id=1, file_name="good.jpg"),
     "image of more than 120 megapixels": spoil_image(height=100_000, width=100_000),
 }
@@ -367,7 +367,7 @@ def test_a_file_name_of_several_lines_stays_one_line_of_report(case, capsys):
     case.document["images"][1]["file_name"] = "two\nlines" + "x" * 1000
     case.run(progress=True)
     lines = [line for line in capsys.readouterr().out.splitlines() if "note" not in line]
-    assert len(lines) == 3 and "two lines" in lines[1] and all(len(line) < 400 for line in lines)
+    assert len(lines) == 5 and "two lines" in lines[3] and all(len(line) < 400 for line in lines)
     with pytest.raises(InputError) as error:
         case.run(strict=True)
     assert "\n" not in str(error.value)
@@ -378,7 +378,11 @@ def test_an_output_name_with_wildcards_is_only_a_name(case):
     case.run(shards=3)
     (case.out / "se[t]*-00000-of-00001.tfrecord.tmp").write_text("old")
     case.run(shards=1)
-    assert sorted(path.name for path in case.out.iterdir()) == ["dataset.json", "se[t]*-00000-of-00001.tfrecord"]
+    assert sorted(path.name for path in case.out.iterdir()) == [
+        "dataset.json",
+        "report.json",
+        "se[t]*-00000-of-00001.tfrecord",
+    ]
 
 
 def note_of(info, words):
@@ -421,6 +425,11 @@ def as_via(annotation):
     annotation["segmentation"] = SQUARE
 
 
+def via_of_two_classes(document):
+    document["categories"].append({"id": 6, "name": "other"})
+    without_objects(as_via)(document)
+
+
 NOTHING_USABLE = {
     "crowds": (without_objects(lambda a: a.update(iscrowd=1)), "3 annotations are iscrowd: 1.*add --crowd-as-instances"),
     "boxes": (without_objects(lambda a: a.pop("segmentation")), "boxes without 'segmentation'.*annotate polygons or masks"),
@@ -429,7 +438,7 @@ NOTHING_USABLE = {
         without_objects(lambda a: a.update(segmentation=[[0.1, 0.1, 0.6, 0.1, 0.6, 0.7]])),
         "between 0 and 1: multiply x by the image's width",
     ),
-    "via": (without_objects(as_via), r"VGG Image Annotator \(VIA\).*list of lists"),
+    "via": (via_of_two_classes, r"VGG Image Annotator \(VIA\).*list of lists"),
     "others": (without_objects(lambda a: a.update(category_id=77)), "see the reasons.*unknown category"),
 }
 
@@ -461,9 +470,12 @@ def test_files_of_other_formats_are_called_by_their_name(case):
     annotations = [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 1}]}]
     panoptic = {"images": [], "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
     for document, said in (
-        ({"_via_settings": {}, "_via_img_metadata": {}}, r"project of the VGG Image Annotator \(VIA\): export it as COCO"),
+        (
+            {"_via_settings": {}, "_via_img_metadata": {}},
+            r"project of the VGG Image Annotator \(VIA\): `polarmask convert SOURCE OUT`",
+        ),
         ({"a.jpg123": {"filename": "a.jpg", "regions": [region]}}, r"annotations of the VGG Image Annotator \(VIA\)"),
-        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "LabelMe"),
+        ({"version": "5", "shapes": [], "imagePath": "a.jpg"}, "is a labelme file"),
         (panoptic, r"panoptic COCO file \(segments_info\).*panoptic2detection"),
         ([{"image_id": 1, "score": 0.5}], "results of a detector"),
     ):
@@ -549,9 +561,9 @@ def test_no_space_left_in_a_worker_is_the_same_line(case, monkeypatch):
     case.out.mkdir()
     # The second shard's temporary name leads to a device that is always full.
     (case.out / "out-00001-of-00002.tfrecord.tmp").symlink_to("/dev/full")
-    remove, calls = convert._remove_partial, []
+    remove, calls = publish.remove_partial, []
     # The link has to survive the cleaning at the start.
-    monkeypatch.setattr(convert, "_remove_partial", lambda out: calls.append(out) if not calls else remove(out))
+    monkeypatch.setattr(publish, "remove_partial", lambda out: calls.append(out) if not calls else remove(out))
     with pytest.raises(InputError, match="No space left on device; free some space"):
         case.run(processes=2, shards=2)
     assert list(case.out.iterdir()) == []

@@ -1,20 +1,15 @@
-"""COCO JSON and images to sharded TFRecords: `polarmask convert`. No TensorFlow here, so processes start at once.
+"""Annotated pictures to sharded TFRecords: `polarmask convert`. No TensorFlow here, so processes start at once.
 
-Shards are written beside their final names and renamed when all are complete, `dataset.json` last, which names them. A set
-that is converted again gets shards of other names, and the old ones go at the very end: whatever happens in between, no file
-under a final name is half, and the directory is the old data set or the new one.
+`sources.recognise` reads annotations of any format, `combine` makes one list of several sources, `split` several sets of it;
+`publish` is how files get their final names.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
-import shutil
 import time
 import typing
-import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -22,28 +17,20 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from polarmask_tf.data import contours, dataset, pictures, records, segmentation
+from polarmask_tf.data import contours, dataset, pictures, publish, records, report_file, segmentation
+from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates
+from polarmask_tf.data.options import Options, checked
 from polarmask_tf.data.processes import run_tasks
 from polarmask_tf.data.report import Report, Unusable
-from polarmask_tf.data.sources import coco
+from polarmask_tf.data.sources import coco, recognise
+from polarmask_tf.data.sources.folder import Folder
+from polarmask_tf.data.sources.source import Source
+from polarmask_tf.data.split import sets_of
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write, lock
+from polarmask_tf.files import lock
 
 _IMAGES_PER_SHARD = 256
-
-
-class Options(typing.NamedTuple):
-    """What decides about every record; see `convert`."""
-
-    masks: bool = False
-    verify: bool = False
-    strict: bool = False
-    max_edges: int = 96
-    decoded: bool = False
-    allow_outside: bool = False
-    exif: str = "auto"
-    bit_depth: int | None = None
-    id: str = ""
+_OF_MASK = -1  # the area of annotations in formats that give none
 
 
 class _Task(typing.NamedTuple):
@@ -51,7 +38,6 @@ class _Task(typing.NamedTuple):
 
     partial: Path
     images: list[dict]
-    folder: Path
     names: list[str]
     options: Options
 
@@ -61,190 +47,180 @@ class _Written(typing.NamedTuple):
     counts: Counter  # num_images, num_instances, num_crowd
     per_image: Counter  # instances that are no crowd -> images
     max_edges: int
+    labels: Counter  # label -> instances that are no crowd
+    areas: Counter  # the least side of a class of sizes, see report_file.SIDES -> instances that are no crowd
 
 
-def convert(
-    annotations: Path,
-    images: Path,
-    out: Path,
-    *,
-    shards: int | None = None,
-    processes: int | None = None,
-    masks: bool = False,
-    verify: bool = False,
-    strict: bool = False,
-    max_edges: int = 96,
-    decoded: bool = False,
-    crowd_as_instances: bool = False,
-    allow_outside: bool = False,
-    exif: str | None = None,
-    bit_depth: int | None = None,
-    progress: bool = True,
-) -> dataset.DatasetInfo:
+def convert(annotations: Path, images: Path, out: Path, **options) -> dataset.DatasetInfo:
     """Writes the COCO data set `annotations` (a JSON file) with its `images` (a directory) as shards into `out`.
 
-    Args:
+    Keyword arguments:
       shards: how many files; about one per 256 images if None, never more than images.
       processes: 1 works in this process; if None, one a core where there is enough work. More than one needs a main
         module that can be imported (`if __name__ == "__main__":`).
       masks: also store a PNG per instance, which Model Garden's own models read.
       verify: decode every image instead of checking header, size and end marker.
       strict: raise InputError for the first thing that would be skipped.
-      max_edges: polygon edges an instance may keep; more are simplified at equal area.
+      max_edges: polygon edges an instance may keep; more are simplified at equal area (default 96).
       decoded: store the pixels of images (BMP), so that training decodes nothing; three bytes a pixel.
       crowd_as_instances: take annotations with `iscrowd: 1` for single objects.
       allow_outside: also take image files that do not lie in `images` (`..`, absolute paths, links).
       exif: "apply" or "ignore" the orientation that images have in their EXIF data; None: apply it only where the size in
         the JSON is that of the turned image and not that of the image as stored.
       bit_depth: bits that 16-bit images use, like 12; None: all 16.
-      progress: bar, and the closing report on stdout.
+      min_area: leave out objects whose mask has fewer pixels (they become background).
+      progress: bar, and the closing report on stdout (default True).
 
     Images without annotations are kept. What is skipped is counted in the report and in the returned info. Raises
     InputError if nothing usable is left (a file without any annotation is taken as it is: background only), something is
     missing, or `out` is in use or cannot be written; then `out` is as it was.
     """
-    annotations, images, out = Path(annotations), Path(images), Path(out).resolve()
-    limits = ((shards, 1, "shards"), (processes, 1, "processes"), (max_edges, 8, "max_edges"), (bit_depth, 8, "bit_depth"))
-    for value, least, name in limits:
-        if value is not None and value < least:
-            raise InputError(f"{name} is {value}; it must be at least {least}")
-    if exif not in (None, "apply", "ignore"):
-        raise InputError(f"exif is {exif!r}; it must be apply or ignore")
-    if bit_depth and bit_depth > 16:
-        raise InputError(f"bit_depth is {bit_depth}; it must be at most 16")
+    record_options, work = checked(**options)
+    annotations, images = Path(annotations), Path(images)
     if not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
-    started = time.monotonic()
-    report = Report(strict)
-    entries, classes = coco.read(annotations, report)
-    given = sum(len(entry["annotations"]) for entry in entries)
+    report = Report(record_options.strict)
+    folder = Folder(images, record_options.exif, record_options.allow_outside)
+    source = Source(annotations, "coco", *coco.read(annotations, report, folder), folder.root)
+    return _convert([source], Path(out).resolve(), record_options, work, report)[""]
+
+
+def convert_dataset(
+    source: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    add: typing.Sequence[Path] = (),
+    format: str | None = None,
+    split: typing.Sequence[float] = (),
+    seed: int = 0,
+    group: str | None = None,
+    classes: typing.Sequence[str] = (),
+    **options,
+) -> dict[str, dataset.DatasetInfo]:
+    """Writes a data set in any of the formats of docs/formats.md as shards into `out`, or into train/, val/, test/ there.
+
+    Args:
+      source: a file or a folder of annotations, whose format is recognised.
+      images: the folder of its pictures; None: found near the annotations.
+      add: more sources of the same kind, united with it; classes by their names.
+      format: one of recognise.FORMATS, of all sources; None: by what is in each.
+      split: fractions of the images for val, or for val and test; none: as the source has it.
+      seed, group: of that split, see split.sets_of.
+      classes: edits like "old=new" and "-drop", see combine.edit_classes.
+      options: those of `convert`.
+
+    Returns {"train": info, "val": info, ...}, or {"": info} of one set. `out`/report.json holds what is printed. Raises as
+    `convert` does. Nothing in a source is changed.
+    """
+    record_options, work = checked(**options)
+    report, out, sources = Report(record_options.strict), Path(out).resolve(), []
+    publish.check_target(out, None, [source, *add])
+    finding = {
+        "format": format,
+        "progress": work.progress,
+        "exif": record_options.exif,
+        "allow_outside": record_options.allow_outside,
+    }
+    for path in (source, *add):
+        sources += recognise.read(path, report, images=images if path is source else None, **finding)
+    return _convert(sources, out, record_options, work, report, split=split, seed=seed, group=group, edits=classes)
+
+
+def _convert(sources, out, options, work, report, *, split=(), seed=0, group=None, edits=()):
+    """Sources as they were read to sets in `out`: {name: info}, the name of one alone being ""."""
+    of = ", ".join(str(path) for path in dict.fromkeys(source.path for source in sources))
+    entries, classes = combine(sources, report)
     if not entries:
-        raise InputError("; ".join([f"{annotations}: empty data set: it names no usable image", *report.lines()]))
-    if crowd_as_instances:
+        raise InputError("; ".join([f"{of}: empty data set: it names no usable image", *report.lines()]))
+    given = sum(len(entry["annotations"]) for entry in entries)
+    classes = edit_classes(entries, classes, edits, report)
+    if work.crowd_as_instances:
         for annotation in (a for entry in entries for a in entry["annotations"] if a["iscrowd"]):
             annotation["iscrowd"] = 0
             report.note("crowd region taken for a single object, as asked", f"annotation {annotation['id']}")
-    options = Options(masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, uuid.uuid4().hex)
-    count = min(shards or max(1, round(len(entries) / _IMAGES_PER_SHARD)), len(entries))
-    if processes is None:
-        processes = (os.cpu_count() or 1) if len(entries) + given > 2000 else 1
-    with lock(out, "convert"), _removing_partial(out):
-        _check_room(out, entries, decoded)
-        # Round robin: files that follow one another in the JSON are often alike, and training shuffles only so far.
-        tasks = [
-            _Task(out / f"{name}.tmp", entries[i::count], images.resolve(), [c["name"] for c in classes], options)
-            for i, name in enumerate(_free_names(out, count, options.id))
-        ]
-        with tqdm(total=len(entries), desc="convert", unit="img", disable=not progress) as bar:
-            written = run_tasks(_write_shard, tasks, min(processes, count), bar)
-        for part in written:
-            report.merge(part.report)
-        per_image = sum((part.per_image for part in written), Counter())
-        info = dataset.DatasetInfo(
-            directory=out,
-            name=out.name,
-            **{name: sum(part.counts[name] for part in written) for name in ("num_images", "num_instances", "num_crowd")},
-            classes=classes,
-            max_instances=max(per_image, default=0),
-            max_edges=max(part.max_edges for part in written),
-            shard_paths=[task.partial.with_suffix("") for task in tasks],
-            skipped={reason: number for reason, (number, _) in report.skipped.items()},
-            notes={reason: number for reason, (number, _) in report.notes.items()},
-            id=options.id,
-            instances_per_image=dict(sorted(per_image.items())),
-            exif=options.exif,
-            bit_depth=bit_depth,
-        )
-        if not info.num_images:
-            raise InputError("; ".join([f"{annotations}: empty data set: none of its images is usable", *report.lines()]))
-        if info.num_instances == info.num_crowd and (given or any("annotation" in reason for reason in report.skipped)):
-            why = coco.why_unusable(entries, report)
-            raise InputError("; ".join([f"{annotations}: no usable object: {why}", *report.lines()]))
-        _publish(info)
-    if progress:
-        _print(info, report, len(entries) / max(time.monotonic() - started, 1e-9))
-    return dataset.load(out)
+    mark_duplicates(entries, report, options.allow_outside)
+    sets = sets_of(entries, split, seed, group, report)
+    publish.check_target(out, sets, ())
+    with contextlib.ExitStack() as held:
+        if not os.path.exists(out):
+            held.callback(publish.remove_empty, out)
+        done = []
+        for name, members in sets.items():
+            held.enter_context(lock(out / name, "convert"))
+            held.enter_context(publish.removing_partial(out / name))
+            done.append(_write_set(out / name, members, classes, options, work, report if len(sets) == 1 else Report()))
+        total = Report()
+        for each in [report, *(each.report for each in done if len(sets) > 1)]:
+            total.merge(each)
+        infos = {name: each.info for name, each in zip(sets, done, strict=True)}
+        if not any(info.num_images for info in infos.values()):
+            raise InputError("; ".join([f"{of}: empty data set: none of its images is usable", *total.lines()]))
+        skipped = given or any("annotation" in reason for reason in total.skipped)
+        if all(info.num_instances == info.num_crowd for info in infos.values()) and skipped:
+            why = coco.why_unusable(entries, total)
+            raise InputError("; ".join([f"{of}: no usable object: {why}", *total.lines()]))
+        for name, info in infos.items():
+            if not info.num_images:
+                raise InputError("; ".join([f"{of}: no image of '{name}' is usable", *total.lines()]))
+        for info in infos.values():
+            publish.publish(info)
+        report_file.write(out, sources, dict(zip(sets, done, strict=True)), total)
+    if work.progress:
+        speed = len(entries) / max(time.monotonic() - work.started, 1e-9)
+        print(report_file.text(dict(zip(sets, done, strict=True)), total, speed))
+    return {name: dataset.load(out / name) for name in sets}
 
 
-def _print(info, report, speed):
-    objects = f"{info.num_instances} instances ({info.num_crowd} crowd)"
-    rest = f"{len(info.classes)} classes, {len(info.shard_paths)} shards, {speed:.0f} images/s"
-    print(f"{info.directory}: {info.num_images} images, {objects}, {rest}")
-    if not info.num_instances:
-        print("  note: no annotations: images of background alone, which `polarmask train` refuses")
-    for line in report.lines():
-        print(f"  {line}")
-
-
-def _ours(out, suffix=""):
-    """Shards in the directory, of this or of earlier conversions into it."""
-    name = re.compile(re.escape(out.name) + r"(-[0-9a-f]{8})?-\d{5,}-of-\d{5,}\.tfrecord" + re.escape(suffix))
-    return [path for path in out.iterdir() if name.fullmatch(path.name)]
-
-
-@contextlib.contextmanager
-def _removing_partial(out):
-    """No temporary file is left in the directory, also none of a run that was killed; errors of writing are InputErrors."""
-    try:
-        _remove_partial(out)
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space and run again" if full else "choose another --out"
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}; {advice}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            _remove_partial(out)
-
-
-def _remove_partial(out):
-    for partial in (*_ours(out, ".tmp"), *out.glob(".dataset.json.*.tmp")):
-        partial.unlink(missing_ok=True)
-
-
-def _check_room(out, entries, decoded):
-    """InputError where the pixels of all images do not fit onto the disk."""
-    need, free = 3 * sum(entry["height"] * entry["width"] for entry in entries), shutil.disk_usage(out).free
-    if decoded and need > free:
-        sizes = f"the decoded images take {need / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
-        raise InputError(f"{out}: {sizes}; make room, or go without --decoded")
-
-
-def _free_names(out, count, id):
-    """Names of shards that no shard of the data set in the directory has."""
-    there = {path.name for path in _ours(out)}
-    for name in (out.name, f"{out.name}-{id[:8]}"):
-        names = [f"{name}-{i:05d}-of-{count:05d}.tfrecord" for i in range(count)]
-        if there.isdisjoint(names):
-            break
-    return names
-
-
-def _publish(info):
-    for path in info.shard_paths:
-        os.replace(path.with_name(f"{path.name}.tmp"), path)
-    try:
-        atomic_write(info.directory / "dataset.json", dataset.dump(info))
-    except InputError:  # the old one stands
-        for path in info.shard_paths:
-            path.unlink()
-        raise
-    for stale in {*_ours(info.directory)} - {*info.shard_paths}:
-        stale.unlink()
+def _write_set(out, entries, classes, options, work, report) -> report_file.WrittenSet:
+    """Writes the shards of one set under temporary names; what was skipped is in `report`, which the info has."""
+    count = min(work.shards or max(1, round(len(entries) / _IMAGES_PER_SHARD)), len(entries))
+    objects = sum(len(entry["annotations"]) for entry in entries)
+    processes = work.processes or ((os.cpu_count() or 1) if len(entries) + objects > 2000 else 1)
+    publish.check_room(out, entries, options.decoded)
+    # Round robin: files that follow one another in a source are often alike, and training shuffles only so far.
+    tasks = [
+        _Task(out / f"{name}.tmp", entries[i::count], [c["name"] for c in classes], options)
+        for i, name in enumerate(publish.free_names(out, count, options.id))
+    ]
+    with tqdm(total=len(entries), desc=f"convert {out.name}", unit="img", disable=not work.progress) as bar:
+        written = run_tasks(_write_shard, tasks, min(processes, count), bar)
+    for part in written:
+        report.merge(part.report)
+    per_image, labels, areas = (
+        sum((getattr(part, n) for part in written), Counter()) for n in ("per_image", "labels", "areas")
+    )
+    info = dataset.DatasetInfo(
+        directory=out,
+        name=out.name,
+        **{name: sum(part.counts[name] for part in written) for name in ("num_images", "num_instances", "num_crowd")},
+        classes=classes,
+        max_instances=max(per_image, default=0),
+        max_edges=max(part.max_edges for part in written),
+        shard_paths=[task.partial.with_suffix("") for task in tasks],
+        skipped={reason: number for reason, (number, _) in report.skipped.items()},
+        notes={reason: number for reason, (number, _) in report.notes.items()},
+        id=options.id,
+        instances_per_image=dict(sorted(per_image.items())),
+        exif=options.exif,
+        bit_depth=options.bit_depth,
+    )
+    labels, areas = (sum((getattr(part, name) for part in written), Counter()) for name in ("labels", "areas"))
+    return report_file.WrittenSet(info, report, labels, areas)
 
 
 def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
     options, report = task.options, Report(task.options.strict)
-    counts, per_image, max_edges = Counter(), Counter(), 0
+    counts, per_image, labels, areas, max_edges = Counter(), Counter(), Counter(), Counter(), 0
     with open(task.partial, "wb") as file:
         for image in task.images:
             where = f"image {image['id']}, {image['file_name']}"
             size = {"height": image["height"], "width": image["width"]}
             try:
-                path = pictures.find(task.folder, image["file_name"], options.allow_outside)
+                path = pictures.find(Path(image["folder"]), image["file_name"], options.allow_outside)
                 encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
             except Unusable as reason:
-                report.skip(str(reason), f"{where}: {reason.detail}" if reason.detail else where)
+                report.skip(reason, where)
                 if image["annotations"]:
                     report.skip("annotation of a skipped image", where, len(image["annotations"]))
             except MemoryError:
@@ -257,9 +233,11 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
                 crowd = sum(i.is_crowd for i in found)
                 counts.update(num_images=1, num_instances=len(found), num_crowd=crowd)
                 per_image[len(found) - crowd] += 1
+                labels.update(i.label for i in found if not i.is_crowd)
+                areas.update(report_file.side_of(i.area) for i in found if not i.is_crowd)
                 max_edges = max([max_edges, *(sum(map(len, i.rings)) for i in found)])
             after_image()
-    return _Written(report, counts, per_image, max_edges)
+    return _Written(report, counts, per_image, max_edges, labels, areas)
 
 
 def _instances(image, task, report, where):
@@ -271,7 +249,10 @@ def _instances(image, task, report, where):
         try:
             rle, rings, iou, reduced = segmentation.region(annotation["segmentation"], height, width, max_edges, coarse=crowd)
         except Unusable as reason:
-            report.skip(str(reason), here)
+            report.skip(reason, here)
+            continue
+        if not crowd and coco_mask.area(rle) < task.options.min_area:
+            report.note(f"object smaller than --min-area {task.options.min_area:g}, left out as asked", here)
             continue
         if iou < 0.99:
             report.note(f"polygon simplified to {max_edges} edges with an IoU below 0.99", f"{here}: {iou:.3f}")
@@ -285,7 +266,7 @@ def _instances(image, task, report, where):
                 label=annotation["label"],
                 name=task.names[annotation["label"]],
                 is_crowd=crowd,
-                area=_area(annotation["area"], rle, rings, report, here),
+                area=_area(annotation.get("area", _OF_MASK), rle, rings, report, here),
                 box=(max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))),
                 rings=rings,
                 rle=rle["counts"],
@@ -296,8 +277,10 @@ def _instances(image, task, report, where):
 
 
 def _area(area, rle, rings, report, where) -> float:
-    """What the annotation says, else the mask's; a note where it is neither the mask's nor the polygon's."""
+    """What a COCO annotation says, else the mask's; a note where it is neither the mask's nor the polygon's."""
     actual = float(coco_mask.area(rle))
+    if area == _OF_MASK:
+        return actual
     if area is None:
         report.note("annotation without 'area', which was taken from its mask", where)
         return actual

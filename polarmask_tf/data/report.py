@@ -24,8 +24,9 @@ class Report:
         self.skipped: dict[str, list] = {}
         self.notes: dict[str, list] = {}
 
-    def skip(self, reason: str, where: str, count: int = 1) -> None:
-        where = one_line(where, 200)
+    def skip(self, reason: str | Unusable, where: str, count: int = 1) -> None:
+        detail = getattr(reason, "detail", "")
+        reason, where = str(reason), one_line(f"{where}: {detail}" if detail else where, 200)
         if self.strict:
             raise InputError(f"{where}: {reason}; mend it, or leave out --strict to skip such things")
         self.skipped.setdefault(reason, [0, where])[0] += count

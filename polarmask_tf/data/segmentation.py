@@ -51,6 +51,38 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     raise Unusable("annotation without segmentation" if segmentation is None else "malformed segmentation")
 
 
+def from_mask(mask: np.ndarray) -> dict:
+    """A uint8 mask [H, W] of 0 and 1 as a segmentation: an RLE whose counts are text."""
+    return _as_text(coco_mask.encode(np.asfortranarray(mask)))
+
+
+def from_crop(mask: np.ndarray, left: int, top: int, height: int, width: int) -> dict:
+    """As from_mask, of a mask [h, w] whose first pixel is (left, top) in a picture of height x width, in which it lies."""
+    columns = np.zeros((mask.shape[1], height), np.int8)
+    columns[:, top : top + mask.shape[0]] = mask.T > 0
+    edges = np.flatnonzero(np.diff(columns.ravel(), prepend=0, append=0)) + left * height
+    return from_runs(edges[0::2], edges[1::2], height, width)
+
+
+def from_runs(starts: np.ndarray, ends: np.ndarray, height: int, width: int) -> dict:
+    """As from_mask, of the pixels from starts[i] to ends[i] - 1, ascending, counted down the columns."""
+    counts = np.empty(2 * len(starts) + 1, np.int64)
+    counts[0:-1:2] = starts - np.concatenate([[0], ends[:-1]])[: len(starts)]
+    counts[1::2] = ends - starts
+    counts[-1] = height * width - (ends[-1] if len(ends) else 0)
+    counts = counts[:-1] if counts[-1] == 0 else counts  # as pycocotools itself ends them
+    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
+
+
+def united(parts: list, height: int, width: int) -> dict:
+    """Polygons [x, y, ...] and RLEs of one object as one RLE. Raises Unusable."""
+    return _as_text(coco_mask.merge([to_rle(p if isinstance(p, dict) else [p], height, width) for p in parts]))
+
+
+def _as_text(rle):
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
+
 def outline(mask: np.ndarray, max_edges: int, *, coarse: bool = False) -> tuple[list[np.ndarray], float]:
     """The rings of a mask [H, W], its staircases smoothed, with at most `max_edges` vertices in all; their IoU with it.
 

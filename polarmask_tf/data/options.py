@@ -1,0 +1,64 @@
+"""The options of a conversion, checked before anything is read."""
+
+from __future__ import annotations
+
+import time
+import typing
+import uuid
+
+from polarmask_tf.errors import InputError
+
+
+class Options(typing.NamedTuple):
+    """What decides about every record; see `convert`."""
+
+    masks: bool = False
+    verify: bool = False
+    strict: bool = False
+    max_edges: int = 96
+    decoded: bool = False
+    allow_outside: bool = False
+    exif: str = "auto"
+    bit_depth: int | None = None
+    min_area: float = 0
+    id: str = ""
+
+
+class Work(typing.NamedTuple):
+    """How it is done; see `convert`."""
+
+    shards: int | None
+    processes: int | None
+    crowd_as_instances: bool
+    progress: bool
+    started: float
+
+
+def checked(
+    *,
+    shards: int | None = None,
+    processes: int | None = None,
+    masks: bool = False,
+    verify: bool = False,
+    strict: bool = False,
+    max_edges: int = 96,
+    decoded: bool = False,
+    crowd_as_instances: bool = False,
+    allow_outside: bool = False,
+    exif: str | None = None,
+    bit_depth: int | None = None,
+    min_area: float = 0,
+    progress: bool = True,
+) -> tuple[Options, Work]:
+    """What `convert.convert` takes as keywords; InputError for what is out of bounds."""
+    limits = ((shards, 1, "shards"), (processes, 1, "processes"), (max_edges, 8, "max_edges"), (bit_depth, 8, "bit_depth"))
+    for value, least, name in (*limits, (min_area, 0, "min_area")):
+        if value is not None and not value >= least:
+            raise InputError(f"{name} is {value}; it must be at least {least}")
+    if exif not in (None, "apply", "ignore"):
+        raise InputError(f"exif is {exif!r}; it must be apply or ignore")
+    if bit_depth and bit_depth > 16:
+        raise InputError(f"bit_depth is {bit_depth}; it must be at most 16")
+    id = uuid.uuid4().hex
+    options = Options(masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, min_area, id)
+    return options, Work(shards, processes, crowd_as_instances, progress, time.monotonic())
