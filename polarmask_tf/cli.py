@@ -54,7 +54,7 @@ def convert(args):
     from polarmask_tf.data.convert import convert
 
     names = ("shards", "processes", "masks", "verify", "strict", "max_edges", "decoded", "crowd_as_instances")
-    options = _options(args, *names, "allow_outside", "exif", "bit_depth")
+    options = _options(args, *names, "allow_outside", "exif", "bit_depth", "tile", "overlap")
     convert(args.annotations, args.images, args.out, **options)
 
 
@@ -106,6 +106,7 @@ def evaluate(args):
         checkpoint = check_calibratable(Path(args.model))
     most = args.max_detections if args.max_detections != 100 else None
     predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
+    predictor = _tiled(predictor, args)
     metrics = evaluate(predictor, args.data, **_options(args, "max_detections", "per_class", "limit"))
     if args.json:
         atomic_write(args.json, json.dumps(metrics.to_dict(), indent=1))
@@ -120,12 +121,23 @@ def evaluate(args):
         )
 
 
+def _tiled(predictor, args):
+    """The predictor, for --tile as one of large pictures."""
+    if args.tile is None:
+        if args.overlap is not None:
+            raise InputError("--overlap is of tiles: give --tile as well")
+        return predictor
+    from polarmask_tf.inference.tiling import tiled
+
+    return tiled(predictor, args.tile, args.overlap, progress=True)
+
+
 def predict(args):
     from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
-    done = predict(load_predictor(args.model), args.images, args.out, **options)
+    done = predict(_tiled(load_predictor(args.model), args), args.images, args.out, **options)
     pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
     print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
 

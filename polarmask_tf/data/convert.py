@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from polarmask_tf.data import contours, dataset, pictures, records, segmentation
+from polarmask_tf.data import contours, dataset, pictures, records, segmentation, tiles
 from polarmask_tf.data.processes import run_tasks
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco
@@ -79,6 +79,8 @@ def convert(
     allow_outside: bool = False,
     exif: str | None = None,
     bit_depth: int | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
     progress: bool = True,
 ) -> dataset.DatasetInfo:
     """Writes the COCO data set `annotations` (a JSON file) with its `images` (a directory) as shards into `out`.
@@ -97,6 +99,8 @@ def convert(
       exif: "apply" or "ignore" the orientation that images have in their EXIF data; None: apply it only where the size in
         the JSON is that of the turned image and not that of the image as stored.
       bit_depth: bits that 16-bit images use, like 12; None: all 16.
+      tile: cut images into tiles of so many pixels a side, see tiles.cut; TIFFs may then be of any size.
+      overlap: of neighbouring tiles; None: a quarter of the tile.
       progress: bar, and the closing report on stdout.
 
     Images without annotations are kept. What is skipped is counted in the report and in the returned info. Raises
@@ -112,11 +116,14 @@ def convert(
         raise InputError(f"exif is {exif!r}; it must be apply or ignore")
     if bit_depth and bit_depth > 16:
         raise InputError(f"bit_depth is {bit_depth}; it must be at most 16")
+    if tile is None and overlap is not None:
+        raise InputError("overlap is of tiles: give tile as well")
+    overlap = tiles.check(tile, overlap) if tile else None
     if not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
     started = time.monotonic()
     report = Report(strict)
-    entries, classes = coco.read(annotations, report)
+    entries, classes = coco.read(annotations, report, *([tiles.MOST_PIXELS] if tile else []))
     given = sum(len(entry["annotations"]) for entry in entries)
     if not entries:
         raise InputError("; ".join([f"{annotations}: empty data set: it names no usable image", *report.lines()]))
@@ -124,6 +131,8 @@ def convert(
         for annotation in (a for entry in entries for a in entry["annotations"] if a["iscrowd"]):
             annotation["iscrowd"] = 0
             report.note("crowd region taken for a single object, as asked", f"annotation {annotation['id']}")
+    if tile:
+        entries = tiles.cut(entries, tile, overlap, report)
     options = Options(masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, uuid.uuid4().hex)
     count = min(shards or max(1, round(len(entries) / _IMAGES_PER_SHARD)), len(entries))
     if processes is None:
@@ -154,6 +163,8 @@ def convert(
             instances_per_image=dict(sorted(per_image.items())),
             exif=options.exif,
             bit_depth=bit_depth,
+            tile=tile,
+            overlap=overlap,
         )
         if not info.num_images:
             raise InputError("; ".join([f"{annotations}: empty data set: none of its images is usable", *report.lines()]))
@@ -236,13 +247,17 @@ def _publish(info):
 def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
     options, report = task.options, Report(task.options.strict)
     counts, per_image, max_edges = Counter(), Counter(), 0
+    last: dict = {}  # picture of the last tile
     with open(task.partial, "wb") as file:
         for image in task.images:
             where = f"image {image['id']}, {image['file_name']}"
             size = {"height": image["height"], "width": image["width"]}
             try:
-                path = pictures.find(task.folder, image["file_name"], options.allow_outside)
-                encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
+                path = pictures.find(task.folder, image.get("source", image["file_name"]), options.allow_outside)
+                if "source" in image:
+                    encoded, format = tiles.stored(path, image, options, report, where, last)
+                else:
+                    encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
             except Unusable as reason:
                 report.skip(str(reason), f"{where}: {reason.detail}" if reason.detail else where)
                 if image["annotations"]:

@@ -21,17 +21,18 @@ _OTHERS = {
 _BACKGROUND = ("_background_", "__background__", "background", "bg")
 
 
-def read(path: Path, report: Report) -> tuple[list[dict], list[dict]]:
+def read(path: Path, report: Report, most_pixels: int = MAX_PIXELS) -> tuple[list[dict], list[dict]]:
     """Images with their annotations, and classes, of a COCO file.
 
     Returns images as {"id", "file_name", "height", "width", "annotations": [{"id", "label" (0-based), "iscrowd", "area"
-    (None where the file gives none), "segmentation" (as it was read)}, ...]} in the order of the file, and classes as
-    {"name", "category_id"} ordered by category id. Raises InputError if the file as a whole is not usable.
+    (None where the file gives none), "segmentation" (as it was read)}, ...]} in the order of the file, none larger than
+    `most_pixels`, and classes as {"name", "category_id"} ordered by category id. Raises InputError if the file as a whole is
+    not usable.
     """
     document = _load(path)
     classes = _classes(path, document["categories"], report)
     label_of = {c["category_id"]: label for label, c in enumerate(classes)}
-    images, unusable = _images(path, document["images"], report)
+    images, unusable = _images(path, document["images"], report, most_pixels)
     seen: set[int] = set()
     for index, entry in enumerate(document["annotations"]):
         where = f"{path.name}, annotations[{index}]"
@@ -137,7 +138,7 @@ def _twice(values):
     return [value for value, count in collections.Counter(values).items() if count > 1]
 
 
-def _images(path, entries, report):
+def _images(path, entries, report, most_pixels):
     """Usable images by id, and the ids of the others."""
     named = collections.defaultdict(list)  # every file name that an id is given to
     usable, unusable = [], set()
@@ -146,7 +147,7 @@ def _images(path, entries, report):
         if isinstance(entry, dict) and _is_integer(entry.get("id")):
             unusable.add(entry["id"])  # until it is found usable
         try:
-            image = _image(entry)
+            image = _image(entry, most_pixels)
         except Unusable as reason:
             report.skip(str(reason), where)
             continue
@@ -164,7 +165,7 @@ def _images(path, entries, report):
     return images, unusable
 
 
-def _image(entry):
+def _image(entry, most_pixels):
     if not isinstance(entry, dict):
         raise Unusable("malformed image entry (not an object)")
     if not _is_integer(entry.get("id")):
@@ -174,8 +175,8 @@ def _image(entry):
     for key in ("height", "width"):
         if not _is_integer(entry.get(key)) or entry[key] < 1:
             raise Unusable(f"malformed image entry (no positive integer '{key}')")
-    if entry["height"] * entry["width"] > MAX_PIXELS:
-        raise Unusable(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+    if entry["height"] * entry["width"] > most_pixels:
+        raise Unusable(f"image of more than {most_pixels // 10**6} megapixels (TIFFs may have more with --tile)")
     return {key: entry[key] for key in ("id", "file_name", "height", "width")} | {"annotations": []}
 
 
