@@ -19,9 +19,11 @@ from PIL import Image
 from polarmask_tf import lite
 from polarmask_tf.errors import InputError
 
+OVERVIEW = 4096  # pixels, longer side of a large picture where it is shown
 MAX_PIXELS = 2**36  # of a picture read by windows
 _MAX_SIDE = 2**24
 _MAX_SEGMENT = 2**28  # bytes of one decoded tile or strip: nothing smaller can be read
+_MAX_UNPACKED = 2**29  # bytes that Deflate may make of a segment without being asked first how many
 _CACHE = 2**27  # bytes of decoded segments that are kept for the next window
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _INSTALL = "pip install 'polarmask_tf[large]'"
@@ -161,7 +163,7 @@ class TiffWindows:
         if len(data) < count:
             raise ValueError("the file is cut short")
         # Deflate makes at most 1,032 bytes of one: where that could be much, it is tried first how much it is.
-        if page.compression in _DEFLATE and 1032 * count > max(2**29, 2 * self._size):
+        if page.compression in _DEFLATE and 1032 * count > max(_MAX_UNPACKED, 2 * self._size):
             beyond = len(zlib.decompressobj().decompress(data, self._size + 1)) > self._size
             if beyond:
                 raise ValueError("a tile or strip that holds more than its pixels")
@@ -223,11 +225,11 @@ def whole(source) -> np.ndarray:
     """The pixels of what open_windows takes, uint8 [h, w, 3]: of a large TIFF its overview. Raises InputError."""
     opened = open_windows(source)
     if isinstance(opened, TiffWindows):
-        return overview(opened)
+        return overview(opened, OVERVIEW)
     return opened.read(0, 0, *opened.shape[:2])
 
 
-def overview(windows, longest: int = 4096) -> np.ndarray:
+def overview(windows, longest: int) -> np.ndarray:
     """A picture averaged down by a whole number so that no side is longer than `longest`: uint8 [h, w, 3]; read in bands."""
     height, width = windows.shape[:2]
     factor = max(1, -(-max(height, width) // longest))

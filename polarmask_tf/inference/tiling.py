@@ -1,11 +1,13 @@
 """Pictures of any size by tiles that overlap, and one polygon for what several tiles saw. Memory is that of a batch of tiles.
 
 Two detections of neighbouring tiles are one object where their polygons agree within the overlap. Of such a group the version
-that ends farthest from its tile's border counts; where every tile cut the object, the pieces are united. All is done with
-polygons on small rasters, which cost the same for any size, between neighbouring tiles alone: linear in the objects near
-seams.
+that ends farthest from its tile's border counts; where every tile cut the object, the pieces are united. A piece that the
+border of its tile cuts, and of which another tile that has it well inside found nothing, is left out: such pieces are what
+networks get wrong. All is done with polygons on small rasters, which cost the same for any size, between neighbouring tiles
+alone: linear in the objects near seams.
 """
 
+import bisect
 import dataclasses
 import itertools
 from collections import defaultdict
@@ -100,9 +102,8 @@ def merge(parts, rows, columns, tile, size, touch=_TOUCH):
     found = _Found(polygons.astype(np.float32), scores, classes, of_tile, np.concatenate([corners, limits], 1), size, touch)
     kept = []
     for group in _groups(found, len(rows), len(columns)):
-        polygon = _one_polygon(found, group, tile)
-        if polygon is not None:
-            kept.append((float(scores[group].max()), int(classes[group[0]]), polygon))
+        if len(group) > 1 or not found.cut[group[0]] or not _seen_better(found, group[0], rows, columns, tile):
+            kept.append((float(scores[group].max()), int(classes[group[0]]), _one_polygon(found, group, tile)))
     kept.sort(key=lambda row: -row[0])
     polygons = np.array([polygon for *_, polygon in kept], np.float32).reshape(-1, *polygons.shape[1:])
     boxes = np.concatenate([polygons.min(axis=1), polygons.max(axis=1)], axis=1)
@@ -212,8 +213,20 @@ def _drawn(polygons, low, scale, shape):
     return coco_mask.frPyObjects(points, *shape)
 
 
+def _seen_better(found, i, rows, columns, tile):
+    """Whether a piece that its tile's border cuts lies well within another tile, which did not find anything like it there."""
+    left, top, right, bottom = found.boxes[i].tolist()
+    for row in range(bisect.bisect_left(rows, bottom - tile), bisect.bisect_right(rows, top)):
+        for column in range(bisect.bisect_left(columns, right - tile), bisect.bisect_right(columns, left)):
+            other = row * len(columns) + column
+            gaps = (found.boxes[i] - found.frames[other]) * (1, 1, -1, -1)
+            if other != found.tile[i] and np.where(found.inner[other], gaps, np.inf).min() > found.touch[i]:
+                return True
+    return False
+
+
 def _one_polygon(found, group, tile):
-    """[rays, 2] of the object that a group is; None for a piece that another tile saw in full and found to be nothing."""
+    """[rays, 2] of the object that a group is."""
     whole = [i for i in group if not found.cut[i]]
     if whole:
         # Farther than an eighth of the tile from the border nothing is gained: then the score decides.
