@@ -176,7 +176,7 @@ def _image(entry, most_pixels):
         if not _is_integer(entry.get(key)) or entry[key] < 1:
             raise Unusable(f"malformed image entry (no positive integer '{key}')")
     if entry["height"] * entry["width"] > most_pixels:
-        raise Unusable(f"image of more than {most_pixels // 10**6} megapixels (TIFFs may have more with --tile)")
+        raise Unusable(f"image of more than {most_pixels // 10**6} megapixels")
     return {key: entry[key] for key in ("id", "file_name", "height", "width")} | {"annotations": []}
 
 
