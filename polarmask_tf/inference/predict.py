@@ -16,6 +16,7 @@ from polarmask_tf.errors import InputError
 from polarmask_tf.inference import visualize
 from polarmask_tf.inference.coco_metrics import annotation_rle
 from polarmask_tf.inference.evaluate import read_coco
+from polarmask_tf.inference.results import read_image
 
 SHEET_IMAGES = 12
 MAX_JSON_BYTES = 2**32
@@ -59,7 +60,7 @@ def predict(
     beside_truth = bool(dataset and dataset["annotations"])
     shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
     cells, images, detections = [], 0, 0
-    read = _Reader(predictor.read, exif=exif, bit_depth=bit_depth or predictor.bit_depth)
+    read = _Reader(getattr(predictor, "read", read_image), exif=exif, bit_depth=bit_depth or predictor.bit_depth)
     with files.lock(out, "predict"):
         with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
             for path in tqdm(paths, desc="predict", unit="image", disable=not progress):

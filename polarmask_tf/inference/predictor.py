@@ -46,10 +46,6 @@ class Predictor:
                 results.append(found.above(self.score_threshold))
         return results
 
-    def read(self, source, **options):
-        """What the predictor takes best of a picture file, here its pixels; see lite.read_image. Raises InputError."""
-        return read_image(source, **options)
-
 
 def load_predictor(source, *, score_threshold=None, max_detections=None):
     """A run directory, .keras file, PolarMask, SavedModel directory, .tflite file, URL of a served model or name of a shipped
