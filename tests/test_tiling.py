@@ -161,14 +161,30 @@ def test_views_that_differ_a_little_are_one_object():
     assert_each_once(shapes, [0] * len(shapes), merge(parts, rows, columns, tile, size), size, least=0.6)
 
 
-def test_a_whole_view_wins_over_pieces_and_the_best_score_stays():
+def test_a_whole_view_wins_over_pieces_with_its_score():
     size, tile, overlap = (100, 160), 100, 40
     parts, rows, columns = in_tiles([disc(85, 50, 14)], [0], size, tile, overlap)
     assert [len(part["scores"]) for part in parts] == [1, 1]
     parts[0]["scores"][0], parts[1]["scores"][0] = 0.95, 0.4  # the left tile has it whole, one pixel from its border
     found = merge(parts, rows, columns, tile, size)
-    assert found["scores"] == pytest.approx([0.95])
+    assert found["scores"] == pytest.approx([0.4])
     np.testing.assert_allclose(found["polygons"][0], parts[1]["polygons"][0] + (60, 0), atol=1e-4)
+
+
+def test_a_bad_guess_that_looks_like_a_piece_does_not_take_its_place():
+    """The right tile has the object whole, and a guess of little score at what the left one sees of it."""
+    size, tile, overlap = (100, 160), 100, 40
+    parts, rows, columns = in_tiles([disc(96, 50, 14)], [0], size, tile, overlap)
+    piece, whole = parts[0], parts[1]
+    guess = np.clip(piece["polygons"] - (61, 0), 0, None).astype(np.float32)
+    parts[1] = {
+        "scores": np.array([0.8, 0.1], np.float32),
+        "classes": np.zeros(2, np.int32),
+        "polygons": np.concatenate([whole["polygons"], guess + np.array([0.5, 0])]).astype(np.float32),
+    }
+    found = merge(parts, rows, columns, tile, size)
+    assert found["scores"] == pytest.approx([0.8, 0.1])
+    np.testing.assert_allclose(found["polygons"][0], whole["polygons"][0] + (60, 0), atol=1e-4)
 
 
 def test_work_grows_with_the_objects_and_not_with_their_square(monkeypatch):

@@ -24,9 +24,10 @@ from polarmask_tf.inference.results import Detections
 
 SAME = 0.5  # least IoU, within the overlap of two tiles, of two views of one object
 WITHIN = 0.7  # or, where one was cut, least part of the smaller that lies in the other
+_BOXES = 0.25  # least part of the smaller box that lies in the other, for polygons to be compared
 _TOUCH = 2.0  # pixels of the network's input: what ends so near to a tile's border counts as cut by it
 _TOUCH_PART = 0.05  # or this part of the object, for its outline is as uncertain
-_CELLS, _UNION_CELLS = 64, 256  # sides of the rasters for comparing and for uniting
+_CELLS, _UNION_CELLS = 64, 192  # sides of the rasters for comparing and for uniting
 _SHOWN_TILES = 50  # with more a picture has a bar of its own
 
 
@@ -103,7 +104,9 @@ def merge(parts, rows, columns, tile, size, touch=_TOUCH):
     kept = []
     for group in _groups(found, len(rows), len(columns)):
         if len(group) > 1 or not found.cut[group[0]] or not _seen_better(found, group[0], rows, columns, tile):
-            kept.append((float(scores[group].max()), int(classes[group[0]]), _one_polygon(found, group, tile)))
+            # A piece may be a sure thing where another tile has a bad guess: of whole views their own scores count.
+            views = [i for i in group if not found.cut[i]] or group
+            kept.append((float(scores[views].max()), int(classes[group[0]]), _one_polygon(found, views, tile)))
     kept.sort(key=lambda row: -row[0])
     polygons = np.array([polygon for *_, polygon in kept], np.float32).reshape(-1, *polygons.shape[1:])
     boxes = np.concatenate([polygons.min(axis=1), polygons.max(axis=1)], axis=1)
@@ -181,10 +184,14 @@ def _neighbours(frames, first, rows, columns):
 def _matches_of(found, ours, theirs, first, second):
     low = np.maximum(found.frames[first, :2], found.frames[second, :2])
     high = np.minimum(found.frames[first, 2:], found.frames[second, 2:])
-    one, two = found.boxes[ours, None], found.boxes[None, theirs]
-    meet = (
-        np.minimum(np.minimum(one[..., 2:], two[..., 2:]), high) > np.maximum(np.maximum(one[..., :2], two[..., :2]), low)
-    ).all(-1)
+    # Boxes within the overlap; where these have little in common, polygons have less.
+    one, two = (
+        np.concatenate([np.maximum(boxes[:, :2], low), np.minimum(boxes[:, 2:], high)], axis=1)
+        for boxes in (found.boxes[ours], found.boxes[theirs])
+    )
+    sides = np.minimum(one[:, None, 2:], two[None, :, 2:]) - np.maximum(one[:, None, :2], two[None, :, :2])
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1) for boxes in (one, two)]
+    meet = (sides > 0).all(axis=-1) & (sides.prod(axis=-1) >= _BOXES * np.minimum(areas[0][:, None], areas[1][None]))
     meet &= found.classes[ours, None] == found.classes[None, theirs]
     for i, j in np.argwhere(meet) + np.array([ours.start, theirs.start]):
         lowest = np.maximum(np.minimum(found.boxes[i, :2], found.boxes[j, :2]), low)
@@ -192,11 +199,13 @@ def _matches_of(found, ours, theirs, first, second):
         common, one_area, two_area = _areas(found.polygons[i], found.polygons[j], lowest, highest)
         if not common:
             continue
+        # The surest of those that agree come first: a bad guess may look like a piece, too.
+        sure = min(found.scores[i], found.scores[j])
         iou, within = common / (one_area + two_area - common), common / min(one_area, two_area)
         if iou >= SAME:
-            yield 1 + iou, int(i), int(j)
+            yield 1 + iou * sure, int(i), int(j)
         elif within >= WITHIN and (found.cut[i] or found.cut[j]):
-            yield within, int(i), int(j)
+            yield within * sure, int(i), int(j)
 
 
 def _areas(one, two, low, high):
@@ -225,15 +234,12 @@ def _seen_better(found, i, rows, columns, tile):
     return False
 
 
-def _one_polygon(found, group, tile):
-    """[rays, 2] of the object that a group is."""
-    whole = [i for i in group if not found.cut[i]]
-    if whole:
-        # Farther than an eighth of the tile from the border nothing is gained: then the score decides.
-        return found.polygons[max(whole, key=lambda i: (min(found.room[i], tile / 8), found.scores[i]))]
-    if len(group) == 1:
-        return found.polygons[group[0]]
-    return _union([found.polygons[i] for i in group])
+def _one_polygon(found, views, tile):
+    """[rays, 2] of an object of which there are whole views, or only pieces."""
+    if len(views) > 1 and found.cut[views[0]]:
+        return _union([found.polygons[i] for i in views])
+    # Farther than an eighth of the tile from the border nothing is gained: then the score decides.
+    return found.polygons[max(views, key=lambda i: (min(found.room[i], tile / 8), found.scores[i]))]
 
 
 def _union(polygons):
@@ -247,7 +253,7 @@ def _union(polygons):
     if not rings:
         return polygons[0]
     largest = max(rings, key=contours.shoelace)  # holes are negative
-    (ring,), _ = contours.simplify([largest], len(polygons[0]), tolerance=0.35)
+    (ring,), _ = contours.simplify([largest], len(polygons[0]), min_iou=0.0, tolerance=0.35)
     return (_with_vertices(ring, len(polygons[0])) / scale + low - 1 / scale).astype(np.float32)
 
 
