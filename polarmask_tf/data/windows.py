@@ -61,8 +61,10 @@ class TiffWindows:
         except Exception as error:  # broken files make tifffile raise nearly any type, here and below
             raise InputError(f"{path}: cannot read the image: {lite.one_line(error)}") from None
         try:
-            self._page = self._file.pages.first
-            self._check()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # NumPy's opinion of absurd tags
+                self._page = self._file.pages.first
+                self._check()
         except Exception as error:
             self.close()
             raise error if isinstance(error, InputError) else self._broken(error) from None
