@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     text = "orientation of photos (default: applied only where the JSON has the size of the turned photo)"
     add("--exif", choices=("apply", "ignore"), help=text)
     add("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
+    add("--tile", type=_positive, metavar="N", help="cut large images into tiles of N x N pixels (docs/large.md)")
+    add("--overlap", type=_count, metavar="N", help="pixels that neighbouring tiles share (default: a quarter of the tile)")
 
     add = command("init", "write a config that fits your data, with the reason behind each number")
     add("data", type=_path, help="converted data, or a directory that holds it as train/ and val/")
@@ -95,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=_path, required=True, help="converted data")
     add("--max-detections", type=int, default=100, help="an image (default %(default)s)")
     add("--score-threshold", type=_fraction, metavar="X", help="drop detections below (default: the model's own)")
+    _add_tiles(add)
     add("--limit", **limit)
     add("--per-class", action="store_true", help="AP of every class as well")
     text = "fit one temperature to the scores on half of the images, and store it in the run directory"
@@ -107,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=_path, required=True, help="directory for overlays/ and results.json")
     add("--score-threshold", type=_fraction, metavar="X", help="least score (default 0.3; with --results-only the model's own)")
     add("--limit", **limit)
+    _add_tiles(add)
     add("--truth", type=_path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
     add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
     add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
@@ -191,6 +195,14 @@ def _take_apart_positionals(sub: argparse.ArgumentParser) -> None:
     sub.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
+def _add_tiles(add) -> None:
+    text = """for large images: run on tiles of N x N pixels, and join what they find (docs/large.md); best the size that the
+        model was trained on"""
+    add("--tile", type=_positive, metavar="N", help=text)
+    text = "with --tile: pixels that neighbouring tiles share, best more than the largest object (default: a quarter)"
+    add("--overlap", type=_count, metavar="N", help=text)
+
+
 def _path(text: str) -> Path:
     if not text:  # which pathlib takes for the working directory: a shell's variable that is not set
         raise argparse.ArgumentTypeError("the path is empty")
@@ -201,6 +213,10 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _fraction(text: str) -> float:

@@ -54,7 +54,7 @@ def convert(args):
     from polarmask_tf.data.convert import convert_dataset
 
     names = ("shards", "processes", "masks", "verify", "strict", "max_edges", "decoded", "crowd_as_instances")
-    options = _options(args, *names, "allow_outside", "exif", "bit_depth", "min_area")
+    options = _options(args, *names, "allow_outside", "exif", "bit_depth", "min_area", "tile", "overlap")
     options |= _options(args, "images", "add", "format", "split", "seed", "group")
     edits = [edit for text in args.classes for edit in text.split(",") if edit]
     convert_dataset(args.source, args.out, classes=edits, **options)

@@ -364,8 +364,8 @@ def test_every_list_of_whole_numbers_has_bounds(key):
 
 def test_widths_and_depths_together_have_a_bound():
     assert refusal("shapes", ["model.backbone.blocks=[200,200,1,1]"]).endswith("at most 300 blocks together")
-    for settings in (["model.backbone.width=1024"], ["model.head.channels=4096", "model.head.convs=100"]):
-        many = [*settings, "model.backbone.blocks=[9,9,9,9]"]
+    for few in (["model.backbone.width=1024"], ["model.head.channels=4096", "model.head.convs=100"]):
+        many = [*few, "model.backbone.blocks=[9,9,9,9]"]
         assert "2 billion" in refusal("shapes", many)
     # 8 times as many channels as ResNet-152 has
     load("shapes", ["model.backbone.block=bottleneck", "model.backbone.blocks=[3,8,36,3]", "model.backbone.width=200"])

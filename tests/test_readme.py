@@ -29,7 +29,7 @@ def commands():
 def test_every_command_shown_is_one_that_the_command_line_takes(line):
     words = [w.replace("$((seed + 1))", "1") for w in shlex.split(line, comments=True)]
     args = cli.parser().parse_args(words)
-    if args.command == "train":
+    if args.command == "train" and args.config:
         config.load(args.config, [o.replace("$seed", "0") for o in args.set])
 
 

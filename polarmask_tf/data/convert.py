@@ -17,7 +17,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from polarmask_tf.data import contours, dataset, pictures, publish, records, report_file, segmentation
+from polarmask_tf import lite
+from polarmask_tf.data import contours, dataset, pictures, publish, records, report_file, segmentation, tiles
 from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates
 from polarmask_tf.data.options import Options, checked
 from polarmask_tf.data.processes import run_tasks
@@ -68,6 +69,8 @@ def convert(annotations: Path, images: Path, out: Path, **options) -> dataset.Da
       exif: "apply" or "ignore" the orientation that images have in their EXIF data; None: apply it only where the size in
         the JSON is that of the turned image and not that of the image as stored.
       bit_depth: bits that 16-bit images use, like 12; None: all 16.
+      tile: cut images into tiles of so many pixels a side, see tiles.cut; TIFFs may then be of any size.
+      overlap: of neighbouring tiles; None: a quarter of the tile.
       min_area: leave out objects whose mask has fewer pixels (they become background).
       progress: bar, and the closing report on stdout (default True).
 
@@ -80,7 +83,7 @@ def convert(annotations: Path, images: Path, out: Path, **options) -> dataset.Da
     if not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
     report = Report(record_options.strict)
-    folder = Folder(images, record_options.exif, record_options.allow_outside)
+    folder = Folder(images, record_options.exif, record_options.allow_outside, _most_pixels(record_options))
     source = Source(annotations, "coco", *coco.read(annotations, report, folder), folder.root)
     return _convert([source], Path(out).resolve(), record_options, work, report)[""]
 
@@ -121,10 +124,15 @@ def convert_dataset(
         "progress": work.progress,
         "exif": record_options.exif,
         "allow_outside": record_options.allow_outside,
+        "most_pixels": _most_pixels(record_options),
     }
     for path in (source, *add):
         sources += recognise.read(path, report, images=images if path is source else None, **finding)
     return _convert(sources, out, record_options, work, report, split=split, seed=seed, group=group, edits=classes)
+
+
+def _most_pixels(options: Options) -> int:
+    return tiles.MOST_PIXELS if options.tile else lite.MAX_PIXELS
 
 
 def _convert(sources, out, options, work, report, *, split=(), seed=0, group=None, edits=()):
@@ -141,6 +149,8 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
             report.note("crowd region taken for a single object, as asked", f"annotation {annotation['id']}")
     mark_duplicates(entries, report, options.allow_outside)
     sets = sets_of(entries, split, seed, group, report)
+    if options.tile:
+        sets = {name: tiles.cut(members, options.tile, options.overlap, report) for name, members in sets.items()}
     publish.check_target(out, sets, ())
     with contextlib.ExitStack() as held:
         if not os.path.exists(out):
@@ -204,6 +214,8 @@ def _write_set(out, entries, classes, options, work, report) -> report_file.Writ
         instances_per_image=dict(sorted(per_image.items())),
         exif=options.exif,
         bit_depth=options.bit_depth,
+        tile=options.tile,
+        overlap=options.overlap,
     )
     labels, areas = (sum((getattr(part, name) for part in written), Counter()) for name in ("labels", "areas"))
     return report_file.WrittenSet(info, report, labels, areas)
@@ -212,13 +224,17 @@ def _write_set(out, entries, classes, options, work, report) -> report_file.Writ
 def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
     options, report = task.options, Report(task.options.strict)
     counts, per_image, labels, areas, max_edges = Counter(), Counter(), Counter(), Counter(), 0
+    last: dict = {}
     with open(task.partial, "wb") as file:
         for image in task.images:
             where = f"image {image['id']}, {image['file_name']}"
             size = {"height": image["height"], "width": image["width"]}
             try:
-                path = pictures.find(Path(image["folder"]), image["file_name"], options.allow_outside)
-                encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
+                path = pictures.find(Path(image["folder"]), image.get("picture", image["file_name"]), options.allow_outside)
+                if "picture" in image:
+                    encoded, format = tiles.stored(path, image, options, report, where, last)
+                else:
+                    encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
             except Unusable as reason:
                 report.skip(reason, where)
                 if image["annotations"]:

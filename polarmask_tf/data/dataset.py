@@ -40,6 +40,8 @@ class DatasetInfo:
     instances_per_image: dict[int, int] = field(default_factory=dict)  # non-crowd instances -> images that have so many
     exif: str = "auto"  # `convert --exif`
     bit_depth: int | None = None  # `convert --bit-depth`
+    tile: int | None = None  # `convert --tile`: the images are windows of larger ones, ...
+    overlap: int | None = None  # ... which overlap by so many pixels
 
 
 def load(path) -> DatasetInfo:
@@ -94,6 +96,7 @@ def _parse(directory, content) -> DatasetInfo:
         instances_per_image=per_image,
         exif=_text(content, "exif", "auto"),
         bit_depth=None if content.get("bit_depth") is None else _whole(content, "bit_depth", 32),
+        **{key: None if content.get(key) is None else _whole(content, key, 2**31) for key in ("tile", "overlap")},
         **counts,
     )
 

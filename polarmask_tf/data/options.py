@@ -6,6 +6,7 @@ import time
 import typing
 import uuid
 
+from polarmask_tf.data import tiles
 from polarmask_tf.errors import InputError
 
 
@@ -22,6 +23,8 @@ class Options(typing.NamedTuple):
     bit_depth: int | None = None
     min_area: float = 0
     id: str = ""
+    tile: int | None = None
+    overlap: int | None = None
 
 
 class Work(typing.NamedTuple):
@@ -48,6 +51,8 @@ def checked(
     exif: str | None = None,
     bit_depth: int | None = None,
     min_area: float = 0,
+    tile: int | None = None,
+    overlap: int | None = None,
     progress: bool = True,
 ) -> tuple[Options, Work]:
     """What `convert.convert` takes as keywords; InputError for what is out of bounds."""
@@ -59,6 +64,9 @@ def checked(
         raise InputError(f"exif is {exif!r}; it must be apply or ignore")
     if bit_depth and bit_depth > 16:
         raise InputError(f"bit_depth is {bit_depth}; it must be at most 16")
-    id = uuid.uuid4().hex
-    options = Options(masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, min_area, id)
+    if tile is None and overlap is not None:
+        raise InputError("overlap is of tiles: give tile as well")
+    overlap = tiles.check(tile, overlap) if tile else None
+    of_all = (masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, min_area)
+    options = Options(*of_all, uuid.uuid4().hex, tile, overlap)
     return options, Work(shards, processes, crowd_as_instances, progress, time.monotonic())

@@ -31,21 +31,21 @@ def region(
     Raises Unusable.
     """
     if isinstance(segmentation, list):
-        parts, rings = _polygons(segmentation, height, width)
+        parts, rings = polygons(segmentation, height, width)
         simple, iou = simplified(rings, max_edges)
         return _rasterized(parts, height, width), simple, iou, len(rings) < len(segmentation)
     rle = to_rle(segmentation, height, width)
     if not coco_mask.area(rle):
         raise Unusable("empty mask")
     x, y, w, h = (int(v) for v in coco_mask.toBbox(rle))
-    rings, iou = outline(_columns(rle, x, x + w)[:, y : y + h].T, max_edges, coarse=coarse)
+    rings, iou = outline(columns(rle, x, x + w)[:, y : y + h].T, max_edges, coarse=coarse)
     return rle, [ring + np.array([x, y]) for ring in rings], iou, False
 
 
 def to_rle(segmentation, height: int, width: int) -> dict:
     """The compressed RLE of a segmentation in any of its forms, as pycocotools' annToRLE makes it. Raises Unusable."""
     if isinstance(segmentation, list):
-        return _rasterized(_polygons(segmentation, height, width)[0], height, width)
+        return _rasterized(polygons(segmentation, height, width)[0], height, width)
     if isinstance(segmentation, dict):
         return _checked_rle(segmentation, height, width)
     raise Unusable("annotation without segmentation" if segmentation is None else "malformed segmentation")
@@ -113,7 +113,7 @@ def oriented(ring: np.ndarray) -> np.ndarray | None:
     return ring if area > 0 else ring[::-1]
 
 
-def _columns(rle, first, last):
+def columns(rle, first, last):
     """The columns from `first` to `last` - 1 of a mask, as uint8 [last - first, height]: no need to unpack all of it."""
     height = rle["size"][0]
     ends = np.cumsum(_decompress(rle["counts"].decode()))
@@ -146,9 +146,9 @@ def mask_png(rle: dict) -> bytes:
     first, last = x // 8, -(-(x + w) // 8)
     rows = np.zeros((height, 1 + -(-width // 8)), np.uint8)  # a filter byte (0: none) and the pixels
     if w and h:
-        columns = np.zeros((8 * (last - first), h), np.uint8)
-        columns[x - 8 * first : x - 8 * first + w] = _columns(rle, x, x + w)[:, y : y + h]
-        rows[y : y + h, 1 + first : 1 + last] = np.packbits(np.ascontiguousarray(columns.T), axis=1)
+        bits = np.zeros((8 * (last - first), h), np.uint8)
+        bits[x - 8 * first : x - 8 * first + w] = columns(rle, x, x + w)[:, y : y + h]
+        rows[y : y + h, 1 + first : 1 + last] = np.packbits(np.ascontiguousarray(bits.T), axis=1)
     header = struct.pack(">IIBBBBB", width, height, 1, 3, 0, 0, 0)  # bit depth 1, palette
     chunks = ((b"IHDR", header), (b"PLTE", b"\0\0\0\1\1\1"), (b"IDAT", zlib.compress(rows.tobytes(), 1)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -156,8 +156,8 @@ def mask_png(rle: dict) -> bytes:
     )
 
 
-def _polygons(parts, height, width):
-    """Checked polygons: what pycocotools may draw, and of these the rings that enclose something."""
+def polygons(parts: list, height: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Checked polygons, float64 [V, 2] each: those that pycocotools may draw, and the rings of these. Raises Unusable."""
     malformed = Unusable("malformed polygon (not lists of x, y, x, y, ...)")
     if not all(isinstance(part, list) and len(part) % 2 == 0 and set(map(type, part)) <= {int, float} for part in parts):
         raise malformed

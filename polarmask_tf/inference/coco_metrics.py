@@ -78,6 +78,8 @@ def polygons_to_rle(polygons, height, width):
     polygons = np.array(polygons, np.float64)
     if len(polygons) == 0:
         return []
+    if height * width >= 2**32:  # in which pycocotools counts
+        raise InputError(f"{width} x {height} pixels are too many for RLE masks; take the polygons (GeoJSON)")
     polygons[~np.isfinite(polygons).all(axis=(1, 2))] = 0
     # frPyObjects walks every edge pixel by pixel: a far vertex must not cost more than an image's width.
     polygons = np.clip(polygons, (-width, -height), (2 * width, 2 * height))

@@ -60,7 +60,7 @@ def predict(
     beside_truth = bool(dataset and dataset["annotations"])
     shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
     cells, images, detections = [], 0, 0
-    read = _Reader(exif=exif, bit_depth=bit_depth or predictor.bit_depth)
+    read = _Reader(getattr(predictor, "read", read_image), exif=exif, bit_depth=bit_depth or predictor.bit_depth)
     with files.lock(out, "predict"):
         with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
             for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
@@ -78,7 +78,7 @@ def predict(
                 files.make_directory(out / "overlays")
                 name = path.stem if stems[path.stem] == 1 else path.name  # where a.jpg and a.png would share one
                 found.save(out / "overlays" / f"{name}.png")
-                if path in shown:
+                if path in shown and isinstance(image, np.ndarray):  # not windows of a large picture, see tiling.py
                     entry = entries[path] if beside_truth else None
                     cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
             results.write("]" if detections else "[]")
@@ -101,12 +101,12 @@ def _spread(items, count):
 class _Reader:
     """read(path) -> its image, or None for a file that is none, which is said on stderr and noted in `skipped`."""
 
-    def __init__(self, **options):
-        self.options, self.skipped, self.notes = options, {}, []
+    def __init__(self, read, **options):
+        self.read, self.options, self.skipped, self.notes = read, options, {}, []
 
     def __call__(self, path):
         try:
-            return read_image(path, notes=self.notes, **self.options)
+            return self.read(path, notes=self.notes, **self.options)
         except InputError as error:
             self.skipped[path.name] = str(error)
             tqdm.write(f"skipped {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import lite
+from polarmask_tf.data import windows
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import coco_metrics, visualize
 
@@ -75,7 +76,10 @@ class Detections:
             raise InputError("plot: these detections do not know their image; give it")
         labels = [""] * len(self) if fit and len(self.categories) == 1 else self.names
         colors = visualize.colors_for(self.classes, len(self.categories))
-        return visualize.draw(read_image(image), list(self.polygons), labels, self.scores, colors, fit=fit)
+        pixels = windows.whole(image)
+        # A large picture is shown smaller, see windows.whole.
+        scale = np.divide(pixels.shape[1::-1], self.image_size[::-1], dtype=np.float32) if any(self.image_size) else 1
+        return visualize.draw(pixels, list(self.polygons * scale), labels, self.scores, colors, fit=fit)
 
     def save(self, path: str | os.PathLike, image=None) -> None:
         """Writes `plot` to a picture file of the kind that its name says, PNG if it says none; InputError if it cannot."""

@@ -221,7 +221,7 @@ def _images(path, entries, number, folder, report):
         try:
             if folder and isinstance(entry, dict):
                 entry = _as_there(entry, folder, report, where)
-            image = _image(entry)
+            image = _image(entry, folder.most_pixels if folder else MAX_PIXELS)
         except Unusable as reason:
             report.skip(reason, where)
             continue
@@ -261,7 +261,7 @@ def _as_there(entry, folder, report, where):
     return entry
 
 
-def _image(entry):
+def _image(entry, most_pixels):
     if not isinstance(entry, dict):
         raise Unusable("malformed image entry (not an object)")
     if not _is_integer(entry.get("id")):
@@ -271,8 +271,8 @@ def _image(entry):
     for key in ("height", "width"):
         if not _is_integer(entry.get(key)) or entry[key] < 1:
             raise Unusable(f"malformed image entry (no positive integer '{key}')")
-    if entry["height"] * entry["width"] > MAX_PIXELS:
-        raise Unusable(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+    if entry["height"] * entry["width"] > most_pixels:
+        raise Unusable(f"image of more than {most_pixels // 10**6} megapixels")
     return {key: entry[key] for key in ("id", "file_name", "height", "width")} | {"annotations": []}
 
 

@@ -78,7 +78,7 @@ def read(path: Path, report: Report, find: typing.Callable[[list[str]], Folder])
     content = _parse(path)
     names = [image.attributes.get("name", "") for image in content.images]
     folder = find([name for name in names if name])
-    builder = Builder()
+    builder = Builder(folder.most_pixels)
     for index, (attributes, shapes) in enumerate(content.images):
         where = f"{path.name}, image {attributes.get('name', f'number {index}')}"
         try:

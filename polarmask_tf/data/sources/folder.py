@@ -26,10 +26,11 @@ _MOST_FILES = 5_000_000  # in a folder with all below
 
 
 class Folder:
-    """A folder of pictures. `exif` and `allow_outside` are those of `polarmask convert`."""
+    """A folder of pictures of at most so many pixels. `exif` and `allow_outside` are those of `polarmask convert`."""
 
-    def __init__(self, root: Path, exif: str = "auto", allow_outside: bool = False):
+    def __init__(self, root: Path, exif: str = "auto", allow_outside: bool = False, most_pixels: int = lite.MAX_PIXELS):
         self.root, self._exif, self._allow_outside = Path(root).resolve(), exif, allow_outside
+        self.most_pixels = most_pixels
 
     @functools.cached_property
     def files(self) -> list[str]:
@@ -109,8 +110,8 @@ class Folder:
             raise
         except Exception:  # Pillow's parsers fail in every way there is
             raise Unusable("corrupt or truncated image, or not an image") from None
-        if size[0] * size[1] > lite.MAX_PIXELS:
-            raise Unusable(f"image of more than {lite.MAX_PIXELS // 10**6} megapixels")
+        if size[0] * size[1] > self.most_pixels:
+            raise Unusable(f"image of more than {self.most_pixels // 10**6} megapixels")
         return size, size[::-1] if turned else size
 
 

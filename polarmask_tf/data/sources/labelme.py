@@ -28,7 +28,7 @@ def read(path: Path, report: Report, folder: Folder) -> Source:
     """A folder of labelme files, or one such file, with their pictures in `folder`."""
     home = path if os.path.isdir(path) else path.parent
     files = Folder(home).names(".json") if home == path else [path.name]
-    builder, others = Builder(), 0
+    builder, others = Builder(folder.most_pixels), 0
     for name in files:
         try:
             document = load_json(home / name)

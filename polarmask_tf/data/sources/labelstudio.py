@@ -46,7 +46,7 @@ def read(path: Path, report: Report, document: list, find: typing.Callable[[list
     if not tasks:
         raise InputError(f"{path}: none of its {len(document)} tasks has a picture")
     folder = find([task.picture for _, task in tasks])
-    builder = Builder()
+    builder = Builder(folder.most_pixels)
     for where, (picture, results) in tasks:
         if results is None:
             report.skip("task without an annotation: not labelled yet?", f"{where}: {picture}")

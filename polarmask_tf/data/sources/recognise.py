@@ -15,6 +15,7 @@ from polarmask_tf.data.sources import FORMATS, coco, cvat, labelme, labelstudio,
 from polarmask_tf.data.sources.folder import Folder, beside, is_picture, walk
 from polarmask_tf.data.sources.source import SPLITS, Source, load_json
 from polarmask_tf.errors import InputError
+from polarmask_tf.lite import MAX_PIXELS
 
 _MOST_SNIFFED = 200  # JSON files of a folder that are looked into
 
@@ -26,9 +27,10 @@ class _Options(typing.NamedTuple):
     exif: str
     allow_outside: bool
     progress: bool
+    most_pixels: int
 
     def folder(self, default: Path) -> Folder:
-        return Folder(self.images or default, self.exif, self.allow_outside)
+        return Folder(self.images or default, self.exif, self.allow_outside, self.most_pixels)
 
     def both(self, path: Path) -> Folder:
         """The folder of annotations that are files beside or below the pictures, and so of both."""
@@ -51,6 +53,7 @@ def read(
     exif: str = "auto",
     allow_outside: bool = False,
     progress: bool = False,
+    most_pixels: int = MAX_PIXELS,
 ) -> list[Source]:
     """The sets that a file or a folder of annotations holds: one, or one for each split that it brings.
 
@@ -59,6 +62,7 @@ def read(
       images: the folder of the pictures; None: found near the annotations.
       exif, allow_outside: see convert.convert.
       progress: a bar where masks are decoded.
+      most_pixels: of a picture; larger ones are skipped.
 
     Nothing is decoded but masks; sizes are read from headers where the annotations lack them. What cannot be used is counted
     in `report`. Raises InputError where nothing is recognised, and where a file as a whole is not usable.
@@ -70,7 +74,7 @@ def read(
         raise InputError(f"{path}: no such file or folder; give the annotations, or the folder that holds them")
     if images is not None and not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
-    options = _Options(images and Path(images), exif, allow_outside, progress)
+    options = _Options(images and Path(images), exif, allow_outside, progress, most_pixels)
     if os.path.isdir(path):
         sources = _folder(path, report, format, options) or _split_folders(path, report, format, options)
     else:
@@ -135,7 +139,7 @@ def _folder(path, report, format, options) -> list[Source]:
             cvat.check(files[0])
             return _files(path, dict.fromkeys(files), functools.partial(_file, report=report, format="cvat", options=options))
     if format is None:
-        folder = Folder(path, options.exif, options.allow_outside)
+        folder = Folder(path, options.exif, options.allow_outside, options.most_pixels)
         if yolo.is_folder(folder):
             return yolo.read(path, report, options.both(path), options.allow_outside)
         if masks.layout(folder):

@@ -41,7 +41,8 @@ class Source(typing.NamedTuple):
 class Builder:
     """Collects the images and annotations of a format that has no ids: they get 1, 2, 3, ... in the order of adding."""
 
-    def __init__(self):
+    def __init__(self, most_pixels: int = MAX_PIXELS):
+        self.most_pixels = most_pixels  # of an image
         self.images: list[dict] = []
         self._seen: set[str] = set()
         self._annotations = 0
@@ -50,8 +51,8 @@ class Builder:
         """A new image; `size` is (width, height). Unusable if the file is there already."""
         if file_name in self._seen:
             raise Unusable("image that is listed twice")
-        if size[0] * size[1] > MAX_PIXELS:
-            raise Unusable(f"image of more than {MAX_PIXELS // 10**6} megapixels")
+        if size[0] * size[1] > self.most_pixels:
+            raise Unusable(f"image of more than {self.most_pixels // 10**6} megapixels")
         self._seen.add(file_name)
         entry = {"id": len(self.images) + 1, "file_name": file_name, "height": size[1], "width": size[0], "annotations": []}
         self.images.append(entry)

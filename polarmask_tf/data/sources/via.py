@@ -35,7 +35,7 @@ def read(path: Path, report: Report, document: dict, find: typing.Callable[[list
     folder = find(names)
     regions_of = [_regions(entry) for entry in entries]
     attribute = _class_attribute(path, [r for regions in regions_of for r in regions], report)
-    builder = Builder()
+    builder = Builder(folder.most_pixels)
     for index, (entry, regions) in enumerate(zip(entries, regions_of, strict=True)):
         where = f"{path.name}, {entry.get('filename', f'entry {index}')}"
         try:

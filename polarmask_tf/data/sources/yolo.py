@@ -62,7 +62,7 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     read_files: set[str] = set()
     builders = {}
     for split, pictures in parts.items():
-        builders[split] = builder = Builder()
+        builders[split] = builder = Builder(folder.most_pixels)
         _read(pictures, builder, report, folder, label_files, read_files, names, known)
     pictures = sum(map(len, parts.values()))
     if not read_files and pictures:
