@@ -79,11 +79,12 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("evaluate", "COCO mask AP of a run directory, a SavedModel or a .tflite file")
     add("model", help=MODEL)
-    add("--data", type=_path, required=True, help="converted data")
+    add("--data", type=_path, help="converted data (default: data.val of the run)")
     add("--max-detections", type=int, default=100, help="an image (default %(default)s)")
     add("--score-threshold", type=_fraction, metavar="X", help="drop detections below (default: the model's own)")
     add("--limit", **limit)
-    add("--per-class", action="store_true", help="AP of every class as well")
+    add("--per-class", action="store_true", help="a line for every class (default: up to 10)")
+    add("--report", type=_path, metavar="DIR", help="also write report.html: curves, worst images, what makes it lose")
     text = "fit one temperature to the scores on half of the images, and store it in the run directory"
     add("--calibrate", action="store_true", help=text)
     add("--json", type=_path, metavar="FILE", help="also write the numbers as JSON")
@@ -92,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", help=MODEL)
     add("images", type=_path, help="image file, or directory of images")
     add("--out", type=_path, required=True, help="directory for overlays/ and results.json")
-    add("--score-threshold", type=_fraction, metavar="X", help="least score (default 0.3; with --results-only the model's own)")
+    add("--score-threshold", type=_fraction, metavar="X", help="least score (default: the model's of best F1, or 0.3)")
     add("--limit", **limit)
     add("--truth", type=_path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
     add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
