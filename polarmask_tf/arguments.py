@@ -63,6 +63,19 @@ def parser() -> argparse.ArgumentParser:
     add("--val", type=_path, metavar="DATA", help="converted validation data, to be measured at the end of the training")
     add("--out", type=_path, metavar="FILE", help="YAML file to write (default: to the terminal)")
 
+    add = command("check", "what would keep a network from learning a data set, before it is trained")
+    add("data", type=_path, help="converted data; or a COCO JSON file, and then the directory of its images")
+    add("images", type=_path, nargs="?", help="directory of the images, of a COCO JSON file")
+    text = "to be checked for: a YAML file, or the name of a shipped one (default: as `polarmask init` fits it)"
+    add("--config", help=text)
+    add("--set", **setting, help="override, like data.size=[640,640]")
+    add("--val", type=_path, metavar="DATA", help="converted validation data: the same classes, and no image of both?")
+    text = "draw N images (default 16): mask, polygon rebuilt from rays, center samples"
+    add("--preview", type=_positive, nargs="?", const=16, default=0, metavar="N", help=text)
+    add("--html", action="store_true", help="the same of up to 200 images, as a page to flip through")
+    add("--out", type=_path, default=Path("check"), help="directory for check.png and check.html (default %(default)s)")
+    add("--limit", **limit)
+
     add = command("train", "train a model with model.fit; goes on where an interrupted run stopped")
     text = "YAML file, or the name of a shipped one, like shapes (default: the run's in --out, else what `init` fits)"
     add("--config", help=text)

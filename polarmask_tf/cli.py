@@ -72,6 +72,12 @@ def init(args):
         print(text, end="")
 
 
+def check(args):
+    from polarmask_tf.tools.check import run
+
+    run(args.data, args.images, overrides=args.set, **_options(args, "config", "val", "out", "preview", "html", "limit"))
+
+
 def train(args):
     settings = _training_settings(args)
     if args.profile and (len(args.profile) != 2 or args.profile[0] >= args.profile[1]):
@@ -238,6 +244,7 @@ COMMANDS = {
     "shapes": shapes,
     "convert": convert,
     "init": init,
+    "check": check,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

@@ -112,7 +112,7 @@ def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edg
     specs = {name: tf.TensorSpec([None], tf.int32) for name in ("labels", "ring_lengths", "ring_instance")}
     specs |= {"is_crowd": tf.TensorSpec([None], tf.bool), "xy": tf.TensorSpec([None, 2])}
 
-    @tf.function(input_signature=[specs, tf.TensorSpec([2], tf.int32)])
+    @tf.function(input_signature=[specs, tf.TensorSpec([2], tf.int32)], autograph=False)
     def polygons(record, size):
         nowhere = tf.zeros([0, 2])  # no location, since no targets are made of them here
         found = transforms.instances(
@@ -122,7 +122,7 @@ def rebuilder(rays: typing.Sequence[int], centers: typing.Sequence[str], max_edg
         order, middles, boxes, edges = (found[name][:count] for name in ("classes", "centers", "boxes", "edges"))
         used = tf.reduce_any(edges != 0, axis=[0, 2])
         edges = edges[:, : tf.reduce_max(tf.where(used, tf.range(max_edges) + 1, 1))]
-        window = tf.tile([[0.0, 0.0, float(size[1]), float(size[0])]], [count, 1])
+        window = tf.tile(tf.cast([[0, 0, size[1], size[0]]], tf.float32), [count, 1])
         points = {"mass": middles, "box": (boxes[:, :2] + boxes[:, 2:]) / 2}
 
         def polygon(center, n):  # of 4 rays as in training

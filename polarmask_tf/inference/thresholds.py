@@ -114,6 +114,11 @@ def store(subject: Subject, metrics: Metrics, data) -> str:
         return "Not stored: these are the pictures that it was trained on."
     if found is None:
         return f"Not stored: it takes at least {LEAST} objects, and one that is found; there are {len(metrics.objects)}."
+    most = int(np.unique(metrics.objects["image"], return_counts=True)[1].max())
+    if most > metrics.max_detections:
+        return (
+            f"Not stored: of an image of {most} objects {metrics.max_detections} detections count; --max-detections {2 * most}"
+        )
     try:
         content = {**found, "temperature": subject.temperature, "data": str(data)}
         runs.write_bound(subject.run / runs.THRESHOLDS, content, subject.checkpoint)
