@@ -1,8 +1,10 @@
 """What `evaluate` says beyond AP: the score of best F1, which run and exports then have, curves, groups, and the page."""
 
+import dataclasses
 import json
 import re
 import shutil
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -383,6 +385,31 @@ def test_evaluating_the_whole_stores_them_and_says_so(run, data, monkeypatch, ca
     (run / "config.yaml").write_text(trained)
     assert cli.main(["evaluate", str(run), "--data", str(directory)]) == 0
     assert "Not stored: these are the pictures" in capsys.readouterr().out and not file.exists()
+
+
+def test_a_training_stores_them_when_it_evaluates(run, data):
+    from polarmask_tf.training.callbacks import Evaluation
+
+    directory, predictor = data
+    (run / "dataset.json").write_text(json.dumps({"classes": predictor.classes}))
+    evaluation = Evaluation.__new__(Evaluation)
+    config, _ = runs.read_run(run)
+    evaluation.model = types.SimpleNamespace(config=dataclasses.replace(config, data=dataclasses.replace(config.data, val="v")))
+    metrics = evaluate(predictor, directory, progress=False)
+    evaluation._store_thresholds(run, metrics)
+    assert runs.read_thresholds(run, 2, 1.0) == thresholds.shown(metrics, [3, 5])
+
+
+def test_an_image_of_more_objects_than_detections_count_says_nothing(run):
+    truth, results = scene(0, images=30)
+    (run / "dataset.json").write_text(
+        json.dumps({"classes": [{"name": c["name"], "category_id": c["id"]} for c in CATEGORIES]})
+    )
+    subject = thresholds.subject(run)
+    metrics = coco_metrics(truth, results)
+    crowded = dataclasses.replace(metrics, max_detections=3)
+    assert "3 detections count; --max-detections " in thresholds.store(subject, crowded, "v")
+    assert not (run / runs.THRESHOLDS).exists()
 
 
 def test_the_data_may_be_the_runs_own(run, data, monkeypatch, capsys):

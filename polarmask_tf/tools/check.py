@@ -35,6 +35,7 @@ from polarmask_tf.tools.check_locations import locator
 from polarmask_tf.training import checks
 
 CEILINGS = 2000  # objects that the ceiling is measured on
+_MOST = 10_000  # objects of an image that are placed; data.max_instances allows no more
 
 
 def run(
@@ -103,7 +104,7 @@ def look(info: DatasetInfo, config: Config, limit: int | None, pages: check_page
     found = Findings(info, config)
     count, _, images, max_edges, found.report = ceiling.read(info.directory, limit)
     rebuild = ceiling.rebuilder((config.model.rays,), (config.targets.center,), max_edges)
-    locate = locator(config, max_edges, max(1, info.max_instances))
+    locate = locator(config, max_edges, min(max(1, info.max_instances), _MOST))
     stored = records.iter_records(info)
     for image, (entry, features) in tqdm(zip(images, stored, strict=False), total=count, desc="check", unit="img"):
         name = one_line(entry["file_name"], 100)

@@ -13,6 +13,8 @@ from polarmask_tf.data import transforms
 from polarmask_tf.data.instances import record_of
 from polarmask_tf.ops import targets
 
+_ALONE = 256  # objects of an image that are looked at alone; what is beyond counts as too small
+
 
 class Place(typing.NamedTuple):
     """Which locations learn the K objects of an image, placed whole into the network's input as at inference."""
@@ -50,7 +52,7 @@ def locator(config: Config, max_edges: int, max_instances: int) -> typing.Callab
         size = tuple(tf.unstack(canvas))
         owner = targets.assign(boxes[tf.newaxis], centers[tf.newaxis], numbers[tf.newaxis] >= 0, size=size, **options)[0]
         kept = tf.reduce_sum(tf.cast(numbers >= 0, tf.int32))
-        lost = tf.sets.difference(tf.range(kept)[tf.newaxis], tf.unique(owner)[0][tf.newaxis]).values[:256]
+        lost = tf.sets.difference(tf.range(kept)[tf.newaxis], tf.unique(owner)[0][tf.newaxis]).values[:_ALONE]
         one, middle = tf.gather(boxes, lost)[:, tf.newaxis], tf.gather(centers, lost)[:, tf.newaxis]
         alone = targets.assign(one, middle, tf.ones_like(one[..., 0], tf.bool), size=size, **options)
         return numbers, owner, tf.boolean_mask(lost, tf.reduce_any(alone >= 0, axis=-1))

@@ -66,7 +66,9 @@ class Pages:
         labels = [annotation["label"] for annotation in image["annotations"]]
         names = [self.info.classes[label]["name"] if len(self.info.classes) > 1 else "" for label in labels]
         colors = visualize.colors_for(labels, len(self.info.classes))
-        masks = [coco_mask.decode(annotation["rle"]).astype(bool) for annotation in image["annotations"]]
+        # Not all masks of a large picture at once, at its size.
+        step = max(1, max(pixels.shape[:2]) // side)
+        masks = [coco_mask.decode(annotation["rle"])[::step, ::step].astype(bool) for annotation in image["annotations"]]
         plain = visualize.draw(pixels, [], fit=side)
         outlines = visualize.draw(pixels, [annotation["rings"] for annotation in image["annotations"]], colors=colors, fit=side)
         pen, scale = ImageDraw.Draw(outlines), side / max(pixels.shape[:2])
@@ -74,7 +76,7 @@ class Pages:
         for point, owner, level in zip(place.points.tolist(), place.owners.tolist(), place.levels.tolist(), strict=True):
             x, y, r = point[0] * scale, point[1] * scale, 1.5 + level - lowest  # a larger dot for a coarser level
             pen.ellipse((x - r, y - r, x + r, y + r), fill=colors[owner], outline=(255, 255, 255))
-        drawn = visualize.draw(pixels, masks, names, colors=colors, fit=side)
+        drawn = visualize.draw(np.ascontiguousarray(pixels[::step, ::step]), masks, names, colors=colors, fit=side)
         rebuilt = visualize.draw(pixels, list(polygons.astype(np.float64)), fit=side)
         return [plain, drawn, rebuilt, outlines]
 
