@@ -78,6 +78,19 @@ def parser() -> argparse.ArgumentParser:
     add("--val", type=_path, metavar="DATA", help="converted validation data, to be measured at the end of the training")
     add("--out", type=_path, metavar="FILE", help="YAML file to write (default: to the terminal)")
 
+    add = command("check", "what would keep a network from learning a data set, before it is trained")
+    add("data", type=_path, help="converted data; or a COCO JSON file, and then the directory of its images")
+    add("images", type=_path, nargs="?", help="directory of the images, of a COCO JSON file")
+    text = "to be checked for: a YAML file, or the name of a shipped one (default: as `polarmask init` fits it)"
+    add("--config", help=text)
+    add("--set", **setting, help="override, like data.size=[640,640]")
+    add("--val", type=_path, metavar="DATA", help="converted validation data: the same classes, and no image of both?")
+    text = "draw N images (default 16): mask, polygon rebuilt from rays, center samples"
+    add("--preview", type=_positive, nargs="?", const=16, default=0, metavar="N", help=text)
+    add("--html", action="store_true", help="the same of up to 200 images, as a page to flip through")
+    add("--out", type=_path, default=Path("check"), help="directory for check.png and check.html (default %(default)s)")
+    add("--limit", **limit)
+
     add = command("train", "train a model with model.fit; goes on where an interrupted run stopped")
     text = "YAML file, or the name of a shipped one, like shapes (default: the run's in --out, else what `init` fits)"
     add("--config", help=text)
@@ -94,12 +107,13 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("evaluate", "COCO mask AP of a run directory, a SavedModel or a .tflite file")
     add("model", help=MODEL)
-    add("--data", type=_path, required=True, help="converted data")
+    add("--data", type=_path, help="converted data (default: data.val of the run)")
     add("--max-detections", type=int, default=100, help="an image (default %(default)s)")
     add("--score-threshold", type=_fraction, metavar="X", help="drop detections below (default: the model's own)")
     _add_tiles(add)
     add("--limit", **limit)
-    add("--per-class", action="store_true", help="AP of every class as well")
+    add("--per-class", action="store_true", help="a line for every class (default: up to 10)")
+    add("--report", type=_path, metavar="DIR", help="also write report.html: curves, worst images, what makes it lose")
     text = "fit one temperature to the scores on half of the images, and store it in the run directory"
     add("--calibrate", action="store_true", help=text)
     add("--json", type=_path, metavar="FILE", help="also write the numbers as JSON")
@@ -108,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", help=MODEL)
     add("images", type=_path, help="image file, or directory of images")
     add("--out", type=_path, required=True, help="directory for overlays/ and results.json")
-    add("--score-threshold", type=_fraction, metavar="X", help="least score (default 0.3; with --results-only the model's own)")
+    add("--score-threshold", type=_fraction, metavar="X", help="least score (default: the model's of best F1, or 0.3)")
     add("--limit", **limit)
     _add_tiles(add)
     add("--truth", type=_path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from polarmask_tf import console
 from polarmask_tf.arguments import parser
 from polarmask_tf.errors import InputError, one_line
-from polarmask_tf.files import atomic_write, check_writable, format_csv
+from polarmask_tf.files import atomic_write, check_writable, format_csv, lock
 
 
 def _options(args, *names: str) -> dict:
@@ -73,6 +74,12 @@ def init(args):
         print(text, end="")
 
 
+def check(args):
+    from polarmask_tf.tools.check import run
+
+    run(args.data, args.images, overrides=args.set, **_options(args, "config", "val", "out", "preview", "html", "limit"))
+
+
 def train(args):
     settings = _training_settings(args)
     if args.profile and (len(args.profile) != 2 or args.profile[0] >= args.profile[1]):
@@ -93,12 +100,16 @@ def train(args):
 
 
 def evaluate(args):
+    from polarmask_tf.inference import thresholds
     from polarmask_tf.inference.coco_metrics import format_table
-    from polarmask_tf.inference.evaluate import evaluate
+    from polarmask_tf.inference.evaluate import default_data, evaluate
     from polarmask_tf.inference.predictor import load_predictor
 
     if args.json:
         check_writable(args.json)
+    data = args.data or default_data(args.model)
+    # Only of the whole: else predict would go by a few pictures, or by what was left of the detections.
+    subject = thresholds.subject(args.model) if args.limit is None and args.score_threshold is None else None
     checkpoint = ""
     if args.calibrate:
         from polarmask_tf.inference.calibration import calibrate, check_calibratable
@@ -108,10 +119,19 @@ def evaluate(args):
         checkpoint = check_calibratable(Path(args.model))
     most = args.max_detections if args.max_detections != 100 else None
     predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
-    metrics = evaluate(predictor, args.data, **_options(args, "max_detections", "per_class", "limit"))
+    with lock(args.report, "evaluate") if args.report else contextlib.nullcontext():
+        metrics = evaluate(predictor, data, **_options(args, "max_detections", "limit"))
+        found = {**metrics.to_dict(), "best_f1": thresholds.rows(metrics)}
+        print(format_table(metrics), thresholds.format_table(metrics, args.per_class or None), sep="\n")
+        if subject:
+            print(f" {thresholds.store(subject, metrics, data)}")
+        if args.report:
+            from polarmask_tf.inference import report
+
+            found |= report.write(args.report / "report.html", predictor, data, metrics, model=args.model, limit=args.limit)
+            print(f" {report.verdict(found)}\n Report: {args.report / 'report.html'}")
     if args.json:
-        atomic_write(args.json, json.dumps(metrics.to_dict(), indent=1))
-    print(format_table(metrics))
+        atomic_write(args.json, json.dumps(found, indent=1))
     if args.calibrate:
         done = calibrate(args.model, metrics.matches, checkpoint)
         print(
@@ -127,7 +147,10 @@ def predict(args):
     from polarmask_tf.inference.predictor import load_predictor
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
-    done = predict(load_predictor(args.model), args.images, args.out, **options)
+    predictor = load_predictor(args.model)
+    if args.score_threshold is None and not args.results_only:
+        print(f"showing detections {predictor.default_threshold()[1]}", file=sys.stderr)
+    done = predict(predictor, args.images, args.out, **options)
     pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
     print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
 
@@ -223,6 +246,7 @@ COMMANDS = {
     "shapes": shapes,
     "convert": convert,
     "init": init,
+    "check": check,
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 FOUND = ("scores", "classes", "boxes", "polygons")
-SHOWN = 0.3  # least score of what is printed and drawn
+SHOWN = 0.3  # least score of what is printed and drawn, of a model that does not say it
+MAX_SCORE = 1.5  # the most that a model with the released code's scores gives
 FITS = ("letterbox", "stretch", "short_side")  # see fit_sizes
 
 # Bounds that no real data meets. What is beyond them is refused in one line, before it costs memory or time.
@@ -211,7 +212,8 @@ def check_metadata(metadata, where):
     """The content of metadata.json, as it is; ValueError that begins with `where` unless all is as the export writes it.
 
     May be missing: "rays", "max_detections", "raw", "input"."resize" (letterbox) and "bit_depth" (that read_image is to take),
-    and the checksum of a .tflite file, "flatbuffer_bytes" and "flatbuffer_sha256", see flatbuffer_digest.
+    "thresholds" (see shown_scores), and the checksum of a .tflite file, "flatbuffer_bytes" and "flatbuffer_sha256", see
+    flatbuffer_digest.
     """
 
     def number(entry, key, least, most, kind=int):
@@ -234,6 +236,12 @@ def check_metadata(metadata, where):
         for entry, key, least, most in ((size, "bit_depth", 8, 16), *optional):
             if key in entry:
                 number(entry, key, least, most)
+        if "thresholds" in metadata:
+            overall, each = (metadata["thresholds"][key] for key in ("overall", "classes"))
+            for score in (overall, *each):
+                number({"a threshold": score}, "a threshold", 0, MAX_SCORE, float)
+            if type(each) is not list or len(each) != len(classes):
+                raise ValueError("thresholds has not one for each class")
         if "flatbuffer_sha256" in metadata:
             number(metadata, "flatbuffer_bytes", 1, MAX_MODEL_BYTES)
         if raw is not None:
@@ -250,6 +258,11 @@ def check_metadata(metadata, where):
         reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(f"{one_line(where)} is not what `polarmask export` writes: {reason}") from None
     return metadata
+
+
+def shown_scores(metadata):
+    """Least score of what is worth showing, of each class: those of best F1 that `polarmask evaluate` found, else SHOWN."""
+    return metadata["thresholds"]["classes"] if "thresholds" in metadata else [SHOWN] * len(metadata["classes"])
 
 
 def assemble(heads, raw, size):
@@ -355,12 +368,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Polygons in an image, by an exported PolarMask .tflite file.")
     parser.add_argument("model", help="the .tflite file")
     parser.add_argument("image", type=Path, help="any image that Pillow reads, or a folder of images")
-    parser.add_argument("--score", type=float, default=SHOWN, help="least score to print (default %(default)s)")
+    parser.add_argument("--score", type=float, help=f"least score to print (default: the model's own, or {SHOWN})")
     parser.add_argument("--exif", choices=("ignore", "apply"), default="ignore", help="turn images as their EXIF data say")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     parser.add_argument("--bit-depth", type=int, metavar="BITS", help=text)
     args = parser.parse_args(argv)
-    if not 0 <= args.score <= 1.5:  # the most that a model with the released code's scores gives
+    if args.score is not None and not 0 <= args.score <= MAX_SCORE:
         parser.error(f"--score {args.score:g}: a number from 0 to 1.5 is needed")
     folder, status, model = os.path.isdir(args.image), 0, None
     paths = sorted(args.image.glob("*")) if folder else [args.image]  # of what may not be read: none
@@ -374,8 +387,9 @@ def main(argv=None):
             print(f"error: {error}", file=sys.stderr)
             status = 2
             continue
+        least = shown_scores(model.metadata) if args.score is None else [args.score] * len(model.labels)
         for score, label, box, polygon in zip(*(found[name] for name in FOUND), strict=True):
-            if score >= args.score:
+            if score >= least[label]:
                 numbers = (*(f"{v:.1f}" for v in box), "polygon", *(f"{x:.1f},{y:.1f}" for x, y in polygon))
                 print(*[one_line(path.name)] * folder, one_line(model.labels[label]), f"{score:.3f} box", *numbers)
     return status

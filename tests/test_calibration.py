@@ -84,7 +84,8 @@ def test_matches_are_those_of_pycocotools():
         for x, width, score in ((0, 10, 0.9), (20, 6, 0.6), (52, 8, 0.3), (41, 5, 0.2))
     ]
     metrics = coco_metrics(truth, results)
-    assert metrics.matches.tolist() == [(4, 0.9, 1.0), (4, 0.6, 0.6), (4, 0.3, 0.0)]
+    assert metrics.matches.tolist() == [(4, 1, 0.9, 1.0), (4, 1, 0.6, 0.6), (4, 1, 0.3, 0.0)]
+    assert metrics.objects.tolist() == [(4, 1, 1, 100, 0.9, 1.0), (4, 1, 2, 100, 0.6, 0.6)]
     assert metrics.calibration_error == pytest.approx((0.1 + 0.4 + 0.3) / 3)
     assert metrics.score_iou_correlation == pytest.approx(1.0)
     assert "matches" not in json.loads(json.dumps(metrics.to_dict()))

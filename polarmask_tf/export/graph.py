@@ -40,6 +40,7 @@ def metadata(model: PolarMask, resize: str | None = None) -> dict:
             else "point k of a polygon lies at 360 k / rays degrees from +x towards +y (down), seen from its center"
         ),
         "max_detections": config.postprocess.max_detections,
+        **({"thresholds": found} if (found := getattr(model, "thresholds", None)) else {}),
     }
 
 

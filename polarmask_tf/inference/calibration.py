@@ -6,14 +6,13 @@ match crowd regions count nowhere. Calibrated scores are sigmoid(logit(score) / 
 
 from __future__ import annotations
 
-import json
 import typing
 from pathlib import Path
 
 import numpy as np
 
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import atomic_write, check_writable
+from polarmask_tf.files import check_writable
 from polarmask_tf.inference.coco_metrics import expected_calibration_error
 from polarmask_tf.ops.postprocess import uncalibrated
 from polarmask_tf.weights import runs
@@ -89,6 +88,5 @@ def calibrate(run: Path, matches: np.ndarray, checkpoint: str) -> Calibration:
         float(np.median(close)) if len(close) else float("nan"),
         threshold,
     )
-    content = {"temperature": temperature, "score_threshold": threshold, "checkpoint": checkpoint}
-    atomic_write(run / runs.CALIBRATION, json.dumps(content, indent=1))
+    runs.write_bound(run / runs.CALIBRATION, {"temperature": temperature, "score_threshold": threshold}, checkpoint)
     return done

@@ -23,18 +23,19 @@ class Metrics:
     images: int
     instances: int  # annotations, crowd regions included
     detections: int
-    per_class: list | None = None  # {"category_id", "name", "AP"} of each category, by id
-    # A row of image (id), score and iou for each detection: its IoU with the object that it is matched with, at 0.5 or more,
-    # or 0. What is matched with a crowd region is left out.
-    matches: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    per_class: list  # {"category_id", "name", "objects", "AP", "AP50"} of each category, by id; crowd regions are no objects
+    # A row of image, category (their ids), score and iou for each detection: its IoU with the object that it is matched with,
+    # at 0.5 or more, or 0. What is matched with a crowd region is left out.
+    matches: np.ndarray = dataclasses.field(compare=False, repr=False)
+    # A row of image, category, annotation (their ids), area, score and iou for each object: of the detection that it is matched
+    # with, or 0.
+    objects: np.ndarray = dataclasses.field(compare=False, repr=False)
     calibration_error: float | None = None  # see calibration.py; None where there is nothing to measure
     score_iou_correlation: float | None = None  # Pearson's, of the detections with a match
 
     def to_dict(self):
-        """For json.dump, without `matches`."""
-        values = dataclasses.asdict(dataclasses.replace(self, matches=None))
-        del values["matches"]
-        return values
+        """For json.dump, without `matches` and `objects`."""
+        return {key: value for key, value in vars(self).items() if key not in ("matches", "objects")}
 
     def why_empty(self):
         """Why all numbers are -1, in words; "" where they are not."""
@@ -55,9 +56,13 @@ def expected_calibration_error(scores, hits):
     return float(sum(off) / max(len(scores), 1))
 
 
-def _matches(coco_eval):
-    """Metrics.matches of an evaluation."""
-    rows = []
+_IDS = [("image", np.int64), ("category", np.int64)]
+_MATCH = [("score", np.float64), ("iou", np.float64)]
+
+
+def _matches(coco_eval, annotations):
+    """Metrics.matches and Metrics.objects of an evaluation of these annotations, which it numbers from 1 on."""
+    rows, found = [], {}
     for image in coco_eval.evalImgs:
         if image is None or image["aRng"] != coco_eval.params.areaRng[0]:
             continue
@@ -66,8 +71,16 @@ def _matches(coco_eval):
         for i, score in enumerate(image["dtScores"]):
             match = int(image["dtMatches"][0, i])
             if not image["dtIgnore"][0, i]:
-                rows.append((key[0], score, coco_eval.ious[key][i, place[match]] if match else 0.0))
-    return np.array(rows, [("image", np.int64), ("score", np.float64), ("iou", np.float64)])
+                iou = coco_eval.ious[key][i, place[match]] if match else 0.0
+                rows.append((*key, score, iou))
+                found[match] = (score, iou)
+    objects = [
+        (a["image_id"], a["category_id"], a.get("id", number), truth["area"], *found.get(number, (0.0, 0.0)))
+        for number, (a, truth) in enumerate(zip(annotations, coco_eval.cocoGt.dataset["annotations"], strict=True), 1)
+        if not truth["iscrowd"]
+    ]
+    about = [("annotation", np.int64), ("area", np.float64)]
+    return np.array(rows, _IDS + _MATCH), np.array(objects, _IDS + about + _MATCH)
 
 
 def polygons_to_rle(polygons, height, width):
@@ -170,7 +183,7 @@ def _results(truth, results, iou_type):
     return _index(truth.dataset["images"], truth.dataset["categories"], results)
 
 
-def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm", per_class=False):
+def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm"):
     """The 12 COCO numbers of `results` (list of COCO result dicts) against `ground_truth` (COCO dict) -> Metrics.
 
     `max_detections` an image replaces COCO's 100 for all numbers but AR1 and AR10. iou_type is "segm" or "bbox". The
@@ -201,9 +214,18 @@ def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm", 
     values |= {f"AR{limit}": ar(limit) for limit in (1, 10, max_detections)}
     values |= {f"AR{size[0].upper()}": ar(max_detections, size) for size in ("small", "medium", "large")}
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-    classes = [{"category_id": int(c), "name": names[c], "AP": ap(category=k)} for k, c in enumerate(params.catIds)]
     counts = len(truth.dataset["images"]), len(truth.dataset["annotations"]), len(results)
-    matches = _matches(coco_eval)
+    matches, objects = _matches(coco_eval, ground_truth["annotations"])
+    classes = [
+        {
+            "category_id": int(c),
+            "name": names[c],
+            "objects": int((objects["category"] == c).sum()),
+            "AP": ap(category=k),
+            "AP50": ap(0.5, category=k),
+        }
+        for k, c in enumerate(params.catIds)
+    ]
     hits = matches[matches["iou"] > 0]
     varied = len(hits) > 1 and hits["score"].std() > 0 and hits["iou"].std() > 0
     return Metrics(
@@ -211,8 +233,9 @@ def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm", 
         max_detections,
         iou_type,
         *counts,
-        classes if per_class else None,
+        classes,
         matches,
+        objects,
         expected_calibration_error(matches["score"], matches["iou"] > 0) if len(matches) else None,
         float(np.corrcoef(hits["score"], hits["iou"])[0, 1]) if varied else None,
     )
@@ -224,7 +247,7 @@ def _mean(values):
 
 
 def format_table(metrics):
-    """Metrics -> COCO's familiar twelve lines, one line a class if per-class numbers are there, and why there are none."""
+    """Metrics -> COCO's familiar twelve lines, and why there are no numbers."""
     most = metrics.max_detections
     rows = [("AP", iou, "all", most) for iou in ("0.50:0.95", "0.50", "0.75")]
     rows += [("AP", "0.50:0.95", area, most) for area in ("small", "medium", "large")]
@@ -240,12 +263,6 @@ def format_table(metrics):
         correlation = metrics.score_iou_correlation
         tail = f"; correlation of score and mask IoU of hits = {correlation:0.3f}" if correlation is not None else ""
         lines.append(f" Expected calibration error of scores @[ IoU=0.50 ] = {metrics.calibration_error:0.3f}{tail}")
-    if metrics.per_class is not None:
-        width = max((len(entry["name"]) for entry in metrics.per_class), default=0)
-        lines += ["", " AP of each class:"]
-        for entry in metrics.per_class:
-            ap = f"{entry['AP']:.3f}" if entry["AP"] > -1 else "no ground truth"
-            lines.append(f"  {entry['name']:<{width}}  {ap}")
     if metrics.why_empty():
         lines.append(f" {metrics.why_empty()}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results
 from polarmask_tf.inference.results import read_image
+from polarmask_tf.weights.runs import read_run
 from polarmask_tf.weights.state_dict import summarize
 
 
@@ -46,6 +47,16 @@ def _check_classes(classes, categories, data):
         raise InputError(f"{data}: {what}; evaluate on data converted from the same category list")
 
 
+def default_data(model):
+    """data.val of a run directory; InputError where there is none."""
+    if not (Path(model) / "config.yaml").is_file():
+        raise InputError(f"{model}: give --data DIR, converted data; only a run directory knows its own")
+    config, _ = read_run(Path(model))
+    if not config.data.val:
+        raise InputError(f"{model}: was trained without data.val: give --data DIR, converted data to evaluate on")
+    return config.data.val
+
+
 def _batches(items, size):
     items = iter(items)
     while batch := list(itertools.islice(items, size)):
@@ -57,7 +68,6 @@ def evaluate(
     data,
     *,
     max_detections=100,
-    per_class=False,
     limit=None,
     annotations=None,
     progress=True,
@@ -98,4 +108,4 @@ def evaluate(
     if limit is not None:
         truth |= {"images": [image for image in truth["images"] if image["id"] in seen]}
         truth |= {"annotations": [entry for entry in truth["annotations"] if entry["image_id"] in seen]}
-    return coco_metrics(truth, results, max_detections=max_detections, per_class=per_class)
+    return coco_metrics(truth, results, max_detections=max_detections)

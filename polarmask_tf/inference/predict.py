@@ -40,17 +40,18 @@ def predict(
     out/results.json: COCO results with the original category ids and the image's id in `truth` (a COCO JSON, which may
     lack annotations), else its file name's number, else its file name. out/overlays/NAME.png: the image with its polygons.
     out/sheet.png: up to 12 of the images (figure 8), beside their ground truth where `truth` has annotations.
-    With `results_only` there are no pictures, `score_threshold` is the predictor's own in place of 0.3, and of a
-    directory only the images of `truth` are taken: what an evaluation server wants. `exif` and `bit_depth` (default: the
-    predictor's) are lite.read_image's: with exif="apply" coordinates are those of the turned image. Files that are no
-    images, and then images of `truth` that are not there, are named on stderr, counted and left out.
+    `score_threshold` is a number, or one for each class; default: predictor.default_threshold. With `results_only` there are
+    no pictures, the default is the predictor's least score, and of a directory only the images of `truth` are taken: what an
+    evaluation server wants. `exif` and `bit_depth` (default: the predictor's) are lite.read_image's: with exif="apply"
+    coordinates are those of the turned image. Files that are no images, and then images of `truth` that are not there, are
+    named on stderr, counted and left out.
     Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
     "sheet": Path | None}. Raises InputError if no file is an image, or if `out` is in use or cannot be written.
     """
     source, out = Path(source), Path(out)
     paths, missing = _files(source), []
     if score_threshold is None:
-        score_threshold = 0.0 if results_only else lite.SHOWN
+        score_threshold = 0.0 if results_only else predictor.default_threshold()[0]
     dataset = _read_truth(truth) if truth is not None else None
     entries = _truth_entries(paths, dataset)
     if results_only and dataset is not None:

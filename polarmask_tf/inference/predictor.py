@@ -32,6 +32,8 @@ class Predictor:
     score_threshold: float = 0.0
     max_detections: int | None = None
     bit_depth: int | None = None  # that deep gray image files are read with, see lite.read_image
+    rays: int | None = None  # vertices of a polygon, where the model says it
+    thresholds: dict | None = None  # {"overall": score, "classes": [score, ...]} that `evaluate` found, if it was run
 
     def __call__(self, images):
         if not isinstance(images, list | tuple):
@@ -45,6 +47,15 @@ class Predictor:
                 found = Detections(**rows, categories=self.classes, image_size=image.shape[:2], source=source)
                 results.append(found.above(self.score_threshold))
         return results
+
+    def default_threshold(self) -> tuple[float | list[float], str]:
+        """From which score on detections are worth showing, for Detections.above; and a line that says why."""
+        if not self.thresholds:
+            return lite.SHOWN, f"from score {lite.SHOWN} on: `polarmask evaluate` has not told this model a better threshold"
+        overall, scores = self.thresholds["overall"], self.thresholds["classes"]
+        own = [f"{lite.one_line(entry['name'], 40)} {score:.2f}" for entry, score in zip(self.classes, scores, strict=True)]
+        differ = f" (by class: {', '.join(own[:8])}{', ...' if len(own) > 8 else ''})" if {*scores} != {overall} else ""
+        return scores, f"from the model's own score of best F1 on, {overall:.2f}{differ}; --score-threshold overrides"
 
 
 def load_predictor(source, *, score_threshold=None, max_detections=None):
@@ -86,7 +97,8 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
     if max_detections is not None and max_detections > most:
         raise InputError(f"{source} gives at most {most} detections, not {max_detections}; export it again for more")
     height, width, bit_depth = (metadata["input"].get(key) for key in ("height", "width", "bit_depth"))
-    return Predictor(kind, metadata["classes"], (height, width), batch_size, run, **options, bit_depth=bit_depth)
+    known = {"bit_depth": bit_depth, "rays": metadata.get("rays"), "thresholds": metadata.get("thresholds")}
+    return Predictor(kind, metadata["classes"], (height, width), batch_size, run, **options, **known)
 
 
 def _tflite(path):
@@ -165,7 +177,8 @@ def run_predictor(model, fit=None, strategy=None, devices=1, **overrides):
     def run(images):
         return _by_shape(detect, images, *zip(*(network_input(image, data, fit) for image in images), strict=True))
 
-    return Predictor("run", model.classes, size, 8 * devices, run)
+    known = {"rays": model.config.model.rays, "thresholds": getattr(model, "thresholds", None)}
+    return Predictor("run", model.classes, size, 8 * devices, run, **known)
 
 
 def _on_all(detect, strategy, devices):

@@ -45,9 +45,9 @@ class Detections:
         known = len(self.categories)
         return [self.categories[i]["name"] if i < known else f"class {i}" for i in self.classes.tolist()]
 
-    def above(self, score: float) -> Detections:
-        """Those of at least this score."""
-        kept = self.scores >= score
+    def above(self, score: float | typing.Sequence[float]) -> Detections:
+        """Those of at least this score; or of the score for their class, of a list of one for each."""
+        kept = self.scores >= (score if np.ndim(score) == 0 else np.asarray(score)[self.classes])
         rows = {name: getattr(self, name)[kept] for name in lite.FOUND}
         return dataclasses.replace(self, **rows)
 

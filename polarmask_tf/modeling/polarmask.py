@@ -55,6 +55,7 @@ class PolarMask(tf_keras.Model):
         model, policy = config.model, self.dtype_policy
         self.config = config
         self._classes = _Untracked(_named_classes(classes))
+        self._thresholds = _Untracked(None)
         self.num_classes = len(self.classes)
         self._own_backbone = backbone is not None
         if backbone is None:
@@ -90,6 +91,16 @@ class PolarMask(tf_keras.Model):
     def classes(self) -> list[dict]:
         """{"name", "category_id"} of each class index."""
         return [dict(entry) for entry in self._classes.value]
+
+    @property
+    def thresholds(self) -> dict | None:
+        """{"overall": score, "classes": [score, ...]} from which on detections are worth showing, which `evaluate` found for
+        the run that this was loaded from; None if it was not evaluated."""
+        return self._thresholds.value
+
+    def set_thresholds(self, thresholds: dict | None) -> None:
+        """Not an attribute to be assigned: Keras would track a dict."""
+        self._thresholds = _Untracked(thresholds)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -296,6 +307,8 @@ class PolarMask(tf_keras.Model):
             "config": configs.to_dict(self.config),
             "classes": self.classes,
         }
+        if self.thresholds:
+            values["thresholds"] = self.thresholds
         if self._own_backbone:
             if not isinstance(self.backbone, tf_keras.layers.Layer):
                 raise InputError(
@@ -311,7 +324,10 @@ class PolarMask(tf_keras.Model):
         values["config"] = configs.from_dict(Config, values["config"], "saved model")
         if values.get("backbone"):
             values["backbone"] = tf_keras.saving.deserialize_keras_object(values["backbone"], custom_objects)
-        return cls(**values)
+        thresholds = values.pop("thresholds", None)
+        model = cls(**values)
+        model.set_thresholds(thresholds)
+        return model
 
 
 def _named_classes(classes) -> list[dict]:

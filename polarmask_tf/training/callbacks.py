@@ -16,7 +16,7 @@ from tqdm import tqdm
 from polarmask_tf.config import Config
 from polarmask_tf.data import records
 from polarmask_tf.files import atomic_write
-from polarmask_tf.inference import visualize
+from polarmask_tf.inference import thresholds, visualize
 from polarmask_tf.inference.evaluate import evaluate
 from polarmask_tf.inference.predict import cell
 from polarmask_tf.inference.predictor import read_image, run_predictor
@@ -132,6 +132,7 @@ class Evaluation(Stepwise):
                     self._describe_best(step, metrics)
             if self.chief:
                 self._draw(step)
+                self._store_thresholds(self.run, metrics)
         self.log.add(step, values)
         if self.chief:
             tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
@@ -144,6 +145,13 @@ class Evaluation(Stepwise):
         best = self.run / "best"
         runs.write_run(best, self.model.config, json.loads((self.run / "dataset.json").read_text()))
         atomic_write(best / "metrics.json", json.dumps({"step": step, **metrics.to_dict()}, indent=1))
+        self._store_thresholds(best, metrics)
+
+    def _store_thresholds(self, run, metrics):
+        """As `polarmask evaluate` does, of the checkpoint that has just been saved."""
+        config = self.model.config
+        subject = thresholds.Subject(run, runs.checkpoint_digest(run), config.postprocess.temperature)
+        thresholds.store(subject, metrics, config.data.val)
 
     def _draw(self, step):
         """The first validation images, truth beside prediction, for TensorBoard."""

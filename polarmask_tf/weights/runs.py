@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+import typing
 import uuid
 from pathlib import Path
 
@@ -18,15 +19,18 @@ import tensorflow as tf
 import tf_keras
 
 from polarmask_tf import config as configs
+from polarmask_tf import lite
 from polarmask_tf.config import Config
 from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError, one_line
 from polarmask_tf.files import atomic_write, io_error_text, make_directory, read_file, readable_by_tensorflow
 from polarmask_tf.modeling.polarmask import PolarMask
+from polarmask_tf.ops.postprocess import uncalibrated
 from polarmask_tf.weights import earlier, shipped
 from polarmask_tf.weights.state_dict import without_numbers
 
 CALIBRATION = "calibration.json"  # what `evaluate --calibrate` found; see inference/calibration.py
+THRESHOLDS = "thresholds.json"  # what `evaluate` found; see inference/thresholds.py
 UNFINISHED = "unfinished"  # where in checkpoints/ the next one is written
 SET_ASIDE = "before-restart"  # where in a run --restart keeps what was there, until a new checkpoint stands
 
@@ -35,8 +39,8 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     """The trained model of a run directory, at its newest checkpoint that can be read, or a shipped one by name ("nuclei").
 
     With train.ema its weights are the running averages. Scores are calibrated where `evaluate --calibrate` has been run on
-    that checkpoint. `overrides` replace values of config.postprocess, like
-    score_threshold=0.3. Raises InputError if `run` is not a run directory or holds no checkpoint.
+    that checkpoint, and model.thresholds are what `evaluate` found on it. `overrides` replace values of config.postprocess,
+    like score_threshold=0.3. Raises InputError if `run` is not a run directory or holds no checkpoint.
     """
     run = shipped.resolve(run)
     config, classes = read_run(run)
@@ -46,6 +50,7 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
         shipped.assign_weights(run / shipped.WEIGHTS, named_weights(model))
     elif not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")
+    model.set_thresholds(read_thresholds(run, len(classes), config.postprocess.temperature))
     return model
 
 
@@ -92,23 +97,55 @@ def read_run(run: Path) -> tuple[Config, list]:
 def with_calibration(config: Config, run: Path) -> Config:
     """The config with the temperature and the least score of run/calibration.json, if it is of the newest checkpoint."""
     file = run / CALIBRATION
-    if not file.is_file():
-        return config
-    try:
-        content = json.loads(read_file(file, 10**6))
-        values = {name: float(content[name]) for name in ("temperature", "score_threshold")}
-        checkpoint = content["checkpoint"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        reason = one_line(error, 200)
-        raise InputError(f"{file}: damaged ({reason}); delete it, or run polarmask evaluate --calibrate again") from None
-    if checkpoint != checkpoint_digest(run):
+
+    def values(content):
+        return {name: float(content[name]) for name in ("temperature", "score_threshold")}
+
+    found, current = _read_bound(file, values, "polarmask evaluate --calibrate")
+    if found and not current:
         print(
             f"warning: {file} is of another checkpoint: scores are not calibrated; evaluate --calibrate again", file=sys.stderr
         )
+    if not found or not current:
         return config
-    config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **values))
+    config = dataclasses.replace(config, postprocess=dataclasses.replace(config.postprocess, **found))
     configs.check(config.postprocess, f"{file}: ")
     return config
+
+
+def read_thresholds(run: Path, classes: int, temperature: float) -> dict | None:
+    """The {"overall", "classes"} of run/thresholds.json as scores calibrated by `temperature`; None if the newest checkpoint
+    has none: a training that went on since is no news to anybody."""
+
+    def values(content):
+        numbers = [float(number) for number in (content["overall"], *content["classes"])]
+        if len(numbers) != 1 + classes or not all(0 <= number <= lite.MAX_SCORE for number in numbers):
+            raise ValueError(f"not a score for each of {classes} classes")
+        if not 0.01 <= content["temperature"] <= 100:
+            raise ValueError("no temperature")
+        if temperature != content["temperature"]:  # raw = uncalibrated(score, then); score = uncalibrated(raw, 1 / now)
+            numbers = [uncalibrated(number, content["temperature"] / temperature) for number in numbers]
+        return {"overall": numbers[0], "classes": numbers[1:]}
+
+    found, current = _read_bound(run / THRESHOLDS, values, "polarmask evaluate")
+    return found if current else None
+
+
+def write_bound(file: Path, content: dict, checkpoint: str) -> None:
+    """Writes what was found out about a run's checkpoint, of that checkpoint_digest, into a file of the run."""
+    atomic_write(file, json.dumps({**content, "checkpoint": checkpoint}, indent=1))
+
+
+def _read_bound(file: Path, values: typing.Callable, command: str) -> tuple[typing.Any, bool]:
+    """values(content) of a file that write_bound wrote, None without one; and whether it is of the newest checkpoint."""
+    if not file.is_file():
+        return None, False
+    try:
+        content = json.loads(read_file(file, 2**24))
+        return values(content), content["checkpoint"] == checkpoint_digest(file.parent)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = one_line(error, 200)
+        raise InputError(f"{file}: damaged ({reason}); delete it, or run {command} again") from None
 
 
 def checkpoint_digest(run: Path) -> str:

@@ -80,11 +80,11 @@ def prepare_coco(folder, out):
 
 
 def prepare_bound(folder, out):
-    from polarmask_tf.tools import upper_bound
+    from polarmask_tf.inference import ceiling
 
     def run(data):
         (folder / "a.json").write_bytes(data)
-        for _ in upper_bound.read(folder / "a.json")[2]:
+        for _ in ceiling.read(folder / "a.json")[2]:
             pass
 
     return refusing(run)
