@@ -125,9 +125,9 @@ def predict(args):
     from polarmask_tf.inference.predictor import load_predictor
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
+    options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model")
     done = predict(load_predictor(args.model), args.images, args.out, **options)
-    pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
-    print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
+    print(f"{done['detections']} detections in {done['images']} images; written: {', '.join(map(str, done['written']))}")
 
 
 def export(args):
