@@ -121,6 +121,9 @@ def evaluate(args):
 
 
 def predict(args):
+    from polarmask_tf.inference import inputs
+
+    inputs.check(args.images)  # before TensorFlow is loaded, and the model
     from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor
 

@@ -27,7 +27,7 @@ class Input:
     """A file, or stdin."""
 
     path: Path | None  # None: stdin
-    name: str  # the path below the deepest folder that holds all inputs, with "/": also what users are told
+    name: str  # the path below the folder that was named, with "/"; where that is not unique, below one that holds all
     stem: str  # what outputs are called: the name without suffix where that is clear
 
     @property
@@ -56,28 +56,39 @@ def find(sources, own_outputs=()) -> list[Input]:
     command itself writes. Names are unique, whatever folders the files are in. InputError in one line if a source does not
     exist or holds nothing; what is left out for another reason is named on stderr.
     """
-    sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    sources = check(sources)
     own, left_out = {os.path.realpath(path) for path in own_outputs}, _LeftOut()
+    found: dict = {}
+    for source in sources:
+        root = _root(source)
+        for path in _expand(source, own, left_out):
+            found.setdefault(path and os.path.abspath(path), (path, root))
+            if len(found) > MAX_INPUTS:
+                raise InputError(f"{source}: more than {MAX_INPUTS:,} files; predict on one part at a time")
+    left_out.report()
+    if not found:
+        raise InputError("no inputs; name image files, folders, or - for stdin")
+    roots = {key: os.path.abspath(root) for key, (_, root) in found.items() if key}
+    names = {key: os.path.relpath(key, root) for key, root in roots.items()}
+    if len({*names.values()}) < len(names):
+        common = os.path.commonpath({*roots.values()})
+        names = {key: os.path.relpath(key, common) for key in roots}
+    stdin = "stdin" if "stdin" not in names.values() else "stdin image"
+    names = {key: names[key].replace(os.sep, "/") if key else stdin for key in found}
+    stems = _stems(names.values())
+    return [Input(path, names[key], stems[names[key]]) for key, (path, _) in found.items()]
+
+
+def check(sources) -> list:
+    """The sources as a list; InputError if one of them does not exist, or is a video that nothing here can read."""
+    sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     absent = [str(source) for source in sources if not _exists(source)]
     if absent:
         raise InputError(f"{lite.one_line(', '.join(absent[:5]), 600)}{', ...' * (len(absent) > 5)}: no such file or directory")
     named = [source for source in sources if Path(source).suffix.lower() in video.SUFFIXES and os.path.isfile(source)]
     if named and not video.is_available():
         raise InputError(f"{named[0]}: {video.NEEDS}")
-    found: dict = {}
-    for source in sources:
-        for path in _expand(source, own, left_out):
-            found.setdefault(path and os.path.abspath(path), (path, _root(source)))
-            if len(found) > MAX_INPUTS:
-                raise InputError(f"{source}: more than {MAX_INPUTS:,} files; predict on one part at a time")
-    left_out.report()
-    if not found:
-        raise InputError("no inputs; name image files, folders, or - for stdin")
-    roots = {os.path.abspath(root) for path, root in found.values() if path}
-    common = os.path.commonpath(roots) if roots else ""
-    names = {key: os.path.relpath(key, common).replace(os.sep, "/") if key else "stdin" for key in found}
-    stems = _stems(names.values())
-    return [Input(path, names[key], stems[names[key]]) for key, (path, _) in found.items()]
+    return sources
 
 
 def _exists(source):
@@ -99,28 +110,38 @@ def _expand(source, own, left_out):
     if source == STDIN:
         return [None]
     source = Path(source)
+    if os.path.exists(source) and _is_own(source, own):
+        raise InputError(f"{source}: is where this command writes to; choose another --out")
     if os.path.isdir(source):
         paths, nothing = _walk(source, own, left_out), "no files in it"
     elif os.path.exists(source):
         return [source]
     else:
         paths, nothing = _matches(source, own, left_out), "no file is called so"
-    paths = sorted(paths)
+    paths = sorted(itertools.islice(paths, MAX_INPUTS + 1))
     if not paths:
         raise InputError(f"{source}: {nothing}")
     return paths
+
+
+def _is_own(path, own):
+    real = os.path.realpath(path)
+    return any(real == each or real.startswith(each + os.sep) for each in own)
 
 
 def _matches(pattern, own, left_out):
     """What a shell would make of a pattern; folders among it are walked, unless ** has done that."""
     root = Path(_root(pattern))
     below = pattern.relative_to(root)
+    asks_for_hidden = any(part.startswith(".") for part in below.parts)
     try:
         # Of pathlib and not of glob, which follows links of folders to themselves.
         for path in root.glob(str(below)):
-            if any(part.startswith(".") and part not in below.parts for part in path.relative_to(root).parts):
+            if not asks_for_hidden and any(part.startswith(".") for part in path.relative_to(root).parts):
                 continue
-            if not path.is_dir():
+            if _is_own(path, own):
+                left_out.own.append(str(path))
+            elif not path.is_dir():
                 yield path
             elif "**" not in below.parts:
                 yield from _walk(path, own, left_out)
@@ -132,16 +153,13 @@ def _matches(pattern, own, left_out):
 
 def _walk(folder, own, left_out):
     """All files below a folder but hidden ones. Links to folders are not followed: they may lead anywhere, or in a circle."""
-    real = os.path.realpath(folder)
-    if any(os.path.commonpath([real, path]) == path for path in own if os.path.isdir(path)):
-        raise InputError(f"{folder}: is where this command writes to; choose another --out")
-    folders = [(folder, real)]
+    folders = [(folder, os.path.realpath(folder))]
     while folders:
-        folder, real = folders.pop()
+        current, real = folders.pop()
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(current) as entries:
                 for entry in entries:
-                    path = Path(folder, entry.name)
+                    path = Path(current, entry.name)
                     if entry.name.startswith("."):
                         continue
                     if os.path.join(real, entry.name) in own:
@@ -153,9 +171,9 @@ def _walk(folder, own, left_out):
                     else:
                         yield path
         except OSError as error:
-            if not left_out.unreadable and len(folders) == 0:
+            if current is folder:
                 raise InputError(f"{folder}: cannot read it: {files.io_error_text(error)}") from None
-            left_out.unreadable.append(f"{folder} ({files.io_error_text(error)})")
+            left_out.unreadable.append(f"{current} ({files.io_error_text(error)})")
 
 
 class _LeftOut:

@@ -22,7 +22,7 @@ def measure(polygons: np.ndarray) -> dict[str, np.ndarray]:
     cross = x * v - u * y
     signed = cross.sum(axis=1) / 2
     area, perimeter = np.abs(signed), np.hypot(u - x, v - y).sum(axis=1)
-    flat = area <= 1e-9 * perimeter**2
+    flat = area <= 1e-9 * np.maximum(perimeter**2, 1)
     whole = np.where(flat, 1.0, signed)
 
     def moment(values):

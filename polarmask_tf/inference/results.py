@@ -73,7 +73,7 @@ class Detections:
             raise InputError(f"segmentation is {segmentation!r}, must be 'rle' or 'polygon'")
         results = coco_metrics.detections_to_results(self, image_id, self.categories, *self.image_size)
         if segmentation == "polygon":
-            rings = np.asarray(self.polygons, np.float64).round(2).reshape(len(self), -1).tolist()
+            rings = (polygon.ravel().tolist() for polygon in np.asarray(self.polygons, np.float64).round(2))
             results = [{**result, "segmentation": [ring]} for result, ring in zip(results, rings, strict=True)]
         return results
 
