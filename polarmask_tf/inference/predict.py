@@ -199,7 +199,7 @@ def _journal(out, settings, resume, kinds, tally):
         record.remove()
     except BaseException:
         record.close()
-        if not tally.images:
+        if not tally.images and not record.count_before:
             record.remove()
         else:
             print(f"{tally.images} images are finished; the same command with --resume goes on from there", file=sys.stderr)

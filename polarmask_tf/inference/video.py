@@ -45,7 +45,8 @@ def frames(path, every=1, *, exif="ignore", notes=None):
         return
     import cv2
 
-    with contextlib.closing(_Released(capture)):
+    with contextlib.ExitStack() as stack:
+        stack.callback(capture.release)
         capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, float(exif == "apply"))
         if exif != "apply" and capture.get(cv2.CAP_PROP_ORIENTATION_META):
             notes.append("the video's orientation ignored")
@@ -59,11 +60,6 @@ def frames(path, every=1, *, exif="ignore", notes=None):
             yield None, functools.partial(_fail, InputError(f"{path}: no frame of the video can be read"))
         elif number < promised - max(2, 0.02 * promised):  # players count frames roughly
             print(f"{lite.one_line(path)}: ends or is damaged after {number} of {promised:.0f} frames", file=sys.stderr)
-
-
-class _Released:
-    def __init__(self, capture):
-        self.close = capture.release
 
 
 def _fail(error):
