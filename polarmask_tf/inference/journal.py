@@ -9,6 +9,7 @@ from pathlib import Path
 
 from polarmask_tf import files, lite
 from polarmask_tf.errors import InputError
+from polarmask_tf.weights import shipped
 
 NAME = "unfinished.jsonl"
 FORMAT = "polarmask predict 1"
@@ -95,12 +96,13 @@ def _short(value):
 
 def digest_of_model(source) -> str:
     """What tells one trained model from another: its address if it is served, else a SHA-256 of its weights and settings."""
-    path = Path(source)
+    path = Path(source) if os.path.exists(source) else shipped.resolve(source)
     if str(source).startswith(("http://", "https://", "grpc://")):
         return str(source)
     if path.is_dir():
         # The indices of checkpoints and variables hold a checksum of every tensor.
-        names = ("config.yaml", "calibration.json", "saved_model.pb", "variables/variables.index", "assets.extra/metadata.json")
+        names = ("config.yaml", "calibration.json", shipped.WEIGHTS)
+        names += ("saved_model.pb", "variables/variables.index", "assets.extra/metadata.json")
         newest = sorted(path.glob("checkpoints/step-*.index"), key=lambda file: (len(file.name), file.name))[-1:]
         parts = [file for file in (*(path / name for name in names), *newest) if file.is_file()]
     else:
