@@ -56,7 +56,8 @@ def test_equal_names_of_several_folders_never_meet(tmp_path):
     assert names([tmp_path / "in" / "a", tmp_path / "other" / "2.png"]) == ["1.png", "2.png"]
     assert names([tmp_path / "in" / "a", tmp_path / "in" / "b"]) == ["a/1.png", "b/1.png"]
     assert names([tmp_path / "in" / "a" / "1.png", tmp_path / "other"]) == ["in/a/1.png", "other/1.png", "other/2.png"]
-    done = predict(star_predictor(), [tmp_path / "in", tmp_path / "other"], tmp_path / "out", progress=False)
+    sources = (tmp_path / folder for folder in ("in", "other"))  # any iterable will do
+    done = predict(star_predictor(), sources, tmp_path / "out", progress=False)
     overlays = sorted(str(path.relative_to(tmp_path / "out/overlays")) for path in (tmp_path / "out/overlays").rglob("*.png"))
     assert overlays == ["1.png", "2.png", "a/1.png", "b/1.png"] and done["images"] == 4
     ids = {result["image_id"] for result in json.loads((tmp_path / "out/results.json").read_text())}

@@ -184,6 +184,8 @@ def test_nothing_found(source, tmp_path):
         ({"save": ["masks", "coco"]}, "--save 'masks': of overlays, overlays:jpg, labelme, .* one or several"),
         ({"save": ["ids:tif", "ids:tif32"]}, "files of one name"),
         ({"save": [""]}, "--save ''"),
+        ({"save": []}, "nothing to write"),
+        ({"every": 0}, "every is 0, must be at least 1"),
         ({"classes": ["cat"]}, "no class 'cat'; this model's are: circle, star, moon"),
         ({"segmentation": "mask"}, "must be 'rle' or 'polygon'"),
         ({"save": ["coco"], "results_only": True}, "leave --save out"),

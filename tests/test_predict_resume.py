@@ -148,7 +148,7 @@ def test_another_command_is_refused_and_changes_nothing(source, tmp_path):
     for more, text in (
         ({"score_threshold": 0.5}, r"score_threshold \(0.3 then, 0.5 now\)"),
         ({"save": ["coco"]}, "save "),
-        ({"classes": None}, r"classes \(\['star', 'moon'\] then, not known now\)"),
+        ({"classes": None}, r"classes \(\['star', 'moon'\] then, all now\)"),
         ({"every": 2}, "every "),
         ({"limit": 3}, "limit "),
         ({"segmentation": "polygon"}, "segmentation "),
@@ -158,11 +158,11 @@ def test_another_command_is_refused_and_changes_nothing(source, tmp_path):
             run(star_predictor(), source, out, resume=True, **{**options, **more})
         assert "leave --resume out to start over" in str(error.value)
     model.write_bytes(b"better weights")
-    with pytest.raises(InputError, match="other settings: model"):
+    with pytest.raises(InputError, match="other settings: model; give"):
         run(star_predictor(), source, out, resume=True, **options)
     model.write_bytes(b"weights")
     shutil.copy(source / "1.png", source / "0.png")
-    with pytest.raises(InputError, match="other settings: inputs"):
+    with pytest.raises(InputError, match="other settings: inputs; give"):
         run(star_predictor(), source, out, resume=True, **options)
     assert content(out) == before
     (source / "0.png").unlink()

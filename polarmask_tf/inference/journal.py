@@ -50,7 +50,7 @@ class Journal:
             raise InputError(f"{self.path}: damaged, or of another version; leave --resume out to start over")
         differ = [name for name in settings if before.get(name) != settings[name]]
         if differ:
-            told = [f"{name} ({_short(before.get(name))} then, {_short(settings[name])} now)" for name in differ]
+            told = [name + _then_and_now(before.get(name), settings[name]) for name in differ]
             what = f"the interrupted run had other settings: {'; '.join(told[:4])}"
             raise InputError(f"{self.path.parent}: {what}; give the same command, or leave --resume out to start over")
 
@@ -90,8 +90,11 @@ class Journal:
         self._try(self.path.unlink)
 
 
-def _short(value):
-    return lite.one_line("not known" if value is None else value, 60)
+def _then_and_now(*values):
+    if any(isinstance(value, str) and len(value) == 64 for value in values):  # a digest, which says nothing
+        return ""
+    then, now = (lite.one_line("all" if value is None else value, 60) for value in values)
+    return f" ({then} then, {now} now)"
 
 
 def digest_of_model(source) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import sys
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -63,9 +62,11 @@ def predict(
     out = Path(out)
     if results_only and save is not None:
         raise InputError("--results-only writes results.json alone: leave --save out")
-    kinds = outputs.check(save or (("coco",) if results_only else outputs.DEFAULT))
+    kinds = outputs.check(save if save is not None else ("coco",) if results_only else outputs.DEFAULT)
     if segmentation not in ("rle", "polygon"):
         raise InputError(f"segmentation is {segmentation!r}, must be 'rle' or 'polygon'")
+    if every < 1:
+        raise InputError(f"every is {every}, must be at least 1")
     if classes is not None:
         class_indices(predictor.classes, classes)
     if score_threshold is None:
@@ -119,9 +120,9 @@ class _Plan:
     """What is to be predicted on, and what the truth knows of it."""
 
     def __init__(self, sources, out, truth, results_only, limit):
+        sources = inputs.check(sources)
         self.inputs, self.missing, self.truth = inputs.find(sources, outputs.own(out)), [], truth
-        given = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-        self.where = f"{given[0]}{' and others' * (len(given) > 1)}"
+        self.where = f"{sources[0]}{' and others' * (len(sources) > 1)}"
         self.dataset = ground_truth.read(truth) if truth is not None else None
         self.known = ground_truth.entries(self.inputs, self.dataset)
         if results_only and self.dataset is not None:
