@@ -31,6 +31,7 @@ _FRONT_DOOR = {
     "make_optimizer": ("training.optimizers", "make"),
     "train": ("training.train", "train"),
     "load_predictor": ("inference.predictor", "load_predictor"),
+    "predict": ("inference.predict", "predict"),
     "read_image": ("inference.predictor", "read_image"),
     "evaluate": ("inference.evaluate", "evaluate"),
     "export_model": ("export.export", "export_model"),
@@ -46,6 +47,7 @@ if typing.TYPE_CHECKING:
     from polarmask_tf.errors import InputError
     from polarmask_tf.export.export import export_model
     from polarmask_tf.inference.evaluate import evaluate
+    from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor, read_image
     from polarmask_tf.modeling.polarmask import PolarMask
     from polarmask_tf.tools.shapes import make_shapes as draw_shapes
@@ -67,6 +69,7 @@ __all__ = [  # noqa: RUF022 in the order in which they are used
     "make_optimizer",
     "train",
     "load_predictor",
+    "predict",
     "read_image",
     "evaluate",
     "export_model",

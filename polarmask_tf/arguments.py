@@ -118,18 +118,26 @@ def parser() -> argparse.ArgumentParser:
     add("--calibrate", action="store_true", help=text)
     add("--json", type=_path, metavar="FILE", help="also write the numbers as JSON")
 
-    add = command("predict", "draw what a model finds in images, and write COCO results")
+    add = command("predict", "find objects in images, and write pictures, COCO results and other formats")
     add("model", help=MODEL)
-    add("images", type=_path, help="image file, or directory of images")
-    add("--out", type=_path, required=True, help="directory for overlays/ and results.json")
+    text = 'image or video file, folder (all below it), "pattern/*.png", or - for an image from stdin'
+    add("images", type=_input, nargs="+", metavar="INPUT", help=text)
+    add("--out", type=_path, required=True, help="directory to write to")
+    text = """of overlays, overlays:jpg, coco (results.json), labelme, geojson, ids (16-bit PNG), ids:tif, ids:tif32,
+        csv (measurements), gallery (gallery.html); default: overlays,coco"""
+    add("--save", type=_texts, metavar="A,B,...", help=text)
+    add("--segmentation", choices=("rle", "polygon"), default="rle", help="in results.json (default %(default)s)")
     add("--score-threshold", type=_fraction, metavar="X", help="least score (default: the model's of best F1, or 0.3)")
+    add("--classes", type=_texts, metavar="A,B,...", help="only objects of these classes")
     add("--limit", **limit)
+    add("--every", type=_positive, default=1, metavar="N", help="of a video every N-th frame (default %(default)s)")
     _add_tiles(add)
     add("--truth", type=_path, metavar="JSON", help="COCO file: its image ids, and its truth beside predictions")
     add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
     add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     add("--bit-depth", type=int, metavar="BITS", help=text)
+    add("--resume", action="store_true", help="go on where the same command was interrupted")
 
     add = command("export", "a SavedModel and a .tflite file from a run directory, image to polygons inside")
     add("run", type=_path, help="run directory")
@@ -221,6 +229,14 @@ def _path(text: str) -> Path:
     if not text:  # which pathlib takes for the working directory: a shell's variable that is not set
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
+
+
+def _input(text: str) -> str:
+    return text if text == "-" else str(_path(text))
+
+
+def _texts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _positive(text: str) -> int:

@@ -119,6 +119,7 @@ def evaluate(args):
         checkpoint = check_calibratable(Path(args.model))
     most = args.max_detections if args.max_detections != 100 else None
     predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
+    predictor = _tiled(predictor, args)
     with lock(args.report, "evaluate") if args.report else contextlib.nullcontext():
         metrics = evaluate(predictor, data, **_options(args, "max_detections", "limit"))
         found = {**metrics.to_dict(), "best_f1": thresholds.rows(metrics)}
@@ -142,17 +143,31 @@ def evaluate(args):
         )
 
 
+def _tiled(predictor, args):
+    """The predictor, for --tile as one of large pictures."""
+    if args.tile is None:
+        if args.overlap is not None:
+            raise InputError("--overlap is of tiles: give --tile as well")
+        return predictor
+    from polarmask_tf.inference.tiling import tiled
+
+    return tiled(predictor, args.tile, args.overlap, progress=True)
+
+
 def predict(args):
+    from polarmask_tf.inference import inputs
+
+    inputs.check(args.images)  # before TensorFlow is loaded, and the model
     from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
-    predictor = load_predictor(args.model)
+    options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model")
+    predictor = _tiled(load_predictor(args.model), args)
     if args.score_threshold is None and not args.results_only:
         print(f"showing detections {predictor.default_threshold()[1]}", file=sys.stderr)
     done = predict(predictor, args.images, args.out, **options)
-    pictures = "" if args.results_only else f"pictures in {args.out / 'overlays'}, "
-    print(f"{done['detections']} detections in {done['images']} images; {pictures}{done['results']}")
+    print(f"{done['detections']} detections in {done['images']} images; written: {', '.join(map(str, done['written']))}")
 
 
 def export(args):

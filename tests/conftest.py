@@ -49,3 +49,18 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(NO_SHARED)
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def node_modules(pytestconfig):
+    """What exports/web/package.json asks for, installed once into pytest's cache."""
+    from helpers import browser
+
+    return browser.node_modules(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    from helpers import browser
+
+    return browser.find_chromium()

@@ -32,7 +32,8 @@ def test_every_room_is_a_package(setup):
 
 def test_the_wheel_ships_modules_and_configs(tmp_path):
     # From a copy of the tracked files: building in the checkout would leave build/ behind.
-    for pattern in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "polarmask_tf/**/*.py*", "configs/*.yaml"):
+    sources = ("polarmask_tf/**/*.py*", "polarmask_tf/**/*.html", "configs/*.yaml")
+    for pattern in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *sources):
         for file in ROOT.glob(pattern):
             if file.suffix != ".pyc":
                 copy = tmp_path / "source" / file.relative_to(ROOT)
@@ -47,7 +48,7 @@ def test_the_wheel_ships_modules_and_configs(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "installed")
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("polarmask_tf/**/*.py")}
-    assert modules | {"polarmask_tf/py.typed"} <= names
+    assert modules | {"polarmask_tf/py.typed", "polarmask_tf/inference/gallery.html"} <= names
     assert {f"polarmask_tf/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= names
     code = "import polarmask_tf.config as c; print(c.find('shapes')); c.load('shapes')"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}

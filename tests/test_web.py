@@ -2,24 +2,20 @@
 
 import base64
 import functools
-import hashlib
 import http.server
 import json
 import shutil
 import struct
-import subprocess
 import threading
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from helpers.browser import DRIVER, WEB, Page
 from polarmask_tf import config, lite
 
-WEB = Path(__file__).resolve().parents[1] / "exports/web"
-DRIVER = Path(__file__).parent / "helpers/web_page.mjs"
 HEIGHT, WIDTH = 96, 128
 CLASSES = [{"name": name, "category_id": 7 + i} for i, name in enumerate(("circle", "rectangle", "triangle", "star"))]
 # float32 in both, but XNNPACK for WASM sums in another order than the native one: measured were 1e-7 in scores and, as rays are
@@ -29,42 +25,8 @@ SCORES, PIXELS = 1e-6, 2e-3
 SCORES_LEVEL, PIXELS_LEVEL = 5e-3, 0.5
 
 
-@pytest.fixture(scope="module")
-def node_modules(pytestconfig):
-    """What exports/web/package.json asks for, installed once into pytest's cache."""
-    missing = [tool for tool in ("node", "npm") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"no {' and no '.join(missing)} here (Debian: apt-get install nodejs npm)")
-    package = (WEB / "package.json").read_bytes()
-    folder = Path(pytestconfig.cache.mkdir(f"web-{hashlib.sha256(package).hexdigest()[:12]}"))
-    if not (folder / "node_modules/.package-lock.json").exists():  # which npm writes last
-        (folder / "package.json").write_bytes(package)
-        command = "npm install --no-package-lock --no-audit --no-fund --loglevel=error --fetch-retries=1"
-        try:
-            done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            pytest.skip("npm install took more than 5 minutes")
-        if done.returncode:
-            pytest.skip(f"npm install failed: {' '.join(done.stderr.split())[:300]}")
-    return folder / "node_modules"
-
-
-class Page:
-    """The page in a browser of its own; see web_page.mjs. Every call fails if the page had an uncaught exception."""
-
-    def __init__(self, folder, chromium):
-        command = ["node", str(folder / DRIVER.name), chromium]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, **command):
-        self.process.stdin.write(json.dumps(command, default=str) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the browser did not start, or ended"
-        answer = json.loads(line)
-        assert "error" not in answer, answer["error"]
-        assert answer["uncaught"] == []
-        return answer["value"]
+class WebPage(Page):
+    """exports/web."""
 
     def call(self, source, value):
         """A JavaScript function of the modules `m` (polarmask.js) and of `value`."""
@@ -78,10 +40,6 @@ class Page:
         shown = json.loads(state["json"])
         rows = shown.pop("detections")
         return arrays(rows), {**shown, "labels": [row["label"] for row in rows], "status": state["status"]}
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -149,12 +107,9 @@ def folder(tmp_path_factory, node_modules):
 
 
 @pytest.fixture(scope="module")
-def page(folder):
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+def page(folder, chromium):
     server, url = serve(folder)
-    page = Page(folder, chromium)
+    page = WebPage(folder, chromium)
     page.url = url
     yield page
     page.close()

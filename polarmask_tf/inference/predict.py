@@ -1,97 +1,213 @@
-"""`polarmask predict`: files in, pictures and COCO results out, by whichever predictor."""
+"""`polarmask predict`: pictures in, files out, by whichever predictor."""
 
+import contextlib
 import itertools
-import json
-import os
 import sys
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+import polarmask_tf
 from polarmask_tf import files, lite
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference import visualize
-from polarmask_tf.inference.coco_metrics import annotation_rle
-from polarmask_tf.inference.evaluate import read_coco
-from polarmask_tf.inference.results import read_image
+from polarmask_tf.inference import inputs, outputs, visualize
+from polarmask_tf.inference import truth as ground_truth
+from polarmask_tf.inference.journal import NAME, Journal, digest, digest_of_file, digest_of_model
+from polarmask_tf.inference.results import class_indices, read_image
 
 SHEET_IMAGES = 12
-MAX_JSON_BYTES = 2**32
 
 
 def predict(
     predictor,
-    source,
+    sources,
     out,
     *,
+    save=None,
+    segmentation="rle",
     score_threshold=None,
+    classes=None,
+    every=1,
     truth=None,
     limit=None,
     results_only=False,
     exif="ignore",
     bit_depth=None,
+    resume=False,
+    model=None,
     progress=True,
 ):
-    """Run `predictor` over an image file, or over the (first `limit`) files of a directory, and write what it finds.
+    """Run `predictor` over (the first `limit`) pictures, and write what it finds.
 
-    out/results.json: COCO results with the original category ids and the image's id in `truth` (a COCO JSON, which may
-    lack annotations), else its file name's number, else its file name. out/overlays/NAME.png: the image with its polygons.
-    out/sheet.png: up to 12 of the images (figure 8), beside their ground truth where `truth` has annotations.
-    `score_threshold` is a number, or one for each class; default: predictor.default_threshold. With `results_only` there are
-    no pictures, the default is the predictor's least score, and of a directory only the images of `truth` are taken: what an
+    sources: a path or several: image files, videos (of which every `every`-th frame is taken), folders with all below them,
+    patterns, "-" for stdin; see inputs.find. save: names of outputs.KINDS; default: outputs.DEFAULT, which is
+    out/overlays/NAME.png, the image with its polygons, and out/results.json, COCO results with the original category ids and
+    the image's id in `truth` (a COCO JSON, which may lack annotations), else its file name's number, else its file name.
+    With overlays there is out/sheet.png: up to 12 of the images (figure 8), beside their ground truth where `truth` has
+    annotations. segmentation: "rle" or "polygon", in results.json. Taken are detections from `score_threshold` on (a number or
+    one of each class; default: predictor.default_threshold), of `classes` (names; default: all). With `results_only` there is
+    results.json alone, the threshold is the predictor's own, and of the pictures only those of `truth` are taken: what an
     evaluation server wants. `exif` and `bit_depth` (default: the predictor's) are lite.read_image's: with exif="apply"
-    coordinates are those of the turned image. Files that are no images, and then images of `truth` that are not there, are
-    named on stderr, counted and left out.
-    Returns {"images", "detections", "skipped": {file name: reason}, "missing": [file name], "results": Path,
-    "sheet": Path | None}. Raises InputError if no file is an image, or if `out` is in use or cannot be written.
+    coordinates are those of the turned image.
+    Files that are no images, and then images of `truth` that are not there, are named on stderr, counted and left out.
+
+    What is finished is kept in out/unfinished.jsonl until all is. With `resume` an interrupted run goes on behind it; `model`
+    is the path or URL of the predictor's model, by whose content it knows whether it is the same. Memory is that of a picture.
+
+    Returns {"images", "detections", "skipped": {name: reason}, "missing": [file name], "results": Path | None, "sheet": Path |
+    None, "written": [Path]}. Raises InputError if no file is an image, if `out` is in use or cannot be written, and if
+    `resume` finds a run of another model, of other inputs or options, or one that is finished.
     """
-    source, out = Path(source), Path(out)
-    paths, missing = _files(source), []
+    out = Path(out)
+    if results_only and save is not None:
+        raise InputError("--results-only writes results.json alone: leave --save out")
+    kinds = outputs.check(save if save is not None else ("coco",) if results_only else outputs.DEFAULT)
+    if segmentation not in ("rle", "polygon"):
+        raise InputError(f"segmentation is {segmentation!r}, must be 'rle' or 'polygon'")
+    if every < 1:
+        raise InputError(f"every is {every}, must be at least 1")
+    if classes is not None:
+        class_indices(predictor.classes, classes)
     if score_threshold is None:
         score_threshold = 0.0 if results_only else predictor.default_threshold()[0]
-    dataset = _read_truth(truth) if truth is not None else None
-    entries = _truth_entries(paths, dataset)
-    if results_only and dataset is not None:
-        paths, missing = _only_of_truth(paths, entries, dataset, source, truth)
-    paths = paths[:limit]
-    ids, stems = _image_ids(paths, entries, dataset), Counter(path.stem for path in paths)
-    beside_truth = bool(dataset and dataset["annotations"])
-    shown = [] if results_only else _spread([path for path in paths if not beside_truth or path in entries], SHEET_IMAGES)
-    cells, images, detections = [], 0, 0
-    read = _Reader(getattr(predictor, "read", read_image), exif=exif, bit_depth=bit_depth or predictor.bit_depth)
-    with files.lock(out, "predict"):
-        with files.replacing(out / "results.json") as part, open(part, "w", encoding="utf-8") as results:
-            for path in tqdm(paths, desc="predict", unit="image", disable=not progress):
-                image = read(path)
-                if image is None:
-                    continue
-                images += 1
-                found = predictor(image).above(score_threshold)
-                # A line each, written at once: a test set has millions.
-                for result in found.to_coco(ids[path]):
-                    results.write((",\n" if detections else "[") + json.dumps(result))
-                    detections += 1
-                if results_only:
-                    continue
-                files.make_directory(out / "overlays")
-                name = path.stem if stems[path.stem] == 1 else path.name  # where a.jpg and a.png would share one
-                found.save(out / "overlays" / f"{name}.png")
-                if path in shown and isinstance(image, np.ndarray):  # not windows of a large picture, see tiling.py
-                    entry = entries[path] if beside_truth else None
-                    cells.append(cell(lite.one_line(path.name), image, found, predictor.classes, entry, dataset))
-            results.write("]" if detections else "[]")
-            read.report(source, images)
-        if beside_truth and not cells and not results_only:
-            print(f"no sheet.png: {truth} names none of the images in {source}", file=sys.stderr)
-        if cells:
-            heads = ("ground truth", "prediction") if beside_truth else ()
-            title = f"PolarMask, {len(cells)} of {images} images"
-            visualize.save(visualize.sheet(cells, heads=heads, title=title), out / "sheet.png")
-    counts = {"images": images, "detections": detections, "skipped": read.skipped, "missing": missing}
-    return {**counts, "results": out / "results.json", "sheet": out / "sheet.png" if cells else None}
+    plan = _Plan(sources, out, truth, results_only, limit)
+    exact = {"exif": exif, "bit_depth": bit_depth or predictor.bit_depth}
+    settings = {
+        "version": polarmask_tf.__version__,
+        "model": model and digest_of_model(model),
+        "inputs": plan.digest(),
+        "truth": truth and digest_of_file(truth),
+        **{"save": kinds, "segmentation": segmentation, "score_threshold": score_threshold, "classes": classes},
+        **{"every": every, "limit": limit, **exact},
+        **{name: getattr(predictor, name, None) for name in ("tile", "overlap")},
+    }
+    draws_sheet = any(kind.startswith("overlays") for kind in kinds)
+    shown = _spread(plan.can_be_shown(), SHEET_IMAGES) if draws_sheet else []
+    tally, cells = _Tally(), {}
+    read = getattr(predictor, "read", read_image)  # of tiles.py, which opens large pictures
+    with files.lock(out, "predict"), _journal(out, settings, resume, kinds, tally) as record:
+        pictures = itertools.islice(inputs.pictures(plan.inputs, plan.ids, read=read, every=every, **exact), limit)
+        for number, picture in enumerate(tqdm(pictures, "predict", plan.number(), unit="image", disable=not progress)):
+            is_done, is_shown = number < record.count_before, picture.input in shown and picture.input not in cells
+            if is_done and not is_shown:
+                continue
+            try:
+                image = picture.read()
+            except InputError as error:
+                if not is_done:
+                    tqdm.write(f"skipped {error}", file=sys.stderr)
+                    record.append(tally.add({"name": picture.name, "skipped": str(error)}))
+                continue
+            found = predictor(image).above(score_threshold)
+            found = found if classes is None else found.only(classes)
+            if not is_done:
+                truths = plan.shapes(picture, image) if "gallery" in kinds else None
+                one = outputs.Predicted(picture, image, found, truths)
+                record.append(tally.add(outputs.write_picture(kinds, out, one, segmentation)))
+            if is_shown and isinstance(image, np.ndarray):  # not windows of a large picture
+                cells[picture.input] = plan.cell(picture, image, found, predictor.classes)
+        tally.report(plan.where)
+        least = float(np.min(score_threshold))
+        page = {"title": out.resolve().name, "categories": predictor.classes, "least": least, "truth": plan.has_annotations}
+        outputs.write_tables(kinds, out, record, **page)
+        if draws_sheet:
+            _save_sheet(cells, plan, tally.images, out)
+    counts = {"images": tally.images, "detections": tally.objects, "skipped": tally.skipped, "missing": plan.missing}
+    paths = {"results": out / outputs.RESULTS if "coco" in kinds else None, "sheet": out / outputs.SHEET if cells else None}
+    return {**counts, **paths, "written": outputs.written(kinds, out, bool(cells))}
+
+
+class _Plan:
+    """What is to be predicted on, and what the truth knows of it."""
+
+    def __init__(self, sources, out, truth, results_only, limit):
+        sources = inputs.check(sources)
+        self.inputs, self.missing, self.truth = inputs.find(sources, outputs.own(out)), [], truth
+        self.where = f"{sources[0]}{' and others' * (len(sources) > 1)}"
+        self.dataset = ground_truth.read(truth) if truth is not None else None
+        self.known = ground_truth.entries(self.inputs, self.dataset)
+        if results_only and self.dataset is not None:
+            chosen = ground_truth.only_named(self.inputs, self.known, self.dataset, self.where, truth)
+            self.inputs, self.missing = chosen
+        self.inputs = self.inputs[:limit]
+        self.ids = ground_truth.image_ids(self.inputs, self.known, self.dataset)
+        self.has_annotations = bool(self.dataset and self.dataset["annotations"])
+
+    def digest(self):
+        return digest(*((entry.name, entry.stem, self.ids[entry]) for entry in self.inputs))
+
+    def number(self):
+        """Of pictures, None where there are videos."""
+        return None if any(entry.is_video for entry in self.inputs) else len(self.inputs)
+
+    def can_be_shown(self):
+        return [entry for entry in self.inputs if not self.has_annotations or entry in self.known]
+
+    def shapes(self, picture, image):
+        """The truth of a picture, None without any."""
+        if not self.has_annotations or picture.input not in self.known:
+            return None
+        return ground_truth.shapes(self.known[picture.input]["id"], image, self.dataset)
+
+    def cell(self, picture, image, found, classes):
+        entry = self.known[picture.input] if self.has_annotations else None
+        name = lite.one_line(PurePosixPath(picture.name).name)
+        return ground_truth.cell(name, image, found, classes, entry, self.dataset)
+
+
+class _Tally:
+    """What was done with the pictures so far, also before an interruption."""
+
+    def __init__(self):
+        self.images, self.objects, self.skipped, self.notes = 0, 0, {}, Counter()
+
+    def add(self, entry):
+        """Counts an entry of the journal, and returns it."""
+        if "skipped" in entry:
+            self.skipped[entry["name"]] = entry["skipped"]
+        else:
+            self.images += 1
+            self.objects += entry["objects"]
+            self.notes.update(entry["notes"])
+        return entry
+
+    def report(self, where):
+        """Says what was skipped and what was noted; InputError if there were no images."""
+        if not self.images:
+            reason = next(iter(self.skipped.values()), "no files")
+            raise InputError(f"{where}: no image to predict on: {reason}" + (", ..." if len(self.skipped) > 1 else ""))
+        if self.skipped:
+            total = self.images + len(self.skipped)
+            print(f"skipped {len(self.skipped)} of {total} files: {inputs.some(self.skipped)}", file=sys.stderr)
+        for note, count in self.notes.items():
+            print(f"note: {count} of {self.images} images: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _journal(out, settings, resume, kinds, tally):
+    """The Journal of `out`, counted into `tally`; it stays only if what it is used for fails with something finished."""
+    there = (out / NAME).exists()
+    finished = [path for kind in kinds if kind in outputs.TABLES and (path := out / outputs.TABLES[kind]).exists()]
+    if resume and not there and finished:
+        what = f"{finished[0].name} there is of a finished run, which a run without --resume replaces"
+        raise InputError(f"{out}: no interrupted run to resume: {what}")
+    if there and not resume:
+        print(f"starting over: what an interrupted run had finished in {out} is done again (--resume goes on)", file=sys.stderr)
+    record = Journal(out, settings, resume=resume)
+    try:
+        for entry in record.entries():
+            tally.add(entry)
+        yield record
+        record.remove()
+    except BaseException:
+        record.close()
+        if not tally.images and not record.count_before:
+            record.remove()
+        else:
+            print(f"{tally.images} images are finished; the same command with --resume goes on from there", file=sys.stderr)
+        raise
 
 
 def _spread(items, count):
@@ -99,162 +215,10 @@ def _spread(items, count):
     return [items[i] for i in dict.fromkeys(np.linspace(0, len(items) - 1, count).astype(int).tolist())] if items else []
 
 
-class _Reader:
-    """read(path) -> its image, or None for a file that is none, which is said on stderr and noted in `skipped`."""
-
-    def __init__(self, read, **options):
-        self.read, self.options, self.skipped, self.notes = read, options, {}, []
-
-    def __call__(self, path):
-        try:
-            return self.read(path, notes=self.notes, **self.options)
-        except InputError as error:
-            self.skipped[path.name] = str(error)
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            return None
-
-    def report(self, source, images):
-        """Says what was skipped and what was noted; InputError if there were no images."""
-        if not images:
-            reason = next(iter(self.skipped.values()), "no files")
-            raise InputError(f"{source}: no image to predict on: {reason}" + (", ..." if len(self.skipped) > 1 else ""))
-        if self.skipped:
-            total = images + len(self.skipped)
-            print(f"skipped {len(self.skipped)} of {total} files: {_some(self.skipped)}", file=sys.stderr)
-        for note, count in Counter(self.notes).items():
-            print(f"note: {count} of {images} images: {note}", file=sys.stderr)
-
-
-def _some(names):
-    names = list(map(lite.one_line, names))
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _files(source):
-    """What is in the directory `source` but directories and hidden files, or `source` itself."""
-    try:
-        if source.is_dir():
-            paths = sorted(path for path in source.iterdir() if not path.is_dir() and not path.name.startswith("."))
-        else:
-            paths = [source] if source.exists() else []
-    except OSError as error:
-        raise InputError(f"{source}: cannot read it: {files.io_error_text(error)}") from None
-    if not paths:
-        raise InputError(f"{source}: " + ("no files in it" if source.is_dir() else "no such file or directory"))
-    return paths
-
-
-def _read_truth(path):
-    """The COCO dict of `path`; of one without annotations, like COCO's files of its test images, the images alone."""
-    try:
-        lite.check_file(path, MAX_JSON_BYTES)
-        document = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return read_coco(path)  # which says what is wrong with it
-    if not isinstance(document, dict) or not isinstance(document.get("images"), list) or document.get("annotations"):
-        return read_coco(path)
-    images = [
-        image
-        for image in document["images"]
-        if isinstance(image, dict) and _is_id(image.get("id")) and isinstance(image.get("file_name"), str)
-    ]
-    if not images:
-        raise InputError(f"{path}: names no images; its list 'images' needs objects with an integer 'id' and a 'file_name'")
-    times = Counter(image["id"] for image in images)
-    images = [image for image in images if times[image["id"]] == 1]
-    if unusable := len(document["images"]) - len(images):
-        why = "no 'id' or 'file_name', or an 'id' that several have"
-        print(f"skipped {unusable} of {len(document['images'])} images of {path}: {why}", file=sys.stderr)
-    return {"images": images, "annotations": [], "categories": []}
-
-
-def _is_id(value):
-    return type(value) is int and abs(value) < 2**63
-
-
-def _truth_entries(paths, dataset):
-    """Path -> its entry of the truth's images: the one whose file_name has the most parts in common with it, from the end.
-
-    The bare name is enough where no two images share one. A path that fits several equally well gets none, and is named.
-    """
-    by_name, entries, unclear = {}, {}, []
-    for image in dataset["images"] if dataset else []:
-        by_name.setdefault(Path(image["file_name"]).name, []).append(image)
-    for path in paths:
-        fits = [(_common_end(path, image["file_name"]), image) for image in by_name.get(path.name, ())]
-        best = [image for fit, image in fits if fit == max(fit for fit, _ in fits)]
-        if len(best) == 1:
-            entries[path] = best[0]
-        elif best:
-            unclear.append(path.name)
-    if dataset and paths and not entries and not unclear:
-        print("the truth names none of these files: image ids are made of their names", file=sys.stderr)
-    if unclear:
-        print(
-            f"{len(unclear)} files could be any of several images of the truth, and are none of it here: {_some(unclear)}; "
-            "put them into directories as it names them",
-            file=sys.stderr,
-        )
-    return entries
-
-
-def _common_end(path, name):
-    """(whether the parts of `name` end those of `path`, how many they have in common at their ends)."""
-    path, name = Path(os.path.abspath(path)).parts, Path(name).parts
-    pairs = zip(reversed(path), reversed(name), strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return common == len(name), common
-
-
-def _only_of_truth(paths, entries, dataset, source, truth):
-    """Those of the paths that `truth` names, and the names of its images that are not among them."""
-    there = {entry["id"] for entry in entries.values()}
-    missing = [image["file_name"] for image in dataset["images"] if image["id"] not in there]
-    if not there:
-        raise InputError(f"{source}: holds none of the {len(missing)} images of {truth}, like {lite.one_line(missing[0])}")
-    if missing:
-        print(f"missing {len(missing)} of {len(dataset['images'])} images of {truth}: {_some(missing)}", file=sys.stderr)
-    return [path for path in paths if path in entries], missing
-
-
-def _image_ids(paths, entries, dataset):
-    """Path -> image id: the truth's, else the stem as a number, else the name (also if another image has that number)."""
-
-    def number(path):
-        return int(path.stem) if path.stem.isascii() and path.stem.isdigit() else path.name
-
-    others = Counter(number(path) for path in paths if path not in entries)
-    others.update(image["id"] for image in (dataset["images"] if dataset else ()))
-    return {
-        path: entries[path]["id"] if path in entries else number(path) if others[number(path)] == 1 else path.name
-        for path in paths
-    }
-
-
-def cell(name, image, found, classes, entry, dataset):
-    """A cell of a sheet (see visualize.sheet): the picture of what was found, after the ground truth's if `entry` is given.
-
-    `entry` is the image's in `dataset`, a COCO dict; of it the id counts. Crowd regions are left out.
-    """
-    picture = found.plot(image, fit=visualize.SHEET_SIDE)
-    if entry is None:
-        return picture, f"{name}: {len(found)} found"
-    instances = [a for a in dataset["annotations"] if a["image_id"] == entry["id"] and not a.get("iscrowd")]
-    shapes = [_truth_shape(annotation, image) for annotation in instances]
-    names = {category["id"]: category["name"] for category in dataset["categories"]}
-    index = {entry["category_id"]: number for number, entry in enumerate(classes)}
-    labels = [names.get(a["category_id"], "?") if len(classes) > 1 else "" for a in instances]
-    colors = visualize.colors_for([index.get(a["category_id"], len(classes)) for a in instances], len(classes))
-    truth = visualize.draw(image, shapes, labels, colors=colors, fit=visualize.SHEET_SIDE)
-    return truth, picture, f"{name}: {len(shapes)} true, {len(found)} found"
-
-
-def _truth_shape(annotation, image):
-    try:
-        rle = annotation_rle(annotation, list(image.shape[:2]))
-    except InputError as error:
-        print(f"not drawn: {error}", file=sys.stderr)
-        return []
-    if isinstance(annotation["segmentation"], list):
-        return [np.reshape(ring, (-1, 2)).astype(np.float64) for ring in annotation["segmentation"]]
-    return coco_mask.decode(rle).astype(bool)
+def _save_sheet(cells, plan, images, out):
+    if plan.has_annotations and not cells:
+        print(f"no sheet.png: {plan.truth} names none of the images in {plan.where}", file=sys.stderr)
+    if cells:
+        heads = ("ground truth", "prediction") if plan.has_annotations else ()
+        title = f"PolarMask, {len(cells)} of {images} images"
+        visualize.save(visualize.sheet(list(cells.values()), heads=heads, title=title), out / outputs.SHEET)

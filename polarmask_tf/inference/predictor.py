@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from polarmask_tf.weights import shipped
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """predictor(image) -> Detections; predictor([image, ...]) -> [Detections, ...].
+    """predictor(image) -> Detections; predictor([image, ...]) -> [Detections, ...]; predictor(iterator) -> iterator.
 
-    An image is a path, bytes of an image file, a PIL.Image, or a uint8 array [h, w, 3] in RGB; images may differ in size.
+    Of an iterator, like Path("photos").glob("*.jpg") or a generator, no more than a batch of images and results is held at a
+    time. An image is a path, bytes of an image file, a PIL.Image, or a uint8 array [h, w, 3] in RGB; images may differ in size.
     Raises InputError for what is none.
     """
 
@@ -36,6 +38,9 @@ class Predictor:
     thresholds: dict | None = None  # {"overall": score, "classes": [score, ...]} that `evaluate` found, if it was run
 
     def __call__(self, images):
+        if isinstance(images, Iterator) and not hasattr(images, "read"):  # open files are iterators of lines
+            batches = iter(lambda: list(itertools.islice(images, self.batch_size)), [])
+            return itertools.chain.from_iterable(map(self, batches))
         if not isinstance(images, list | tuple):
             return self([images])[0]
         results = []

@@ -13,9 +13,9 @@ from polarmask_tf import files
 from polarmask_tf.data import records
 from polarmask_tf.inference import ceiling, html, thresholds
 from polarmask_tf.inference.coco_metrics import BINS, Metrics, format_table
-from polarmask_tf.inference.predict import cell
 from polarmask_tf.inference.predictor import Predictor
 from polarmask_tf.inference.results import read_image
+from polarmask_tf.inference.truth import cell
 
 CEILINGS = (0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)  # between which objects are grouped
 WORST = 12  # pictures

@@ -1,4 +1,4 @@
-"""What a predictor finds in one image: arrays, and from them masks, a picture, COCO dicts."""
+"""What a predictor finds in one image: arrays, and from them masks, a picture, what other programs read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import os
 import typing
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from pycocotools import mask as coco_mask
 from polarmask_tf import lite
 from polarmask_tf.data import windows
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference import coco_metrics, visualize
+from polarmask_tf.inference import coco_metrics, formats, visualize
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -51,6 +52,11 @@ class Detections:
         rows = {name: getattr(self, name)[kept] for name in lite.FOUND}
         return dataclasses.replace(self, **rows)
 
+    def only(self, names: typing.Iterable[str]) -> Detections:
+        """Those of these classes; InputError for a name that none of the classes has."""
+        kept = np.isin(self.classes, class_indices(self.categories, names))
+        return dataclasses.replace(self, **{name: getattr(self, name)[kept] for name in lite.FOUND})
+
     def rles(self) -> list[dict]:
         """Their masks as compressed COCO RLEs, {"size": [height, width], "counts": str}."""
         return coco_metrics.polygons_to_rle(self.polygons, *self.image_size)
@@ -62,9 +68,44 @@ class Detections:
             mask[:] = coco_mask.decode(rle)
         return masks
 
-    def to_coco(self, image_id: int | str) -> list[dict]:
-        """COCO result dicts, with the original category ids."""
-        return coco_metrics.detections_to_results(self, image_id, self.categories, *self.image_size)
+    def to_coco(self, image_id: int | str, segmentation: str = "rle") -> list[dict]:
+        """COCO result dicts, with the original category ids; segmentation: "rle", or "polygon", [[x, y, x, y, ...]]."""
+        if segmentation not in ("rle", "polygon"):
+            raise InputError(f"segmentation is {segmentation!r}, must be 'rle' or 'polygon'")
+        results = coco_metrics.detections_to_results(self, image_id, self.categories, *self.image_size)
+        if segmentation == "polygon":
+            rings = (polygon.ravel().tolist() for polygon in np.asarray(self.polygons, np.float64).round(2))
+            results = [{**result, "segmentation": [ring]} for result, ring in zip(results, rings, strict=True)]
+        return results
+
+    def to_labelme(self, image_path: str | None = None) -> dict:
+        """The content of labelme's JSON file of this image; the scores are in its shapes' descriptions.
+
+        image_path: the picture as seen from the folder that the file will lie in; default: the name of the file that the
+        image was read from, InputError if it was no file.
+        """
+        if image_path is None:
+            if not isinstance(self.source, str | os.PathLike):
+                raise InputError("to_labelme: these detections are of no file; give image_path")
+            image_path = Path(self.source).name
+        return formats.labelme(self, image_path)
+
+    def to_geojson(self) -> dict:
+        """A GeoJSON FeatureCollection as QuPath reads it, in pixels: class, colour and measurements of each detection."""
+        return formats.geojson(self)
+
+    def to_ids(self, dtype: type = np.uint16) -> np.ndarray:
+        """[height, width] of uint16 or uint32: i + 1 at the pixels of detection i, 0 where none is.
+
+        Where several overlap it is the one of the highest score. InputError for more detections than `dtype` can number.
+        """
+        return formats.instance_ids(self, dtype)
+
+    def measurements(self) -> list[dict]:
+        """A dict each, ready for csv or pandas, in pixels of the image: index (from 1, as in `to_ids`), class, score, area,
+        centroid_x, centroid_y, xmin, ymin, width, height, perimeter, major_axis, minor_axis, orientation (degrees from +x
+        towards +y), circularity; see measure.measure."""
+        return formats.measurements(self)
 
     def plot(self, image=None, *, fit: int | None = None) -> Image.Image:
         """The image (default: the one they were found in; a path is read again) with polygons, names and scores.
@@ -84,6 +125,15 @@ class Detections:
     def save(self, path: str | os.PathLike, image=None) -> None:
         """Writes `plot` to a picture file of the kind that its name says, PNG if it says none; InputError if it cannot."""
         visualize.save(self.plot(image), path)
+
+
+def class_indices(categories: typing.Sequence[dict], names: typing.Iterable[str]) -> list[int]:
+    """Indices of the classes of these names; InputError, with the known names, for one that no class has."""
+    known, names = [entry["name"] for entry in categories], list(names)
+    if unknown := [name for name in names if name not in known]:
+        others = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+        raise InputError(f"no class {', '.join(map(repr, unknown))}; this model's are: {others}")
+    return [index for index, name in enumerate(known) if name in {*names}]
 
 
 def read_image(image, **options) -> np.ndarray:

@@ -47,6 +47,8 @@ class TiledPredictor:
     bit_depth = property(lambda self: self.predictor.bit_depth)
     score_threshold = property(lambda self: self.predictor.score_threshold)
     max_detections = property(lambda self: self.predictor.max_detections)  # of a tile
+    thresholds = property(lambda self: self.predictor.thresholds)
+    default_threshold = property(lambda self: self.predictor.default_threshold)
 
     def __call__(self, images):
         if not isinstance(images, list | tuple):

@@ -128,7 +128,7 @@ def save(picture, path):
     if kind not in Image.SAVE:
         raise InputError(f"{path}: no kind of picture that can be written; call it .png or .jpg")
     with files.replacing(path) as part:
-        picture.save(part, format=kind)
+        picture.save(part, format=kind, **({"quality": 90} if kind == "JPEG" else {}))
 
 
 def _scaled(picture, scale, resampling):

@@ -18,8 +18,8 @@ from polarmask_tf.data import records
 from polarmask_tf.files import atomic_write
 from polarmask_tf.inference import thresholds, visualize
 from polarmask_tf.inference.evaluate import evaluate
-from polarmask_tf.inference.predict import cell
 from polarmask_tf.inference.predictor import read_image, run_predictor
+from polarmask_tf.inference.truth import cell
 from polarmask_tf.training import directory, replicas
 from polarmask_tf.training.log import APS, Log, Stepwise, ap_history, patience_exhausted, read_metrics, rounded
 from polarmask_tf.training.watchdog import WORKER_LOST_ERRORS

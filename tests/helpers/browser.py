@@ -1,0 +1,61 @@
+"""Pages in headless Chromium, by playwright-core of exports/web/package.json."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+WEB = Path(__file__).resolve().parents[2] / "exports/web"
+DRIVER = Path(__file__).parent / "web_page.mjs"
+
+
+def node_modules(pytestconfig):
+    """What exports/web/package.json asks for, installed once into pytest's cache."""
+    missing = [tool for tool in ("node", "npm") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)} here (Debian: apt-get install nodejs npm)")
+    package = (WEB / "package.json").read_bytes()
+    folder = Path(pytestconfig.cache.mkdir(f"web-{hashlib.sha256(package).hexdigest()[:12]}"))
+    if not (folder / "node_modules/.package-lock.json").exists():  # which npm writes last
+        (folder / "package.json").write_bytes(package)
+        command = "npm install --no-package-lock --no-audit --no-fund --loglevel=error --fetch-retries=1"
+        try:
+            done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            pytest.skip("npm install took more than 5 minutes")
+        if done.returncode:
+            pytest.skip(f"npm install failed: {' '.join(done.stderr.split())[:300]}")
+    return folder / "node_modules"
+
+
+def find_chromium():
+    """Its path; a test that cannot have it is skipped."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    return chromium
+
+
+class Page:
+    """The page in a browser of its own; see web_page.mjs. Every call fails if the page had an uncaught exception."""
+
+    def __init__(self, folder, chromium):
+        command = ["node", str(folder / DRIVER.name), chromium]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, **command):
+        self.process.stdin.write(json.dumps(command, default=str) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, "the browser did not start, or ended"
+        answer = json.loads(line)
+        assert "error" not in answer, answer["error"]
+        assert answer["uncaught"] == []
+        return answer.get("value")  # none of a function that returns nothing
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
