@@ -226,9 +226,9 @@ def pictures(found, ids, *, read=read_image, every=1, **options) -> Iterator[Pic
     for entry in found:
         notes: list = []  # a list of their own for all the frames of a video, which are noted of each
         if entry.is_video:
-            for number, read in video.frames(entry.path, every, exif=options.get("exif", "ignore"), notes=notes):
+            for number, frame in video.frames(entry.path, every, exif=options.get("exif", "ignore"), notes=notes):
                 stem = entry.stem if number is None else f"{entry.stem}_{number:06}"
-                yield Picture(entry, entry.name if number is None else stem, stem, stem, None, read, notes)
+                yield Picture(entry, entry.name if number is None else stem, stem, stem, None, frame, notes)
         else:
             source = _stdin if entry.path is None else entry.path
             reading = _reader(read, source, notes, options)

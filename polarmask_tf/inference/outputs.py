@@ -20,7 +20,7 @@ RESULTS, MEASUREMENTS, PAGE, SHEET = "results.json", "measurements.csv", "galler
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """A picture, its pixels uint8 [h, w, 3] (or windows of a large one), what was found in it, and its truth, see truth.shapes."""
+    """A picture, its pixels uint8 [h, w, 3] (or windows of a large one), what was found there, its truth (truth.shapes)."""
 
     picture: inputs.Picture
     image: np.ndarray
