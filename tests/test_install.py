@@ -49,7 +49,8 @@ def test_the_wheel_ships_modules_and_configs(tmp_path):
         archive.extractall(tmp_path / "installed")
     modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("polarmask_tf/**/*.py")}
     assert modules | {"polarmask_tf/py.typed", "polarmask_tf/inference/gallery.html"} <= names
-    assert {f"polarmask_tf/configs/{p.name}" for p in (ROOT / "configs").glob("*.yaml")} <= names
+    assert {f"polarmask_tf/configs/{p.name}" for p in (ROOT / "configs").glob("*.*")} <= names
+    assert {str(p.relative_to(ROOT)) for p in ROOT.glob("polarmask_tf/models/*/*")} <= names
     code = "import polarmask_tf.config as c; print(c.find('shapes')); c.load('shapes')"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)

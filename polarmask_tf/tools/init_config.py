@@ -95,12 +95,13 @@ def fit(data: Path, val: Path | None = None) -> str:
     dataset.require_objects(info)
     seen = survey(info)
     base, why = _base(seen)
-    sections = _sections(info, seen, base == PRETRAINED)
+    judged = _is_judged_by_mask(info, base == PRETRAINED)
+    sections = _sections(info, seen, base == PRETRAINED, judged)
     sections["data"] = [("train", str(train), ""), *([("val", str(val), "")] if val else []), *sections["data"]]
     objects = info.num_instances - info.num_crowd
     counts = ((info.num_images, "image", "images"), (objects, "object", "objects"), (len(info.classes), "class", "classes"))
     about = ", ".join(_count(*count) for count in counts)
-    bases = [base, *(["quality.yaml"] if _is_judged_by_mask(info, base == PRETRAINED) else [])]
+    bases = [base, *(["quality.yaml"] if judged else [])]
     lines = [
         f"# For {one_line(train)}: {about}. Written by `polarmask init`; change what you know better.",
         "#   polarmask train --config THIS_FILE --out runs/mine",
@@ -128,7 +129,7 @@ def _is_judged_by_mask(info: DatasetInfo, pretrained: bool) -> bool:
     return len(info.classes) == 1 and not pretrained
 
 
-def _sections(info: DatasetInfo, seen: Survey, pretrained: bool) -> dict[str, list[tuple]]:
+def _sections(info: DatasetInfo, seen: Survey, pretrained: bool, judged: bool) -> dict[str, list[tuple]]:
     longer = _input_side(seen, pretrained)
     height = width = longer
     if seen.same_way and not 0.8 < seen.aspect < 1.25:
@@ -137,7 +138,7 @@ def _sections(info: DatasetInfo, seen: Survey, pretrained: bool) -> dict[str, li
     quarter, large = (float(np.percentile(seen.sizes, 25)) * longer, float(np.percentile(seen.extents, 95)) * longer)
     crop = 320 if pretrained else 256
     cropped = min(height, width) > crop * 1.25 and large < crop / 2
-    scale = (0.5, 1.5) if pretrained else (0.7, 1.4)
+    scale = (0.5, 1.5) if pretrained else (0.7, 1.4) if info.num_images < 1000 else (0.8, 1.25)
     top = min(7, max(4, math.ceil(math.log2(max(large * scale[1], 1) / 8))))
     most = info.max_instances
     side = min(height, width) if not cropped else crop
@@ -162,6 +163,10 @@ def _sections(info: DatasetInfo, seen: Survey, pretrained: bool) -> dict[str, li
         ("checkpoint_every", max(50, 50 * round(steps / 4 / 50)), ""),
     ]
     sections = {"model": model, "data": data, "train": train}
+    if not pretrained and not judged:
+        ranges = [64.0 * 2**i for i in range(top - 3)]
+        why = "pixels that objects of a level reach at most: small ones belong to the finest"
+        sections["targets"] = [("ranges", ranges, why)]
     if most > 50:
         detections = min(1000, 100 * math.ceil(most * 2 / 100))
         why = f"twice the most in one training image, {most}"
