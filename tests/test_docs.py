@@ -94,9 +94,9 @@ def test_the_site_builds_and_links_of_pages_outside_docs_lead_to_pages(tmp_path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     edge = (tmp_path / "edge.html").read_text()
-    assert 'href="repository/exports/README.html#edge"' in edge
-    contract = (tmp_path / "repository/exports/README.html").read_text()
-    assert 'href="serving/README.html"' in contract and "<h2" in contract
+    assert 'href="repository/exports/index.html#edge"' in edge
+    contract = (tmp_path / "repository/exports/index.html").read_text()
+    assert 'href="serving/index.html"' in contract and "<h2" in contract
     for page in tmp_path.rglob("*.html"):
         for target in re.findall(r'(?:href|src)="(?!\w+:|#|//)([^"#?]+)', page.read_text()):
             if page.name != "404.html":
