@@ -114,10 +114,10 @@ def page() -> str:
                 continue
             given = entry.default if entry.default is not dataclasses.MISSING else None
             text = meaning[section.__name__, entry.name]
+            text = text.replace("see Conventions", "see [released weights](released.md)")
             if text.partition(":")[0] not in {*typing.get_args(hints[entry.name]), "sgd"}:
                 text = text[:1].upper() + text[1:]
             text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
-            text = text.replace("see Conventions", "see [released weights](released.md)")
             name = f"{key}.{entry.name}".lstrip(".")
             cells = (f"`{name}`", kind(hints[entry.name]), default(given), bounds(entry), text)
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
