@@ -5,7 +5,7 @@ So a relative link is written once, works on GitHub and on the site, and `mkdocs
 
 from __future__ import annotations
 
-import os
+import posixpath
 import re
 from pathlib import Path
 
@@ -13,40 +13,46 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = "repository/"
+_CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 _LINK = re.compile(r"(\]\()(?!\w+:)([^)#\s]+)((?:#[^)\s]*)?\))")  # ](path#anchor)
 
 
 def on_files(files, config):
-    waiting = [ROOT / "docs" / file.src_uri for file in files.documentation_pages()]
+    """Adds what pages link to, and what that links to."""
+    waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     found = set()
     while waiting:
         page = waiting.pop()
-        for target in _targets(page):
-            path = os.path.relpath(target, ROOT).replace(os.sep, "/")
-            if not path.startswith(("docs/", "..")) and target.is_file() and path not in found:
+        for path in linked((ROOT / page).read_text(encoding="utf-8"), page):
+            if not path.startswith(("docs/", "../")) and (ROOT / path).is_file() and path not in found:
                 found.add(path)
-                files.append(File.generated(config, OUTSIDE + path, abs_src_path=str(target)))
-                if target.suffix == ".md":
-                    waiting.append(target)
+                files.append(File.generated(config, OUTSIDE + path, abs_src_path=str(ROOT / path)))
+                if path.endswith(".md"):
+                    waiting.append(path)
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """Links as they have to be in the site."""
-    here = _in_repository(page.file.src_uri)
-
-    def moved(link):
-        target = os.path.relpath((ROOT / here).parent / link[2], ROOT).replace(os.sep, "/")
-        uri = target.removeprefix("docs/") if target.startswith("docs/") else OUTSIDE + target
-        return link[1] + os.path.relpath(uri, os.path.dirname(page.file.src_uri) or ".").replace(os.sep, "/") + link[3]
-
-    return _LINK.sub(moved, markdown)
+    return moved(markdown, page.file.src_uri)
 
 
-def _in_repository(uri: str) -> str:
-    return uri.removeprefix(OUTSIDE) if uri.startswith(OUTSIDE) else f"docs/{uri}"
+def linked(markdown: str, page: str) -> list[str]:
+    """Paths in the repository that a page of that path links to."""
+    text = "".join(_CODE.split(markdown)[::2])
+    return [posixpath.normpath(posixpath.join(posixpath.dirname(page), link[2])) for link in _LINK.finditer(text)]
 
 
-def _targets(page: Path):
-    for link in _LINK.finditer(page.read_text(encoding="utf-8")):
-        yield Path(os.path.normpath(page.parent / link[2]))
+def moved(markdown: str, uri: str) -> str:
+    """The text of the site's page `uri` with relative links that lead where the repository's do; code stays as it is."""
+    outside = uri.startswith(OUTSIDE)
+    here = posixpath.dirname(uri.removeprefix(OUTSIDE) if outside else f"docs/{uri}")
+
+    def as_in_site(link):
+        path = posixpath.normpath(posixpath.join(here, link[2]))
+        target = path.removeprefix("docs/") if path.startswith("docs/") else OUTSIDE + path
+        return link[1] + posixpath.relpath(target, posixpath.dirname(uri) or ".") + link[3]
+
+    parts = _CODE.split(markdown)
+    parts[::2] = [_LINK.sub(as_in_site, part) for part in parts[::2]]
+    return "".join(parts)

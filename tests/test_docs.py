@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docs_pictures
 import docs_settings
+import docs_site
 import pytest
 import yaml
 from PIL import Image
@@ -101,6 +103,26 @@ def test_the_site_builds_and_links_of_pages_outside_docs_lead_to_pages(tmp_path)
         for target in re.findall(r'(?:href|src)="(?!\w+:|#|//)([^"#?]+)', page.read_text()):
             if page.name != "404.html":
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_links_lead_in_the_site_where_they_lead_in_the_repository():
+    text = (
+        "[a](paper.md#x) [b](../exports/README.md#edge) [c](#here) [d](https://x.org/y.md) `x[0](y)`\n```python\nf[1](z)\n```\n"
+    )
+    assert docs_site.moved(text, "edge.md") == text.replace("../exports", "repository/exports")
+    assert docs_site.linked(text, "docs/edge.md") == ["docs/paper.md", "exports/README.md"]
+    outside = "[a](../docs/paper.md) [b](cpp/README.md) [c](../SECURITY.md)"
+    assert docs_site.moved(outside, "repository/exports/README.md") == outside.replace("../docs", "../..")
+
+
+def test_the_pictures_are_drawn_by_code_that_runs():
+    drawn = {path.stem for path in (DOCS / "pictures").iterdir()}
+    assert drawn == set(docs_pictures.PICTURES)
+    assert [axis.get_title() for axis in docs_pictures.nms_picture().axes][1].startswith("3 polygons")
+    ring = [docs_pictures.wavy(64, 64, 40), docs_pictures.wavy(64, 64, 20)]
+    center, polygon = docs_pictures.rebuilt(ring, 36)
+    reached = docs_pictures.iou(docs_pictures.mask(ring), docs_pictures.mask([polygon]))
+    assert center == pytest.approx([64, 64], abs=0.1) and reached == pytest.approx(1 - 20**2 / 40**2, abs=0.01)
 
 
 def tutorial():
