@@ -242,8 +242,8 @@ def test_an_image_that_cannot_be_decoded_is_one_line(work, tmp_path, capsys):
     assert "empty data set" in capsys.readouterr().err
 
 
-def test_the_readmes_python(work, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+def test_the_python_page_begins_with_code_that_runs(work, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S).group(1)
     # The same on a network and data that fit a test.
     smaller = {
         '"edge", ["data.batch=8"]': f'"shapes", {[s for s in settings() if s != "--set"]}',

@@ -64,7 +64,7 @@ class BackboneConfig(Section):
     multiplier: float = _within(1.0, 0.01, 100)  # times the channels of a MobileNet
     stem: typing.Literal["7x7", "3x3"] = "7x7"  # 7x7 convolution and max pooling, or two 3x3 convolutions, which cost less
     stem_width: int = _within(0, 0, 1024)  # channels between these two; 0: as many as after them, `width`
-    block: typing.Literal["basic", "bottleneck"] = "basic"
+    block: typing.Literal["basic", "bottleneck"] = "basic"  # residual blocks of two 3x3 convolutions, or of 1x1, 3x3 and 1x1
     # Residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3).
     blocks: tuple[int, int, int, int] = _each((1, 1, 1, 1), 1, 200)
     # Channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64. Below 16 see layers.Conv.
@@ -91,7 +91,7 @@ class BackboneConfig(Section):
 
 @dataclass(frozen=True)
 class FPNConfig(Section):
-    channels: int = _within(64, 1, 4096)
+    channels: int = _within(64, 1, 4096)  # of every level
     levels: tuple[int, ...] = _checked(  # level l has stride 2**l, and is half as high and wide as the one before
         (3, 4, 5),
         lambda levels: levels and 2 <= levels[0] <= 5 and levels == tuple(range(levels[0], min(levels[-1], 10) + 1)),
@@ -102,7 +102,7 @@ class FPNConfig(Section):
 
 @dataclass(frozen=True)
 class HeadConfig(Section):
-    channels: int = _within(64, 1, 4096)
+    channels: int = _within(64, 1, 4096)  # of the towers
     convs: int = _within(2, 0, 100)  # 3x3 convolutions in each of the two towers
     conv: typing.Literal["dense", "separable"] = "dense"  # what those are; separable: depthwise, then 1x1
     kernel: typing.Literal[3, 1] = 3  # of the last convolutions, to classes, centerness and rays
@@ -136,7 +136,7 @@ class ModelConfig(Section):
 @dataclass(frozen=True)
 class DataConfig(Section):
     train: str = ""  # directory made by `polarmask convert`
-    val: str = ""
+    val: str = ""  # the same, of pictures to measure on; none: nothing is measured
     size: tuple[int, int] = _each((128, 128), 1, 16384)  # height and width of the network's input, multiples of 32; see `fit`
     # How an image meets `size`. letterbox: it fits in, its ratio kept. stretch: it fills it, its ratio lost, as released.
     # short_side: its shorter side is size[0] unless its longer one then exceeds size[1], as in the paper; the input is
@@ -193,12 +193,12 @@ class TargetConfig(Section):
 
 @dataclass(frozen=True)
 class LossConfig(Section):
-    focal_gamma: float = _within(2.0, 0, 100)
-    focal_alpha: float = _within(0.25, 0, 1)
+    focal_gamma: float = _within(2.0, 0, 100)  # how much less what is already right counts in the class loss (focal loss)
+    focal_alpha: float = _within(0.25, 0, 1)  # what positives weigh there; background weighs 1 - this
     ray: typing.Literal["polar_iou", "polar_iou_squared", "smooth_l1"] = "polar_iou"  # equations 7, 6; table 1b
-    class_weight: float = _within(1.0, 0, 10**6)
-    ray_weight: float = _within(1.0, 0, 10**6)  # with smooth_l1 this is table 1b's alpha
-    centerness_weight: float = _within(1.0, 0, 10**6)
+    class_weight: float = _within(1.0, 0, 10**6)  # what the class loss counts in the sum
+    ray_weight: float = _within(1.0, 0, 10**6)  # of the ray loss; with smooth_l1 this is table 1b's alpha
+    centerness_weight: float = _within(1.0, 0, 10**6)  # of the loss of centerness
     box_weight: float = _within(1.0, 0, 10**6)  # of the box branch, where there is one
     mask_weight: float = _within(0.0, 0, 10**6)  # of the dice loss between predicted and true polygons (ops/overlap.py)
     # What ray, box and mask losses of a location are weighted by: its centerness target, or the IoU of its polygon.
@@ -207,37 +207,38 @@ class LossConfig(Section):
 
 @dataclass(frozen=True)
 class PostprocessConfig(Section):
+    # Detections that score this or less are dropped.
     score_threshold: float = _checked(0.05, lambda score: 0 <= score < 1, "a number in [0, 1) is needed")
-    pre_nms_top_k: int = _within(1000, 1, 10**5)  # a level, before NMS
-    nms_iou_threshold: float = _within(0.5, 0, 1)
-    max_detections: int = _within(100, 1, 10**4)  # an image
+    pre_nms_top_k: int = _within(1000, 1, 10**5)  # candidates a level, before NMS
+    nms_iou_threshold: float = _within(0.5, 0, 1)  # of two boxes of a class that overlap more the one with the lower score goes
+    max_detections: int = _within(100, 1, 10**4)  # most of an image
     multi_label: bool = True  # candidates are (location, class) pairs; False: each location's best class only
     temperature: float = _within(1.0, 0.01, 100)  # scores are sigmoid(logit(score) / this), see `evaluate --calibrate`
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    steps: int = _within(600, 1, 10**9)
-    seed: int = _within(0, 0, 2**32 - 1)
-    optimizer: typing.Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = _within(0.01, 0, 1000)
+    steps: int = _within(600, 1, 10**9)  # batches to train on
+    seed: int = _within(0, 0, 2**32 - 1)  # of the first weights, the order of images, flips and jitter
+    optimizer: typing.Literal["adamw", "sgd"] = "adamw"  # adamw: from scratch; sgd: with momentum, as the paper
+    learning_rate: float = _within(0.01, 0, 1000)  # the highest, after warm-up
     # The learning rate is for so many images a step, and scaled linearly to data.batch; 0: as it stands.
     base_batch_size: int = _within(0, 0, 65536)
-    warmup_steps: int = _within(50, 0, 10**9)
-    schedule: typing.Literal["cosine", "step"] = "cosine"
+    warmup_steps: int = _within(50, 0, 10**9)  # in which the learning rate rises from a third
+    schedule: typing.Literal["cosine", "step"] = "cosine"  # of the learning rate after warm-up
     final_lr_fraction: float = _within(0.02, 0, 1)  # cosine: fraction of learning_rate at the last step
     lr_boundaries: tuple[int, ...] = _each((), 0, 10**9)  # step: learning rate is divided by 10 at each of these
     # The backbone's part of the learning rate, and of the weight decay: 0.1, say, for one that was trained before.
     backbone_lr_multiplier: float = _within(1.0, 0, 1000)
     # So many steps at first in which the backbone's weights stay as they are (BatchNorm's statistics do with norm: frozen).
     freeze_backbone_steps: int = _within(0, 0, 10**9)
-    weight_decay: float = _within(1e-4, 0, 100)
+    weight_decay: float = _within(1e-4, 0, 100)  # how fast weights shrink; see `decay`
     decay: typing.Literal["decoupled", "l2"] = "decoupled"  # l2: added to the gradient, as in the paper; sgd only
     # With l2: times the learning rate for the biases of convolutions, which then do not decay.
     bias_lr_multiplier: float = _within(1.0, 0, 1000)
     momentum: float = _within(0.9, 0, 1)  # sgd
     clip_norm: float = _within(10.0, 0, 10**6)  # 0 = off
-    checkpoint_every: int = _within(200, 1, 10**9)
+    checkpoint_every: int = _within(200, 1, 10**9)  # steps between checkpoints
     precision: typing.Literal["float32", "float16", "bfloat16"] = "float32"  # of the network in training; weights stay float32
     jit_compile: bool = False  # the network and its gradient by XLA
     # A step's images go through the network in so many parts, one after the other, to save memory.
