@@ -32,7 +32,7 @@ def test_every_room_is_a_package(setup):
 
 def test_the_wheel_ships_modules_and_configs(tmp_path):
     # From a copy of the tracked files: building in the checkout would leave build/ behind.
-    sources = ("polarmask_tf/**/*.py*", "polarmask_tf/**/*.html", "configs/*.yaml")
+    sources = ("polarmask_tf/**/*.py*", "polarmask_tf/**/*.html", "polarmask_tf/models/*/*", "configs/*.*")
     for pattern in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", *sources):
         for file in ROOT.glob(pattern):
             if file.suffix != ".pyc":

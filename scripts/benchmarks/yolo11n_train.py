@@ -45,16 +45,18 @@ def write_yolo(annotations: Path, images: Path, folder: Path) -> list[str]:
 
 
 def train(data: Path, epochs: int, args, name: str):
+    """(model, CPU seconds at the start and after each epoch)."""
     from ultralytics import YOLO
 
     model = YOLO("yolo11n-seg.pt" if args.pretrained else "yolo11n-seg.yaml")
     options = {"workers": 0, "device": "cpu", "val": False, "plots": False, "verbose": False, "seed": args.seed}
-    began = time.process_time()
+    times = [time.process_time()]
+    model.add_callback("on_train_epoch_end", lambda trainer: times.append(time.process_time()))
     model.train(
         data=str(data), epochs=epochs, imgsz=args.size, batch=args.batch, project=str(args.out), name=name,
         exist_ok=True, pretrained=args.pretrained, patience=0, **options,
     )  # fmt: skip
-    return model, time.process_time() - began
+    return model, times
 
 
 def measure(model, annotations: Path, images: Path, size: int) -> np.ndarray:
@@ -99,10 +101,10 @@ def main() -> int:
     names = write_yolo(args.train, args.train_images, args.out / "train")
     data = args.out / "data.yaml"
     data.write_text(json.dumps({"path": str(args.out), "train": "train/images", "val": "train/images", "names": names}))
-    _, first = train(data, 1, args, "timing")
-    _, two = train(data, 2, args, "timing")
-    epochs = max(1, round((args.minutes * 60 - max(2 * first - two, 0)) / max(two - first, 1e-3)))
-    model, seconds = train(data, epochs, args, f"seed{args.seed}")
+    _, times = train(data, 3, args, "timing")
+    epochs = max(1, round((args.minutes * 60 - (times[1] - times[0])) / ((times[3] - times[1]) / 2)) + 1)
+    model, times = train(data, epochs, args, f"seed{args.seed}")
+    seconds = times[-1] - times[0]
     ap, ap50, ap75 = measure(model, args.val, args.val_images, args.size)
     print(f"{epochs} epochs, {seconds / 60:.1f} CPU-minutes: mask AP {ap:.3f}, AP50 {ap50:.3f}, AP75 {ap75:.3f}")
     return 0
