@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from helpers.pages import check_page
 from polarmask_tf import cli, config
 from polarmask_tf.data import dataset, pipeline
 from polarmask_tf.data.convert import convert
@@ -17,7 +18,6 @@ from polarmask_tf.ops import targets
 from polarmask_tf.tools import check
 from polarmask_tf.tools.check_findings import warnings_of
 from polarmask_tf.tools.check_locations import locator
-from test_evaluate_report import check_page
 
 
 def square(x, y, side):

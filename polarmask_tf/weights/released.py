@@ -1,6 +1,6 @@
 """Weights of the released PyTorch models (and of anything with the same keys) into a run directory.
 
-Source: the released checkpoints' keys and conventions, as the README's "Released weights" names them.
+Source: the released checkpoints' keys and conventions, see docs/released.md.
 """
 
 from __future__ import annotations
