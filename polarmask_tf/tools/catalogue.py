@@ -16,6 +16,7 @@ _LEGEND = (
     "parameters_m: 10^6; gmac: 10^9 multiply-adds of one image of `input`, 80 classes; cpu_ms: CPU time of that, all threads,",
     "on an AMD EPYC (polarmask benchmark NAME: on yours); ap: mask AP and its source. For own pictures: polarmask init DATA",
 )
+_COLUMNS = ("parameters_m", "gmac", "cpu_ms", "input", "ap")
 
 
 def headers() -> dict[str, list[str]]:
@@ -42,11 +43,11 @@ def format_configs() -> str:
     """The table that `polarmask configs` prints."""
     costs = read_costs()
     rows = []
-    for name, lines in headers().items():
+    for name in headers():
         row = costs.get(name, {})
-        numbers = {key: row.get(key, "") for key in ("parameters_m", "gmac", "cpu_ms", "input", "ap")}
-        rows.append({"config": name, **numbers, "for": lines[0]})
-    keys = ("config", "parameters_m", "gmac", "cpu_ms", "input", "ap", "for")
+        rows.append({"config": name, **{key: row.get(key, "") for key in _COLUMNS}})
+    table = format_table(rows, dict.fromkeys(("config", *_COLUMNS), "")).splitlines()
+    purposes = ["for", *(lines[0] for lines in headers().values())]
     width = max(100, shutil.get_terminal_size().columns)
-    table = [line[:width].rstrip() for line in format_table(rows, dict.fromkeys(keys, "")).splitlines()]
-    return "\n".join([*table, *_LEGEND])
+    lines = [f"{line}  {purpose}"[:width].rstrip() for line, purpose in zip(table, purposes, strict=True)]
+    return "\n".join([*lines, *_LEGEND])
