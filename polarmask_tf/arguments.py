@@ -79,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=_path, metavar="FILE", help="YAML file to write (default: to the terminal)")
 
     add = command("check", "what would keep a network from learning a data set, before it is trained")
-    add("data", type=_path, help="converted data; or a COCO JSON file, and then the directory of its images")
-    add("images", type=_path, nargs="?", help="directory of the images, of a COCO JSON file")
+    add("data", type=_path, help="converted data, or what `convert` takes: a file or a folder of annotations")
+    add("images", type=_path, nargs="?", help="directory of the images, where it is not found near the annotations")
     text = "to be checked for: a YAML file, or the name of a shipped one (default: as `polarmask init` fits it)"
     add("--config", help=text)
     add("--set", **setting, help="override, like data.size=[640,640]")

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from helpers import formats
 from helpers.pages import check_page
 from polarmask_tf import cli, config
 from polarmask_tf.data import dataset, pipeline
@@ -201,6 +202,19 @@ def test_without_a_config_it_is_the_one_that_training_would_fit(data, capsys, tm
     assert "next: polarmask train --data" in out and "--config" not in out
 
 
+def test_a_folder_of_annotations_is_converted_for_the_time(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64), (9, 200, 9)).save(tmp_path / "images" / "a.png")
+    entry = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [square(8, 8, 40)], "area": 1600.0}
+    image = {"id": 1, "file_name": "a.png", "height": 64, "width": 64}
+    document = {"images": [image], "annotations": [entry], "categories": [{"id": 1, "name": "a"}]}
+    formats.labelme(document, tmp_path / "images", tmp_path / "pictures")
+    before = {path: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    assert cli.main(["check", str(tmp_path / "pictures"), *OPTIONS]) == 0
+    assert f"next: polarmask convert {tmp_path / 'pictures'} data --split 0.1" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "pictures").iterdir()} == before
+
+
 def broken_png(folder):
     """A set in which one image has a whole header and end, and nonsense between."""
     folder.mkdir()
@@ -228,14 +242,14 @@ def test_what_training_would_refuse_is_exit_code_2(data, tmp_path, capsys):
     for path in data.iterdir():
         content = path.read_bytes()
         (cut / path.name).write_bytes(content if path.suffix == ".json" else content[:-100])
+    (tmp_path / "empty").mkdir()
     for arguments, expected in (
         ([tmp_path / "broken"], "images that training would stop at, 1: a.png"),
         ([tmp_path / "none"], "nothing to train on"),
         ([cut], "5 whole records, dataset.json says 6"),
         ([data, "--val", tmp_path / "broken"], "has not the classes of"),
-        ([tmp_path / "nowhere"], "not a directory of converted data"),
-        ([tmp_path], "holds no dataset.json"),
-        ([tmp_path / "b.json"], "give the directory of its images too"),
+        ([tmp_path / "nowhere"], "no such file or folder"),
+        ([tmp_path / "empty"], "no annotations recognised"),
     ):
         assert cli.main(["check", *map(str, arguments), *OPTIONS, "--preview", "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err.splitlines()[-1]

@@ -22,7 +22,7 @@ from polarmask_tf import config as configs
 from polarmask_tf import lite
 from polarmask_tf.config import Config
 from polarmask_tf.data import dataset, records
-from polarmask_tf.data.convert import convert
+from polarmask_tf.data.convert import convert_dataset
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.report import Report
 from polarmask_tf.errors import InputError, one_line
@@ -87,16 +87,14 @@ def run(
 @contextlib.contextmanager
 def _converted(source: Path, images: Path | None) -> typing.Iterator[tuple[Path, Path | None]]:
     """(converted data, converted validation data or None); what is not converted is, into a temporary directory."""
-    if os.path.isdir(source) and images is None:
-        yield init_config.locate(source)
+    train, val = init_config.locate(source)
+    if os.path.isfile(train / "dataset.json") and images is None:
+        yield train, val
         return
-    if images is None:
-        raise InputError(
-            f"{source}: not a directory of converted data; of a COCO JSON file give the directory of its images too"
-        )
     with tempfile.TemporaryDirectory() as folder:
-        convert(source, images, Path(folder) / "data")
-        yield Path(folder) / "data", None
+        out = Path(folder) / "data"
+        sets = convert_dataset(source, out, images=images)
+        yield (out, None) if "" in sets else (out / next(iter(sets)), out / "val" if "val" in sets else None)
 
 
 def look(info: DatasetInfo, config: Config, limit: int | None, pages: check_page.Pages) -> Findings:
@@ -180,7 +178,7 @@ def _shared_pictures(found: Findings, val: DatasetInfo) -> list[str]:
 
 
 def _next(source, images, val, config) -> str:
-    if images is not None:
-        return f"polarmask convert {source} {images} data/train"
+    if images is not None or not os.path.isfile(init_config.locate(source)[0] / "dataset.json"):
+        return f"polarmask convert {source} {f'{images} ' if images else ''}data --split 0.1"
     options = f" --config {config}" * bool(config) + f" --set data.val={val}" * (val is not None and val.parent != source)
     return f"polarmask train --data {source}{options} --out runs/{source.resolve().name}"
