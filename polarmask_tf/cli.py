@@ -167,6 +167,8 @@ def predict(args):
     if args.score_threshold is None and not args.results_only:
         print(f"showing detections {predictor.default_threshold()[1]}", file=sys.stderr)
     done = predict(predictor, args.images, args.out, **options)
+    if not done["detections"] and args.score_threshold is None:
+        print("nothing found; --score-threshold 0.05 also takes what the model is less sure of", file=sys.stderr)
     print(f"{done['detections']} detections in {done['images']} images; written: {', '.join(map(str, done['written']))}")
 
 

@@ -137,7 +137,7 @@ def _decode(image, exif, bit_depth, notes):
         else:
             pixels[top : top + rows] = part if part.mode == "RGB" else part.convert("RGB")
     if gray and bit_depth is None and most < 4096:
-        notes.append("gray of at most 12 bits in 16: few gray levels are left; bit depth 12 keeps more")
+        notes.append("gray of at most 12 bits in 16: few gray levels are left; --bit-depth 12 keeps more")
     return pixels
 
 

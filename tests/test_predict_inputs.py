@@ -315,3 +315,11 @@ def test_a_predictor_takes_iterators_and_holds_a_batch(tmp_path):
     assert sorted(sources) == [tmp_path / "1.png", tmp_path / "2.png"]
     assert len(star_predictor()(io.BytesIO((tmp_path / "1.png").read_bytes()))) == 4  # a file, and not its lines
     assert list(star_predictor()(iter([]))) == []
+
+
+def test_annotations_beside_pictures_rename_no_output(tmp_path):
+    for name in ("a.jpg", "a.json", "b.png", "b.txt", "c.jpg", "c.png"):
+        (tmp_path / name).write_bytes(b"x")
+    stems = {entry.name: entry.stem for entry in inputs.find(tmp_path)}
+    assert (stems["a.jpg"], stems["b.png"], stems["c.jpg"], stems["c.png"]) == ("a", "b", "c.jpg", "c.png")
+    assert len({*stems.values()}) == 6

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -150,11 +151,11 @@ def test_nonsense_is_refused_before_anything_is_written(tmp_path, options, said)
 def test_sets_of_before_are_not_left_lying_beside_new_ones(tmp_path):
     folder = source(tmp_path / "s", [f"{n}.png" for n in range(6)])
     run(folder, out=tmp_path / "o")
-    with pytest.raises(InputError, match=r"holds a set of an earlier conversion.*remove it first"):
+    with pytest.raises(InputError, match=r"from an earlier conversion would stay beside one set.*: remove it"):
         run(folder, out=tmp_path / "o", split=[0.3])
     assert dataset.load(tmp_path / "o").num_images == 6
     run(folder, out=tmp_path / "p", split=[0.3, 0.3])
-    with pytest.raises(InputError, match="p/test holds a set of an earlier conversion"):
+    with pytest.raises(InputError, match="p/test from an earlier conversion would stay beside"):
         run(folder, out=tmp_path / "p", split=[0.3])
     assert run(folder, out=tmp_path / "p", split=[0.2, 0.2])["train"].num_images == 4
     with pytest.raises(InputError, match="nothing is written into a source"):
@@ -365,3 +366,13 @@ def test_dropped_classes_begin_with_a_dash_on_the_command_line(tmp_path):
     folder = source(tmp_path / "s", ["a.png"], ("cat", "dog"))
     assert cli.main(["convert", str(folder), str(tmp_path / "o"), "--classes=-dog,cat=pet", "--min-area", "3"]) == 0
     assert [c["name"] for c in dataset.load(tmp_path / "o").classes] == ["pet"]
+
+
+def test_a_forgotten_out_does_not_fill_the_pictures(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    assert cli.main(["convert", str(tmp_path / "a.json"), str(tmp_path / "images")]) == 2
+    assert "was OUT forgotten?" in capsys.readouterr().err and os.listdir(tmp_path / "images") == ["a.png"]
+    assert cli.main(["convert", str(tmp_path / "images"), str(tmp_path / "out")]) == 2
+    assert "1 pictures and no annotations" in capsys.readouterr().err and not (tmp_path / "out").exists()

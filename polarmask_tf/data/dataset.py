@@ -60,6 +60,8 @@ def load(path) -> DatasetInfo:
         content = json.loads(read_file(file, _MOST_BYTES))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}, not an object")
+        if "format" not in content and os.path.isfile(directory / "config.yaml"):
+            raise InputError(f"{path}: is the run directory of a training; give a directory that `polarmask convert` made")
         if content.get("format") != FORMAT:
             raise InputError(f"{file}: format {_shown(content.get('format'))}, this version reads {FORMAT!r}; {again} anew")
         info = _parse(directory, content)

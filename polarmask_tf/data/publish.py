@@ -12,6 +12,7 @@ import re
 import shutil
 
 from polarmask_tf.data import dataset
+from polarmask_tf.data.sources.folder import is_picture
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import atomic_write
 
@@ -61,13 +62,15 @@ def check_target(out, names, sources):
         folder = os.path.realpath(source) if os.path.isdir(source) else None
         if folder and (str(out) == folder or str(out).startswith(os.path.join(folder, ""))):
             raise InputError(f"{out}: lies in {source}, and nothing is written into a source; choose a directory elsewhere")
+    if os.path.isdir(out) and any(is_picture(name) for name in os.listdir(out)):
+        raise InputError(f"{out}: holds pictures, not a data set: was OUT forgotten? Name a directory of its own for it, last")
     if names is None:
         return
     there = {name for name in ("", "train", "val", "test") if os.path.isfile(out / name / "dataset.json")}
     if stale := sorted(there - set(names)):
         what = " and ".join(str(out / name) for name in stale)
         new = " and ".join(name or "one set without splits" for name in names)
-        raise InputError(f"{out}: {what} holds a set of an earlier conversion, which {new} would lie beside; remove it first")
+        raise InputError(f"{out}: {what} from an earlier conversion would stay beside {new}: remove it, or write elsewhere")
 
 
 def free_names(out, count, id):

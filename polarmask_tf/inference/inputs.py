@@ -19,6 +19,7 @@ from polarmask_tf.inference.results import read_image
 
 STDIN = "-"
 MAX_INPUTS = 1_000_000  # files; what is found is listed before the first is read
+_NO_PICTURES = (".json", ".txt", ".xml", ".yaml", ".yml", ".csv", ".md", ".html")
 MAX_NAME = 200  # bytes of a file's name: outputs get a suffix, and another while they are written
 
 
@@ -199,12 +200,18 @@ def some(names):
 def _stems(names):
     """Name -> what its outputs are called. No two are alike, nor is one like a frame of another's video."""
     bare = {name: str(PurePosixPath(name).with_name(PurePosixPath(name).stem)) for name in names}
-    times = Counter(bare.values())
+    # Annotations beside their pictures get no outputs that could be mistaken for these'.
+    times = Counter(stem for name, stem in bare.items() if not name.lower().endswith(_NO_PICTURES))
     frames = {match[1] for stem in bare.values() if (match := re.fullmatch(r"(.*)_\d{6,}", stem))}
     taken = set(bare)
     stems = {}
     for name, stem in bare.items():
-        is_clear = times[stem] == 1 and (stem == name or stem not in taken) and stem not in frames
+        is_clear = (
+            not name.lower().endswith(_NO_PICTURES)
+            and times[stem] == 1
+            and (stem == name or stem not in taken)
+            and stem not in frames
+        )
         stems[name] = _short(stem if is_clear else name)
     return stems
 

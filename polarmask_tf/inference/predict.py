@@ -182,7 +182,8 @@ class _Tally:
             total = self.images + len(self.skipped)
             print(f"skipped {len(self.skipped)} of {total} files: {inputs.some(self.skipped)}", file=sys.stderr)
         for note, count in self.notes.items():
-            print(f"note: {count} of {self.images} images: {note}", file=sys.stderr)
+            hint = " (--exif apply turns them; if the model learned from turned photos, see convert's notes, it needs that)"
+            print(f"note: {count} of {self.images} images: {note}{hint * note.startswith('EXIF')}", file=sys.stderr)
 
 
 @contextlib.contextmanager

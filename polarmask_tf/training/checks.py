@@ -75,6 +75,8 @@ def warn(config: Config, info: dataset.DatasetInfo) -> None:
         )
     if config.data.val:
         val = dataset.load(config.data.val)
+        if val.id and val.id == info.id:
+            _tell(f"{config.data.val}: is what the training learns from: AP will say nothing about other images")
         if val.num_instances == val.num_crowd:
             regions = f" but {val.num_crowd} crowd regions" if val.num_crowd else ""
             _tell(f"{config.data.val}: no object{regions} in {val.num_images} images: every AP will be -1")

@@ -80,6 +80,10 @@ def read(
     else:
         sources = _file(path, report, format, options)
     if not sources:
+        if os.path.isfile(path / "dataset.json") or os.path.isfile(path / "train" / "dataset.json"):
+            raise InputError(f"{path}: is converted already; give the annotations and pictures that it was made from")
+        if (names := list(walk(path))) and all(map(is_picture, names)):
+            raise InputError(f"{path}: {len(names)} pictures and no annotations: outline the objects first, with labelme, say")
         raise InputError(f"{path}: no annotations recognised: {_seen(path)}; give --format ({', '.join(FORMATS)})")
     if len({source.split for source in sources}) == 1:
         sources = [source._replace(split="") for source in sources]
