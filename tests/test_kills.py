@@ -316,6 +316,7 @@ def test_the_best_ap_is_the_same_after_an_interruption(config, tmp_path, monkeyp
     monkeypatch.setattr(runs, "save", lambda model, run, step, **kwargs: saved.append(step))
     monkeypatch.setattr(callbacks.Evaluation, "_describe_best", lambda *args: None)
     monkeypatch.setattr(callbacks.Evaluation, "_draw", lambda *args: None)
+    monkeypatch.setattr(callbacks.Evaluation, "_store_thresholds", lambda *args: None)
     for step in (10, 20):
         log = callbacks.Log(tmp_path, step - 10, 100, True)
         log.set_model(model)

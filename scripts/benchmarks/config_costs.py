@@ -6,8 +6,8 @@ Without names, of all. CPU time is the median of three calls for one image, with
 with more than 50 G multiply-adds, which are for GPUs, it is left out.
 """
 
+import argparse
 import csv
-import sys
 
 from polarmask_tf import config as configs
 from polarmask_tf.tools.benchmark import benchmark_models
@@ -33,7 +33,10 @@ def measure(name: str, ap: str) -> dict:
     }
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="configs (default: all)")
+    names = parser.parse_args().names
     path = configs.configs_dir() / COSTS
     rows = read_costs() if path.is_file() else {}
     for name in headers():
@@ -47,4 +50,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
