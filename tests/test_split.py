@@ -151,7 +151,7 @@ def test_nonsense_is_refused_before_anything_is_written(tmp_path, options, said)
 def test_sets_of_before_are_not_left_lying_beside_new_ones(tmp_path):
     folder = source(tmp_path / "s", [f"{n}.png" for n in range(6)])
     run(folder, out=tmp_path / "o")
-    with pytest.raises(InputError, match=r"from an earlier conversion would stay beside one set.*: remove it"):
+    with pytest.raises(InputError, match=r"from an earlier conversion would stay beside train and val: remove it"):
         run(folder, out=tmp_path / "o", split=[0.3])
     assert dataset.load(tmp_path / "o").num_images == 6
     run(folder, out=tmp_path / "p", split=[0.3, 0.3])
