@@ -149,7 +149,7 @@ def test_a_training_that_was_stopped_three_times_ends_as_if_it_had_not_been(data
         path = tmp_path / f"{number}.log"
         process = kills.start(words, path)
         # A few steps after the first evaluation, or just after a start: there are many left on the fastest machine.
-        marks = {signal.SIGTERM: b"step 25: AP", signal.SIGINT: b"step/s", signal.SIGHUP: b"step/s"}
+        marks = {signal.SIGTERM: b"step 25: AP", signal.SIGINT: b"the first step", signal.SIGHUP: b"the first step"}
         wait_for(lambda path=path, mark=marks[number]: mark in path.read_bytes())
         process.send_signal(number)
         assert process.wait(kills.LIMIT) == 128 + number, path.read_text()
