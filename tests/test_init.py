@@ -19,8 +19,9 @@ from PIL import Image
 
 from polarmask_tf import cli, config
 from polarmask_tf.data import dataset
-from polarmask_tf.tools import init_config
+from polarmask_tf.tools import doctor, init_config
 from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
+from polarmask_tf.weights import imagenet
 
 TINY = ("model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "train.steps=4", "data.batch=4")
 
@@ -77,6 +78,8 @@ def test_settings_follow_the_data(tmp_path, monkeypatch):
     assert cells.data.size == (640, 640) and cells.data.crop == (256, 256) and cells.targets.match == "cost"
     tiny, text = fitted(make(tmp_path / "tiny", size=(128, 128), classes=2))
     assert tiny.data.size == (128, 128) and tiny.data.batch == 16 and "128 pixels" in text and tiny.targets.match == "static"
+    # In pixels of the input: the default, for images of 800 pixels, puts all of a small image on its coarsest level.
+    assert tiny.targets.ranges == (64.0,) and photos.targets.ranges == () == cells.targets.ranges
 
 
 def test_without_the_weights_it_starts_from_scratch_and_says_how_to_get_them(tmp_path, monkeypatch):
@@ -99,6 +102,10 @@ def test_whatever_the_data_the_config_is_valid(longer, size, aspect, images, mon
         height, width = loaded.data.size
         assert max(height, width) <= max(1024, 2 * longer) and loaded.train.steps * loaded.data.batch >= 10 * images
         assert all(crop <= side for crop, side in zip(loaded.data.crop, (height, width), strict=False))
+
+
+def test_the_package_of_the_weights_is_the_one_that_is_read():
+    assert init_config._LITE0_PACKAGE == imagenet.LITE0_PACKAGE and imagenet.LITE0_PACKAGE in doctor._EXTRAS
 
 
 def test_the_bases_are_shipped():
@@ -133,12 +140,18 @@ def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys
     out, err = capsys.readouterr()
     assert "polarmask init" in out and "4 images, 8 objects, 1 class; " in out and "4 steps of 4 images on 1 device" in out
     assert "step 4/4: loss" in err and "AP" in out  # measured at the end, on both/val
+    assert "what the training learns from" not in err
+    assert polarmask("train", "--data", run, "--out", tmp_path / "other") == 2
+    assert "is the run directory of a training" in capsys.readouterr().err and not (tmp_path / "other").exists()
     settings = config.load_saved(run / "config.yaml")
     assert settings.data.val == str(tmp_path / "both" / "val") and settings.model.backbone.width == 8
     assert polarmask("train", "--out", run, "--set", "train.steps=6") == 0  # without repeating the others
     assert config.load_saved(run / "config.yaml").train.steps == 6
     rows = [row for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()) if row["AP"]]
     assert [row["step"] for row in rows] == ["4", "6"]
+    words = ("--data", tmp_path / "both" / "val", "--set", f"data.val={tmp_path / 'both' / 'val'}", *sets)
+    assert polarmask("train", *words, "--out", tmp_path / "flattered") == 0
+    assert "is what the training learns from" in capsys.readouterr().err
 
 
 def test_the_bar_fits_80_columns(tmp_path):

@@ -49,6 +49,13 @@ def test_nuclei_finds_cells_and_starts_a_training_and_is_exported(tmp_path, caps
     assert polarmask("export", "nuclei", "--out", tmp_path / "exported") == 0
     exported = pm.load_predictor(tmp_path / "exported" / "model.tflite")(picture).above(0.5)
     np.testing.assert_allclose(exported.polygons, found.polygons, atol=0.05)
+    pm.draw_shapes(tmp_path / "drawn", train=4, val=0, size=64, kinds=("circle",), progress=False)
+    train = tmp_path / "drawn" / "train"
+    pm.convert_coco(train / "annotations.json", train / "images", tmp_path / "data", progress=False)
+    few = [word for setting in ("train.steps=1", "data.batch=2", "data.crop=[64,64]") for word in ("--set", setting)]
+    words = ("--config", "nuclei", "--data", tmp_path / "data", "--start", "nuclei", "--out", tmp_path / "run", *few)
+    assert polarmask("train", *words) == 0
+    assert "models/nuclei: " in (said := capsys.readouterr().out) and "anew" not in said
     Image.fromarray(picture).save(tmp_path / "cells.png")
     assert polarmask("predict", "nuclei", tmp_path / "cells.png", "--out", tmp_path / "out") == 0
     assert (tmp_path / "out" / "overlays" / "cells.png").is_file()

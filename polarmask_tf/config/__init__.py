@@ -17,7 +17,7 @@ from polarmask_tf.config.schema import (
     input_size,
     needs_mask_iou,
 )
-from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, loads, override, to_dict
+from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, loads, override, parse, to_dict
 
 __all__ = [
     "CONVENTIONS",
@@ -43,5 +43,6 @@ __all__ = [
     "loads",
     "needs_mask_iou",
     "override",
+    "parse",
     "to_dict",
 ]

@@ -83,7 +83,7 @@ def load(name: str | os.PathLike, overrides: typing.Sequence[str] = ()) -> Confi
 
 def loads(text: str, source: str, overrides: typing.Sequence[str] = ()) -> Config:
     """As `load`, of YAML text whose bases are shipped ones; `source` is what messages call it."""
-    return _checked(_over_bases(_parse(text), Path(source), (), []), Path(source), overrides)
+    return _checked(_over_bases(parse(text), Path(source), (), []), Path(source), overrides)
 
 
 def load_saved(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -154,10 +154,10 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 
 
-def _parse(text: str):
-    """The value of YAML text; ValueError that says what is wrong with it."""
-    if len(text) > _MOST_TEXT:
-        raise ValueError(f"longer than {_MOST_TEXT} characters")
+def parse(text: str, most: int = _MOST_TEXT):
+    """The value of YAML text of at most so many characters; ValueError that says what is wrong with it."""
+    if len(text) > most:
+        raise ValueError(f"longer than {most} characters")
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -175,7 +175,7 @@ def _override(text: str) -> dict:
     if not equals or not key:
         raise InputError(f"override {_shown.repr(text)}: write it as key=value, for example train.steps=600")
     try:
-        nested = _parse(value)
+        nested = parse(value)
     except ValueError as error:
         raise InputError(f"override {_shown.repr(text)}: not a YAML value ({error})") from None
     for part in reversed(key.split(".")):
@@ -194,7 +194,7 @@ def _read(path: Path, chain: tuple[Path, ...] = (), files: list[Path] | None = N
         raise InputError(f"{files[0]}: `base:` leads to more than {_MOST_FILES} files")
     try:
         with path.open(encoding="utf-8") as file:
-            values = _parse(file.read(_MOST_TEXT + 1))
+            values = parse(file.read(_MOST_TEXT + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__}); is it a YAML file?") from None
     except ValueError as error:

@@ -10,8 +10,7 @@ import os
 import posixpath
 from pathlib import Path
 
-import yaml
-
+from polarmask_tf import config
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.folder import Folder, is_picture, stem, walk
 from polarmask_tf.data.sources.source import BOX, SPLITS, Builder, Source, class_name, skip_image
@@ -30,8 +29,8 @@ def yaml_of(path: Path) -> Path | None:
     files.sort(key=lambda f: f.stem not in ("data", "dataset"))
     for file in files:
         try:
-            content = yaml.safe_load(read_file(file, _MOST_YAML))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            content = config.parse(read_file(file, _MOST_YAML).decode("utf-8-sig"), _MOST_YAML)
+        except (OSError, ValueError):
             continue
         if isinstance(content, dict) and "names" in content and ("train" in content or "val" in content):
             return file
@@ -185,12 +184,12 @@ def _names_in_list(path):
 
 def _yaml(file):
     try:
-        content = yaml.safe_load(read_file(file, _MOST_YAML))
+        content = config.parse(read_file(file, _MOST_YAML).decode("utf-8-sig"), _MOST_YAML)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {io_error_text(error)}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds no settings of a YOLO data set ('names', 'train', 'val')")
