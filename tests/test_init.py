@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from polarmask_tf import cli, config
 from polarmask_tf.data import dataset
 from polarmask_tf.tools import doctor, init_config
 from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
+from polarmask_tf.training import log
 from polarmask_tf.weights import imagenet
 
 TINY = ("model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "train.steps=4", "data.batch=4")
@@ -171,3 +173,19 @@ def test_the_bar_fits_80_columns(tmp_path):
     bar = [line for line in text.decode().replace("\n", "\r").split("\r") if line.startswith("train ")]
     assert process.returncode == 0 and any("loss" in line for line in bar)
     assert max(map(len, bar)) <= 80
+
+
+def test_a_line_tells_of_the_steps_since_the_line_before(tmp_path, capsys):
+    seen: list[float] = []
+    settings = config.load("shapes")
+    optimizer = types.SimpleNamespace(lr=np.array(0.1))
+    model = types.SimpleNamespace(config=settings, loss_names=(), optimizer=optimizer, reset_metrics=seen.clear)
+    written = log.Log(tmp_path, 0, 60, True)
+    written.set_model(model)
+    written.on_train_begin()
+    for step in range(1, 61):
+        seen.append(float(step))  # the loss of the step; Keras gives the mean since it was last reset
+        written.on_step(step, {"loss": np.mean(seen)})
+    written.close()
+    assert [(row["step"], row["loss"]) for row in written.rows] == [(20, 10.5), (40, 30.5), (60, 50.5)]
+    assert "step 20/60: loss 10.500, " in (said := capsys.readouterr().err) and "step 60/60: loss 50.500, " in said
