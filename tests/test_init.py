@@ -178,7 +178,7 @@ def test_the_bar_fits_80_columns(tmp_path):
 def test_a_line_tells_of_the_steps_since_the_line_before(tmp_path, capsys):
     seen: list[float] = []
     settings = config.load("shapes")
-    optimizer = types.SimpleNamespace(lr=np.array(0.1))
+    optimizer = types.SimpleNamespace(lr=types.SimpleNamespace(numpy=lambda: 0.1))
     model = types.SimpleNamespace(config=settings, loss_names=(), optimizer=optimizer, reset_metrics=seen.clear)
     written = log.Log(tmp_path, 0, 60, True)
     written.set_model(model)
