@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", **limit)
     add("--per-class", action="store_true", help="a line for every class (default: up to 10)")
     add("--report", type=_path, metavar="DIR", help="also write report.html: curves, worst images, what makes it lose")
-    text = "fit one temperature to the scores on half of the images, and store it in the run directory"
+    text = "fit the scores to how often they are right, on half of the images, and store it in the run directory"
     add("--calibrate", action="store_true", help=text)
     add("--json", type=_path, metavar="FILE", help="also write the numbers as JSON")
 

@@ -136,10 +136,10 @@ def evaluate(args):
     if args.calibrate:
         done = calibrate(args.model, metrics.matches, checkpoint)
         print(
-            f" Calibrated: temperature {done.temperature:.3f}. On the other half of the images the expected calibration error "
-            f"is {done.error:.3f} (before: {done.error_before:.3f}), the median score of hits with IoU >= 0.9 "
-            f"{done.score_of_close_hits:.3f}.\n The least score is {done.score_threshold:.2g} now, for the same detections. "
-            f"Stored in {Path(args.model) / 'calibration.json'}; exports made from now on have it."
+            f" Calibrated: temperature {done.temperature:.3f}, bias {done.score_bias:.3f}. On the other half of the images the "
+            f"expected calibration error is {done.error:.3f} (before: {done.error_before:.3f}), the median score "
+            f"of hits with IoU >= 0.9 {done.score_of_close_hits:.3f}.\n The least score is {done.score_threshold:.2g} "
+            f"now, for the same detections. Stored in {Path(args.model) / 'calibration.json'}; new exports have it."
         )
 
 

@@ -254,6 +254,7 @@ def check_metadata(metadata, where):
             for key, most in (("ray_limit", 50), ("score_threshold", 10), ("nms_iou", 1)):
                 number(raw, key, 0, most, float)
             number({"temperature": 1.0, **raw}, "temperature", 0.01, 100, float)
+            number({"score_bias": 0.0, **raw}, "score_bias", -50, 50, float)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(f"{one_line(where)} is not what `polarmask export` writes: {reason}") from None
@@ -288,9 +289,10 @@ def assemble(heads, raw, size):
         common = np.maximum(np.minimum(high[kept], high[i]) - np.maximum(low[kept], low[i]), 0).prod(1)
         if len(kept) < raw["max_detections"] and not (common > raw["nms_iou"] * (area[kept] + area[i] - common)).any():
             kept.append(i)
-    if (temperature := raw.get("temperature", 1)) != 1:  # of calibrated scores
+    temperature, bias = raw.get("temperature", 1), raw.get("score_bias", 0)
+    if (temperature, bias) != (1, 0):  # of calibrated scores
         scores = np.clip(scores, 1e-6, 1 - 1e-6)
-        scores = one / (one + np.exp((np.log(one - scores) - np.log(scores)) / np.float32(temperature)))
+        scores = one / (one + np.exp((np.log(one - scores) - np.log(scores)) / np.float32(temperature) - np.float32(bias)))
     found = (scores, classes, boxes[:, [1, 0, 3, 2]] / np.tile(limit[::-1], 2), polygons / limit)
     return {"num_detections": [len(kept)], **{f"detection_{n}": x[kept][None] for n, x in zip(FOUND, found, strict=True)}}
 

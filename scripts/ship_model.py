@@ -2,7 +2,7 @@
 
     python scripts/ship_model.py RUN NAME
 
-Weights are rounded to float16, the temperature goes into the config, paths of data are left out. The model card,
+Weights are rounded to float16, the calibration goes into the config, paths of data are left out. The model card,
 README.md beside them, is written by hand: data, AP, licence, what the model is not for.
 """
 
@@ -25,8 +25,9 @@ def ship(run: Path, out: Path) -> None:
     about = json.loads((run / "dataset.json").read_text())
     atomic_write(out / "dataset.json", json.dumps({key: about[key] for key in ("classes", "name")}, indent=1))
     if (run / runs.THRESHOLDS).is_file():
-        found = runs.read_thresholds(run, len(model.classes), config.postprocess.temperature)
-        runs.write_bound(out / runs.THRESHOLDS, {**found, "temperature": config.postprocess.temperature}, "")
+        found = runs.read_thresholds(run, len(model.classes), config.postprocess)
+        calibration = {name: getattr(config.postprocess, name) for name in ("temperature", "score_bias")}
+        runs.write_bound(out / runs.THRESHOLDS, {**found, **calibration}, "")
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB; write {out / 'README.md'}")
 
 

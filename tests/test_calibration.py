@@ -1,4 +1,4 @@
-"""Temperatures: what the calibration error is, which one is fitted, and that run, graph and exports all have it."""
+"""What the calibration error is, which temperature and bias are fitted, and that run, graph and exports all have them."""
 
 import json
 import shutil
@@ -28,11 +28,11 @@ def run(tmp_path):
     return shutil.copytree(RUN, tmp_path / "run")
 
 
-def flat_matches(temperature, count=20_000, images=10, seed=0):
-    """Matches of scores that are right as often as they say at this temperature."""
+def flat_matches(temperature, count=20_000, images=10, seed=0, bias=0.0):
+    """Matches of scores that are right as often as they say at this temperature and bias."""
     rng = np.random.default_rng(seed)
     truth = rng.beta(0.6, 0.8, count).clip(1e-4, 1 - 1e-4)
-    score = 1 / (1 + np.exp(temperature * (np.log1p(-truth) - np.log(truth))))
+    score = 1 / (1 + np.exp(temperature * (np.log1p(-truth) - np.log(truth) + bias)))
     matches = np.zeros(count, [("image", np.int64), ("score", np.float64), ("iou", np.float64)])
     matches["image"], matches["score"] = rng.integers(0, images, count), score
     matches["iou"] = np.where(rng.random(count) < truth, rng.uniform(0.5, 1, count), 0)
@@ -47,20 +47,40 @@ def test_the_error_by_hand():
     assert expected_calibration_error(np.zeros(0), np.zeros(0, bool)) == 0
 
 
+@pytest.mark.parametrize("bias", [0.0, 1.5, -0.5])
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
-def test_the_temperature_of_the_scores_is_fitted(temperature):
-    matches = flat_matches(temperature)
-    # Scores are logit(truth) * temperature: divided by it, they are what is true.
-    assert calibration.fit_temperature(matches["score"], matches["iou"] > 0) == pytest.approx(temperature, rel=0.05)
+def test_temperature_and_bias_of_the_scores_are_fitted(temperature, bias):
+    matches = flat_matches(temperature, bias=bias)
+    # Scores are (logit(truth) - bias) * temperature: undone, they are what is true.
+    found = calibration.fit(matches["score"], matches["iou"] > 0)
+    assert found == (pytest.approx(temperature, rel=0.05), pytest.approx(bias, abs=0.05))
+
+
+def test_scores_that_say_nothing_or_all_keep_their_order():
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0.01, 0.99, 2000)
+    # worse than nothing: the flattest that is allowed, and the bias says how many are right
+    temperature, bias = calibration.fit(scores, rng.random(2000) < 0.8 - 0.6 * scores)
+    assert temperature == calibration.FLATTEST
+    assert postprocess.recalibrated(scores, now=(temperature, bias)).mean() == pytest.approx(0.5, abs=0.05)
+    # all that is right scores more than all that is not: no temperature is steep enough
+    temperature, bias = calibration.fit(scores, scores > 0.7)
+    after = postprocess.recalibrated(scores, now=(temperature, bias))
+    assert temperature == calibration.STEEPEST and (np.diff(after[np.argsort(scores)]) >= 0).all()
+    assert after[scores > 0.75].min() > 0.8 and after[scores < 0.65].max() < 0.2
 
 
 def test_calibrated_and_back():
     scores = np.float32([1e-4, 0.05, 0.3, 0.5, 0.9, 0.999])
-    for temperature in (0.2, 1.0, 3.0):
-        there = postprocess.calibrated(tf.constant(scores), temperature).numpy()
-        np.testing.assert_allclose(there, calibration.calibrated(scores, temperature), rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(postprocess.uncalibrated(there, temperature), scores, rtol=2e-2)
-        assert there[3] == pytest.approx(0.5) and (np.diff(there) > 0).all()
+    odds = np.log(scores / (1 - scores))
+    for now in ((0.4, 0.0), (1.0, 0.0), (3.0, 0.0), (1.0, 1.5), (0.4, 1.5), (2.0, -1.0)):
+        there = postprocess.calibrated(tf.constant(scores), *now).numpy()
+        np.testing.assert_allclose(there, 1 / (1 + np.exp(-(odds / now[0] + now[1]))), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(there, postprocess.recalibrated(scores, now=now), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(postprocess.uncalibrated(there, *now), scores, rtol=2e-2)
+        other = postprocess.recalibrated(scores, now=(0.7, -0.3))
+        np.testing.assert_allclose(postprocess.recalibrated(there, now, (0.7, -0.3)), other, rtol=2e-2)
+        assert (np.diff(there) > 0).all()
 
 
 def test_matches_are_those_of_pycocotools():
@@ -95,14 +115,16 @@ def test_matches_are_those_of_pycocotools():
 
 def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys):
     before = load_predictor(run)(list(IMAGES))
-    done = calibration.calibrate(run, flat_matches(0.4), calibration.check_calibratable(run))
-    assert done.temperature == pytest.approx(0.4, rel=0.05) and done.error < 0.02 < 0.1 < done.error_before
+    matches = flat_matches(0.4, bias=0.5)
+    done = calibration.calibrate(run, matches, calibration.check_calibratable(run))
+    assert done[:2] == (pytest.approx(0.4, rel=0.05), pytest.approx(0.5, abs=0.05))
+    assert done.error < 0.02 < 0.1 < done.error_before
     assert 0.5 < done.score_of_close_hits <= 1 and done.score_threshold < 0.05
     after = load_predictor(run)(list(IMAGES))
     assert sum(map(len, before)) > 0
     for a, b in zip(after, before, strict=True):  # the same detections
         np.testing.assert_allclose(a.polygons, b.polygons)
-        np.testing.assert_allclose(a.scores, calibration.calibrated(b.scores, done.temperature), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(a.scores, postprocess.recalibrated(b.scores, now=done[:2]), rtol=1e-3, atol=1e-6)
     # a least score is one of calibrated scores
     least = float(after[0].scores[len(after[0]) // 2])
     assert load_predictor(run, score_threshold=least)(IMAGES[0]).scores.min() >= least
@@ -114,11 +136,9 @@ def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys
     model.save(tmp_path / "a.keras")
     np.testing.assert_allclose(load_predictor(tmp_path / "a.keras")(IMAGES[0]).scores, after[0].scores, atol=1e-6)
     # a second time: of what the scores are without the first one
-    again = flat_matches(0.4)
-    again["score"] = calibration.calibrated(again["score"], done.temperature)
-    assert calibration.calibrate(run, again, runs.checkpoint_digest(run)).temperature == pytest.approx(
-        done.temperature, rel=0.02
-    )
+    matches["score"] = postprocess.recalibrated(matches["score"], now=done[:2])
+    again = calibration.calibrate(run, matches, runs.checkpoint_digest(run))
+    assert again[:2] == pytest.approx(done[:2], rel=0.02)
     assert runs.load_run(run).config.postprocess.score_threshold == pytest.approx(done.score_threshold, rel=0.1)
     # a training that started over has come to the same step
     model.head.classes.conv.kernel.assign_add(tf.ones_like(model.head.classes.conv.kernel))

@@ -16,10 +16,11 @@ from pycocotools.cocoeval import COCOeval
 from helpers.pages import check_page
 from helpers.polygons import polar_star
 from polarmask_tf import cli, lite
+from polarmask_tf.config.schema import PostprocessConfig
 from polarmask_tf.data.convert import convert
 from polarmask_tf.errors import InputError
 from polarmask_tf.export import graph, tflite
-from polarmask_tf.inference import calibration, html, report, thresholds
+from polarmask_tf.inference import html, report, thresholds
 from polarmask_tf.inference import predictor as predictors
 from polarmask_tf.inference.coco_metrics import coco_metrics, polygons_to_rle
 from polarmask_tf.inference.evaluate import default_data, evaluate
@@ -300,20 +301,20 @@ def test_a_run_and_what_is_made_of_it_have_the_thresholds(run, tmp_path):
     # Of other weights it says nothing.
     newest = runs.checkpoints(run)[0]
     Path(f"{newest}.index").write_bytes(Path(f"{newest}.index").read_bytes() + b" ")
-    assert runs.read_thresholds(run, len(model.classes), 1.0) is None
+    assert runs.read_thresholds(run, len(model.classes), model.config.postprocess) is None
 
 
 def test_thresholds_are_of_calibrated_scores(run):
     stored(run, 0.25, 0.125, temperature=1.0)
-    content = {"temperature": 0.5, "score_threshold": 0.01}
+    content = {"temperature": 0.5, "score_bias": 1.5, "score_threshold": 0.01}
     runs.write_bound(run / runs.CALIBRATION, content, runs.checkpoint_digest(run))
     now = runs.load_run(run).thresholds
-    assert now["overall"] == pytest.approx(calibration.calibrated(0.25, 0.5))
-    assert now["classes"] == pytest.approx([calibration.calibrated(0.125, 0.5)] * len(now["classes"]))
-    stored(run, temperature=0.5)
-    assert runs.load_run(run).thresholds["overall"] == 0.25
+    assert now["overall"] == pytest.approx(1 / (1 + 9 * np.exp(-1.5)))  # odds 1/3, at temperature 1/2 squared
+    assert now["classes"] == pytest.approx([1 / (1 + 49 * np.exp(-1.5))] * len(now["classes"]))
+    stored(run, temperature=0.5)  # as it was before there was a bias
+    assert runs.load_run(run).thresholds["overall"] == pytest.approx(1 / (1 + 3 * np.exp(-1.5)))
     (run / runs.CALIBRATION).unlink()
-    assert runs.load_run(run).thresholds["overall"] == pytest.approx(calibration.calibrated(0.25, 2.0))
+    assert runs.load_run(run).thresholds["overall"] == pytest.approx(1 / (1 + 3**0.5))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +351,8 @@ def test_evaluating_the_whole_stores_them_and_says_so(run, data, monkeypatch, ca
     assert f"Stored in {file}" in capsys.readouterr().out
     metrics = evaluate(predictor, directory, progress=False)
     expected = thresholds.shown(metrics, [3, 5])
-    assert runs.read_thresholds(run, 2, 1.0) == expected and 0.4 < expected["classes"][0] < 0.6  # discs have .6 and more
+    assert runs.read_thresholds(run, 2, PostprocessConfig()) == expected
+    assert 0.4 < expected["classes"][0] < 0.6  # discs have .6 and more
     # Pictures that it learnt say nothing about others.
     file.unlink()
     config = (run / "config.yaml").read_text()
@@ -371,7 +373,7 @@ def test_a_training_stores_them_when_it_evaluates(run, data):
     evaluation.model = types.SimpleNamespace(config=dataclasses.replace(config, data=dataclasses.replace(config.data, val="v")))
     metrics = evaluate(predictor, directory, progress=False)
     evaluation._store_thresholds(run, metrics)
-    assert runs.read_thresholds(run, 2, 1.0) == thresholds.shown(metrics, [3, 5])
+    assert runs.read_thresholds(run, 2, PostprocessConfig()) == thresholds.shown(metrics, [3, 5])
 
 
 def test_an_image_of_more_objects_than_detections_count_says_nothing(run):

@@ -82,7 +82,7 @@ def test_the_sbatch_file_is_bash_and_asks_for_one_task_on_each_of_several_nodes(
     assert int(sbatch_options()["nodes"]) > 1 and sbatch_options()["ntasks-per-node"] == "1"
 
 
-def slurm(folder, srun):
+def slurm(folder, srun, **environment):
     """Starts the sbatch file with a stand-in for Slurm's srun, and one for scontrol that notes what it is given."""
     tools = folder / ".venv" / "bin"
     tools.mkdir(parents=True)
@@ -93,8 +93,8 @@ def slurm(folder, srun):
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}")
         (tools / name).chmod(0o755)
-    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_ID": "77"}
-    return subprocess.Popen(["bash", SBATCH], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment |= {"SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "32", "SLURM_JOB_ID": "77"}
+    return subprocess.Popen(["bash", SBATCH], env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("failures, status, starts", [(0, 0, 1), (2, 0, 3), (3, 1, 3)])
@@ -107,11 +107,15 @@ def test_the_sbatch_file_starts_all_again_when_they_fail(tmp_path, failures, sta
     assert all(line.startswith("32 --kill-on-bad-exit=1 polarmask train ") for line in lines)
 
 
-def test_the_sbatch_file_puts_a_job_whose_time_is_up_back_into_the_queue(tmp_path):
-    """When the tasks, which get the signal too, have saved and ended: not before."""
-    log = tmp_path / "log"
+@pytest.mark.parametrize("slow", [None, "srun=$!", "tell", "wait"])
+def test_the_sbatch_file_puts_a_job_whose_time_is_up_back_into_the_queue(tmp_path, slow):
+    """When the tasks, which get the signal too, have saved and ended: not before. Wherever the signal comes."""
+    log, pause, environment = tmp_path / "log", tmp_path / "pause", {}
+    if slow:  # bash stops for a moment before that command
+        pause.write_text("trap '[[ $BASH_COMMAND != \"$SLOW\"* ]] || /bin/sleep 0.5' DEBUG\n")
+        environment = {"BASH_ENV": str(pause), "SLOW": slow}
     srun = f'trap "/bin/sleep 1; echo saved >> {log}; exit 143" TERM\necho started >> {log}\nwhile :; do sleep 0.1; done\n'
-    job = slurm(tmp_path, srun)
+    job = slurm(tmp_path, srun, **environment)
     while not log.exists():
         assert job.poll() is None
     job.send_signal(signal.SIGTERM)  # as `--signal=B:TERM@...` has it: to this script alone

@@ -213,7 +213,9 @@ class PostprocessConfig(Section):
     nms_iou_threshold: float = _within(0.5, 0, 1)  # of two boxes of a class that overlap more the one with the lower score goes
     max_detections: int = _within(100, 1, 10**4)  # most of an image
     multi_label: bool = True  # candidates are (location, class) pairs; False: each location's best class only
-    temperature: float = _within(1.0, 0.01, 100)  # scores are sigmoid(logit(score) / this), see `evaluate --calibrate`
+    # Scores are sigmoid(logit(score) / temperature + score_bias), see `evaluate --calibrate`.
+    temperature: float = _within(1.0, 0.01, 100)
+    score_bias: float = _within(0.0, -50, 50)  # see temperature
 
 
 @dataclass(frozen=True)
@@ -299,8 +301,8 @@ class Config(Section):
         levels, ranges = self.model.fpn.levels, self.targets.ranges
         if self.conventions == "released" and not self.model.head.box:
             yield "conventions: released compares boxes of the box branch; it needs model.head.box: true"
-        if self.conventions == "released" and self.postprocess.temperature != 1:
-            yield "conventions: released has scores up to 1.5, which postprocess.temperature cannot take"
+        if self.conventions == "released" and (self.postprocess.temperature, self.postprocess.score_bias) != (1, 0):
+            yield "conventions: released has scores up to 1.5, which postprocess.temperature and score_bias cannot take"
         if self.data.batch % self.train.accumulate:
             yield f"data.batch is {self.data.batch}: not a multiple of train.accumulate ({self.train.accumulate})"
         if self.train.evaluate_every and not self.data.val:

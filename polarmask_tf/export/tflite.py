@@ -123,8 +123,9 @@ def export_tflite(model: PolarMask, out: Path, precision: str = "fp32", *, raw: 
         assembling = {  # what lite.assemble needs to know
             "ray_units": model.ray_units,
             "ray_limit": geometry.MAX_RAY_LOGIT,
-            "score_threshold": postprocess.uncalibrated(options.score_threshold, options.temperature),
+            "score_threshold": postprocess.uncalibrated(options.score_threshold, options.temperature, options.score_bias),
             "temperature": options.temperature,
+            "score_bias": options.score_bias,
             "candidates": options.pre_nms_top_k,
             "nms_iou": options.nms_iou_threshold,
             "max_detections": options.max_detections,

@@ -92,6 +92,7 @@ class Subject(typing.NamedTuple):
     run: Path
     checkpoint: str  # runs.checkpoint_digest
     temperature: float
+    score_bias: float
 
 
 def subject(model) -> Subject | None:
@@ -100,7 +101,12 @@ def subject(model) -> Subject | None:
     if not (run / "config.yaml").is_file():
         return None
     config = runs.with_calibration(runs.read_run(run)[0], run)
-    return Subject(run, runs.checkpoint_digest(run), config.postprocess.temperature)
+    return subject_of(run, config)
+
+
+def subject_of(run: Path, config) -> Subject:
+    """Of a run directory whose calibrated config is known."""
+    return Subject(run, runs.checkpoint_digest(run), config.postprocess.temperature, config.postprocess.score_bias)
 
 
 def store(subject: Subject, metrics: Metrics, data) -> str:
@@ -120,7 +126,7 @@ def store(subject: Subject, metrics: Metrics, data) -> str:
             f"Not stored: of an image of {most} objects {metrics.max_detections} detections count; --max-detections {2 * most}"
         )
     try:
-        content = {**found, "temperature": subject.temperature, "data": str(data)}
+        content = {**found, "temperature": subject.temperature, "score_bias": subject.score_bias, "data": str(data)}
         runs.write_bound(subject.run / runs.THRESHOLDS, content, subject.checkpoint)
     except InputError as error:
         return f"Not stored: {error}"

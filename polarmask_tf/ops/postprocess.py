@@ -21,6 +21,7 @@ def detect(
     max_detections: int,
     multi_label: bool,
     temperature: float = 1.0,
+    score_bias: float = 0.0,
     centerness_offset: float = 0.0,
     class_threshold: bool = False,
     box_nms: bool = False,
@@ -42,7 +43,7 @@ def detect(
       nms_iou_threshold: boxes (of polygons) of one class that overlap more are suppressed.
       max_detections: N.
       multi_label: candidates are (location, class) pairs; False: locations with their best class, which is cheaper.
-      temperature: see `calibrated`.
+      temperature, score_bias: see `calibrated`.
       centerness_offset, class_threshold, box_nms, suppress_equal, whole_pixels: see config.Conventions.
 
     Returns:
@@ -53,7 +54,7 @@ def detect(
     height, width = size
     limit = tf.cast(tf.stack([width, height]), tf.float32)
     pixel = float(whole_pixels)
-    score_threshold = uncalibrated(score_threshold, temperature)
+    score_threshold = uncalibrated(score_threshold, temperature, score_bias)
     levels = []
     for level, maps in sorted(outputs.items()):  # levels are text or numbers
         if class_threshold:
@@ -90,29 +91,36 @@ def detect(
     polygons = tf.clip_by_value(polygons, 0.0, limit - pixel) / limit
     return {
         "num_detections": valid,
-        "detection_scores": calibrated(tf.gather(scores, chosen), temperature) * keep,
+        "detection_scores": calibrated(tf.gather(scores, chosen), temperature, score_bias) * keep,
         "detection_classes": tf.gather(classes, chosen) * tf.cast(keep, tf.int32),
         "detection_boxes": tf.gather(boxes, [1, 0, 3, 2], axis=1),
         "detection_polygons": polygons * tf.reshape(keep, [-1, 1, 1]),
     }
 
 
-def calibrated(scores: tf.Tensor, temperature: float) -> tf.Tensor:
-    """sigmoid(logit(scores) / temperature), of scores in [0, 1]: in the same order, and 1/2 stays 1/2."""
-    if temperature == 1:
+def calibrated(scores: tf.Tensor, temperature: float, bias: float = 0.0) -> tf.Tensor:
+    """sigmoid(logit(scores) / temperature + bias), of scores in [0, 1]: in the same order (Platt, 1999)."""
+    if (temperature, bias) == (1, 0):
         return scores
     scores = tf.clip_by_value(scores, LEAST_SCORE, 1 - LEAST_SCORE)
-    return tf.sigmoid((tf.math.log(scores) - tf.math.log(1.0 - scores)) * (1 / temperature))
+    return tf.sigmoid((tf.math.log(scores) - tf.math.log(1.0 - scores)) * (1 / temperature) + bias)
 
 
-def uncalibrated(scores, temperature: float):
+def uncalibrated(scores, temperature: float, bias: float = 0.0):
     """The scores (number or array) that `calibrated` makes these of; not float32's, since thresholds are tiny."""
-    if temperature == 1:
+    if (temperature, bias) == (1, 0):
         return scores
     scores = np.clip(np.asarray(scores, np.float64), 1e-300, 1 - 1e-16)
     odds = np.log(scores) - np.log1p(-scores)
-    result = 1 / (1 + np.exp(-temperature * odds))
+    with np.errstate(over="ignore"):  # 1 / inf is 0
+        result = 1 / (1 + np.exp(-temperature * (odds - bias)))
     return float(result) if result.ndim == 0 else result
+
+
+def recalibrated(scores, then: tuple[float, float] = (1.0, 0.0), now: tuple[float, float] = (1.0, 0.0)):
+    """Scores (number or array) of one (temperature, bias) as those of another: `calibrated` in NumPy, of any to any."""
+    temperature, bias = now
+    return uncalibrated(uncalibrated(scores, *then), 1 / temperature, -bias * temperature)
 
 
 def _decode(centers: tf.Tensor, lengths: list, box_nms: bool):

@@ -150,8 +150,7 @@ class Evaluation(Stepwise):
     def _store_thresholds(self, run, metrics):
         """As `polarmask evaluate` does, of the checkpoint that has just been saved."""
         config = self.model.config
-        subject = thresholds.Subject(run, runs.checkpoint_digest(run), config.postprocess.temperature)
-        thresholds.store(subject, metrics, config.data.val)
+        thresholds.store(thresholds.subject_of(run, config), metrics, config.data.val)
 
     def _draw(self, step):
         """The first validation images, truth beside prediction, for TensorBoard."""

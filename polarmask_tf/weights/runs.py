@@ -25,7 +25,7 @@ from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError, one_line
 from polarmask_tf.files import atomic_write, io_error_text, make_directory, read_file, readable_by_tensorflow
 from polarmask_tf.modeling.polarmask import PolarMask
-from polarmask_tf.ops.postprocess import uncalibrated
+from polarmask_tf.ops.postprocess import recalibrated
 from polarmask_tf.weights import earlier, shipped
 from polarmask_tf.weights.state_dict import without_numbers
 
@@ -50,7 +50,7 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
         shipped.assign_weights(run / shipped.WEIGHTS, named_weights(model))
     elif not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")
-    model.set_thresholds(read_thresholds(run, len(classes), config.postprocess.temperature))
+    model.set_thresholds(read_thresholds(run, len(classes), config.postprocess))
     return model
 
 
@@ -95,11 +95,11 @@ def read_run(run: Path) -> tuple[Config, list]:
 
 
 def with_calibration(config: Config, run: Path) -> Config:
-    """The config with the temperature and the least score of run/calibration.json, if it is of the newest checkpoint."""
+    """The config with the calibration and the least score of run/calibration.json, if it is of the newest checkpoint."""
     file = run / CALIBRATION
 
     def values(content):
-        return {name: float(content[name]) for name in ("temperature", "score_threshold")}
+        return {name: float({"score_bias": 0, **content}[name]) for name in ("temperature", "score_bias", "score_threshold")}
 
     found, current = _read_bound(file, values, "polarmask evaluate --calibrate")
     if found and not current:
@@ -113,18 +113,19 @@ def with_calibration(config: Config, run: Path) -> Config:
     return config
 
 
-def read_thresholds(run: Path, classes: int, temperature: float) -> dict | None:
-    """The {"overall", "classes"} of run/thresholds.json as scores calibrated by `temperature`; None if the newest checkpoint
-    has none: a training that went on since is no news to anybody."""
+def read_thresholds(run: Path, classes: int, options) -> dict | None:
+    """The {"overall", "classes"} of run/thresholds.json as scores of `options`, a PostprocessConfig; None if the newest
+    checkpoint has none: a training that went on since is no news to anybody."""
 
     def values(content):
         numbers = [float(number) for number in (content["overall"], *content["classes"])]
         if len(numbers) != 1 + classes or not all(0 <= number <= lite.MAX_SCORE for number in numbers):
             raise ValueError(f"not a score for each of {classes} classes")
-        if not 0.01 <= content["temperature"] <= 100:
+        then, now = (content["temperature"], content.get("score_bias", 0.0)), (options.temperature, options.score_bias)
+        if not (0.01 <= then[0] <= 100 and -50 <= then[1] <= 50):
             raise ValueError("no temperature")
-        if temperature != content["temperature"]:  # raw = uncalibrated(score, then); score = uncalibrated(raw, 1 / now)
-            numbers = [uncalibrated(number, content["temperature"] / temperature) for number in numbers]
+        if then != now:
+            numbers = [recalibrated(number, then, now) for number in numbers]
         return {"overall": numbers[0], "classes": numbers[1:]}
 
     found, current = _read_bound(run / THRESHOLDS, values, "polarmask evaluate")
