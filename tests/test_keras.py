@@ -108,7 +108,6 @@ def test_every_way_of_saving_gives_the_same_model_back(family, tmp_path):
     again = lambda: type(family).from_config(family.get_config())  # noqa: E731
     family.save(tmp_path / "whole.keras")
     assert_equal_models(tf_keras.models.load_model(tmp_path / "whole.keras"), family)
-    assert_equal_models(pm.load_model(str(tmp_path / "whole.keras")), family)
     for name in ("w.weights.h5", "w.h5", "checkpoint"):
         family.save_weights(tmp_path / name)
         other = again()

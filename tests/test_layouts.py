@@ -60,10 +60,10 @@ def losses(run):
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-@pytest.mark.parametrize("kind", ["group", "frozen", "sync", "quality"])
+@pytest.mark.parametrize("kind", ["group", "frozen", "sync"])
 def test_the_layout_changes_nothing(data, tmp_path, kind):
-    norm, quality = ("group", training.QUALITY) if kind == "quality" else (kind, ())
-    settings = (*SGD, f"model.backbone.norm={norm}", *quality)
+    quality = training.QUALITY if kind == "frozen" else ()  # a run of its own for these losses costs 2 minutes
+    settings = (*SGD, f"model.backbone.norm={kind}", *quality)
     start = ("--start", start_run(data / f"start_{kind}", settings))
     validate = (f"data.val={data / 'val'}", "train.evaluate_every=20") if kind == "group" else ()
     done = {}
