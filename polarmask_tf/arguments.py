@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of --split (default %(default)s)")
     text = "what --split keeps together: `folder`, or a regular expression whose first group in a file's name says it"
     add("--group", metavar="folder|REGEX", help=text)
-    text = "rename and unite classes, or drop them; write it with an equals sign: --classes=-dirt,Cell=cell"
-    add("--classes", action="append", default=[], metavar="OLD=NEW,-DROP", help=text)
+    text = "classes to keep (all others go), to rename or unite, or to drop; with an equals sign: --classes=-dirt,Cell=cell"
+    add("--classes", action="append", default=[], metavar="KEEP,OLD=NEW,-DROP", help=text)
     add("--min-area", type=float, default=0, metavar="PIXELS", help="leave out objects of fewer pixels")
     add("--shards", type=int, help="number of shards (default: one for every 256 images)")
     add("--processes", type=int, help="worker processes (default: one for each CPU)")

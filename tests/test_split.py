@@ -253,6 +253,10 @@ def test_classes_are_renamed_united_and_dropped(tmp_path):
     assert info.skipped == {}
     info = run(folder, out=tmp_path / "o", classes=["cat=dog"], strict=True)[""]
     assert [c["name"] for c in info.classes] == ["dog", "cow", "-odd"]
+    # Named classes stay, others go; one that an edit names stays too.
+    info = run(folder, out=tmp_path / "o", classes=["-odd", "cat=pet"])[""]
+    assert info.classes == [{"name": "pet", "category_id": 1}, {"name": "-odd", "category_id": 4}]
+    assert info.num_instances == 4 and info.notes["annotation of class 'dog', dropped as asked"] == 2
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,8 @@ def test_classes_are_renamed_united_and_dropped(tmp_path):
     [
         (["-cats"], "there is no class 'cats'; did you mean 'cat'?"),
         (["zebra=x"], "there is no class 'zebra'; there are 'cat', 'dog'"),
-        (["cat"], "says neither what to rename it to"),
+        (["cats"], "there is no class 'cats'; did you mean 'cat'?"),
+        (["cat", "cat=x"], "given twice"),
         (["cat="], "the new name is empty"),
         (["cat=x", "-cat"], "given twice"),
         (["-cat", "-dog"], "drops every class"),
@@ -277,6 +282,7 @@ def test_classes_of_one_name_stay_apart_unless_united():
     classes = [{"name": "a", "category_id": 1}, {"name": "a", "category_id": 2}, {"name": "b", "category_id": 3}]
     assert combine.edit_classes([], classes, [], Report()) == classes
     assert [c["category_id"] for c in combine.edit_classes([], classes, ["b=a"], Report())] == [1]
+    assert combine.edit_classes([], classes, ["a"], Report()) == classes[:2]
 
 
 def test_small_objects_are_left_out_as_asked(tmp_path):

@@ -78,17 +78,21 @@ def _tell_alike(ids, report):
 
 
 def edit_classes(images: list[dict], classes: list[dict], edits: list[str], report: Report) -> list[dict]:
-    """The classes after edits like "old=new" (renames, and unites with a class of that name) and "-drop".
+    """The classes after edits like "old=new" (renames, and unites with a class of that name), "-drop" and "keep".
+
+    With a class to keep, those that no edit names are dropped.
 
     Annotations follow; those of dropped classes are counted. InputError for a class that there is not, or none that is left.
     """
     names = [entry["name"] for entry in classes]
     becomes: dict[str, str | None] = {}
+    only = False
     for edit in edits:
         old, equals, new = edit.partition("=")
-        if edit in names:  # of a class that is called so
-            raise InputError(f"--classes {edit}: says neither what to rename it to (OLD=NEW) nor to drop it (-NAME)")
-        if not equals and edit.startswith("-"):
+        if edit in names or (not equals and not edit.startswith("-")):  # whatever signs its name has
+            old = new = edit
+            only = True
+        elif not equals:
             old, new = edit[1:], ""
         if old not in names:
             near = difflib.get_close_matches(old, names, 1, 0.5)
@@ -96,14 +100,15 @@ def edit_classes(images: list[dict], classes: list[dict], edits: list[str], repo
             raise InputError(f"--classes {edit}: there is no class {old!r}; {known}")
         if old in becomes or (equals and not new.strip()):
             what = "the class is given twice" if old in becomes else "the new name is empty"
-            raise InputError(f"--classes {edit}: {what}; write OLD=NEW or -NAME")
+            raise InputError(f"--classes {edit}: {what}; write NAME, OLD=NEW or -NAME")
         becomes[old] = new.strip() or None
-    target = [becomes.get(name, name) for name in names]
+    target = [becomes.get(name, None if only else name) for name in names]
+    united_names = {new for old, new in becomes.items() if new != old}
     kept: list[dict] = []
     label_of: list[int | None] = []
     for entry, name in zip(classes, target, strict=True):
         same = [label for label, other in enumerate(kept) if other["name"] == name]
-        united = same and (name in becomes.values())
+        united = same and name in united_names
         if name is None:
             label_of.append(None)
         elif united:
