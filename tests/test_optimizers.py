@@ -118,6 +118,22 @@ def test_the_shipped_recipes_follow_the_paper():
     assert (twice.steps, twice.lr_boundaries) == (180_000, (120_000, 160_000))
 
 
+@pytest.mark.parametrize("ema", [0.5, 0.999])
+def test_averages_are_of_use_from_the_first_steps_on(ema):
+    optimizer = optimizers.make(released_recipe(ema=ema, momentum=0.0))
+    rng = np.random.default_rng(0)
+    variable = tf.Variable(rng.normal(size=5).astype(np.float32), name="kernel")
+    optimizer.build([variable])
+    update = tf.function(lambda gradient: optimizer.apply_gradients([(gradient, variable)]))
+    average = variable.numpy()
+    for step in range(40):
+        update(tf.constant(rng.normal(0, 30, 5).astype(np.float32)))
+        momentum = min(ema, (1 + step) / (10 + step))  # by the number of finished steps
+        average = momentum * average + (1 - momentum) * variable.numpy()
+        np.testing.assert_allclose(optimizer._model_variables_moving_average[0], average, rtol=1e-4, atol=1e-6)
+    assert optimizer.get_config()["ema_momentum"] == ema
+
+
 RECIPES = {
     "paper": {},
     "paper, averaged": {"ema": 0.9, "momentum": 0.0, "clip_norm": 0.0},

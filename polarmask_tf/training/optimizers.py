@@ -94,6 +94,19 @@ class _BackboneRate:
         return {**super().get_config(), **own}
 
 
+class _EarlyAverages:
+    """Running averages that are of use from the first steps on: their momentum is at most (1 + step) / (10 + step), as in
+    tf.train.ExponentialMovingAverage. Without it the averages of a short training are mostly the weights it began with."""
+
+    def _update_model_variables_moving_average(self, var_list):
+        momentum, step = self.ema_momentum, tf.cast(self.iterations, tf.float32)
+        try:
+            self.ema_momentum = tf.minimum(momentum, (1 + step) / (10 + step))
+            super()._update_model_variables_moving_average(var_list)
+        finally:
+            self.ema_momentum = momentum
+
+
 class _KernelDecay:
     """Decoupled decay of convolution kernels alone. A class, since Keras saves no call of exclude_from_weight_decay."""
 
@@ -103,17 +116,17 @@ class _KernelDecay:
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
-class AdamW(_BackboneRate, _KernelDecay, tf_keras.optimizers.AdamW):
+class AdamW(_BackboneRate, _EarlyAverages, _KernelDecay, tf_keras.optimizers.AdamW):
     """Adam with decoupled decay of the kernels."""
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
-class SGD(_BackboneRate, _KernelDecay, tf_keras.optimizers.SGD):
+class SGD(_BackboneRate, _EarlyAverages, _KernelDecay, tf_keras.optimizers.SGD):
     """SGD with decoupled decay of the kernels."""
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
-class PaperSGD(_BackboneRate, tf_keras.optimizers.SGD):
+class PaperSGD(_BackboneRate, _EarlyAverages, tf_keras.optimizers.SGD):
     """SGD as the published models were trained: the decay is L2 in the gradient, after clipping; the biases of
     convolutions do not decay and learn `bias_lr_multiplier` times as fast; momentum gathers gradients, not steps, so that
     a drop of the learning rate acts at once. Scales and shifts of norms decay like kernels.
