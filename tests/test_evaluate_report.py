@@ -318,7 +318,11 @@ def test_thresholds_are_of_calibrated_scores(run):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"overall": 0.1}', '{"overall": "x", "classes": [], "temperature": 1, "checkpoint": ""}']
+    "content",
+    [
+        *("{", "[]", '{"overall": 0.1}', '{"overall": "x", "classes": [], "temperature": 1, "checkpoint": ""}'),
+        '{"overall": 1' + "0" * 400 + ', "classes": [], "temperature": 1, "checkpoint": ""}',
+    ],
 )
 def test_a_damaged_file_is_named(run, content):
     (run / runs.THRESHOLDS).write_text(content)

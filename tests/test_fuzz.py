@@ -8,6 +8,7 @@ import pytest
 
 from polarmask_tf.inference import client
 
+FORMATS = ("labelme", "via", "labelstudio", "cvat", "yolo", "yoloyaml", "masks", "labelmap", "windows")
 FOLDER = Path(__file__).resolve().parents[1] / "scripts/benchmarks"
 
 
@@ -41,13 +42,13 @@ def test_every_kind_of_failure_is_seen(fuzz, tmp_path):
 def test_inputs_depend_on_their_seed_alone(fuzz, tmp_path):
     import random
 
-    for name in ("coco", "image", "yaml", "dataset", "server", "record"):
+    for name in ("coco", "image", "yaml", "dataset", "server", "record", *FORMATS):
         kind = fuzz.KINDS[name]
         made = [kind.mutate(random.Random(7), kind.seeds(tmp_path)[0]) for _ in range(2)]
         assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("name", ["coco", "image", "yaml", "dataset", "server"])
+@pytest.mark.parametrize("name", ["coco", "image", "yaml", "dataset", "server", *FORMATS, "shipped"])
 def test_valid_inputs_are_taken(fuzz, tmp_path, name, monkeypatch):
     """Else what is tried would not come further than to the first question."""
     for patience in ("TIMEOUT", "WAITS"):  # which are shortened there

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import yaml
 from PIL import Image
 
 from polarmask_tf import cli, config
-from polarmask_tf.data import dataset
+from polarmask_tf.data import dataset, records
+from polarmask_tf.errors import InputError
 from polarmask_tf.tools import doctor, init_config
 from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
 from polarmask_tf.training import log
@@ -65,6 +67,24 @@ def test_the_survey_measures_what_was_drawn(tmp_path):
     np.testing.assert_allclose(seen.sizes, [40 / 400] * 8, rtol=1e-5)
     np.testing.assert_allclose(seen.extents, [40 / 400] * 8, rtol=1e-5)
     assert init_config.survey(dataset.load(make(tmp_path / "gray", color=False))).gray
+
+
+def test_data_with_a_broken_picture_or_box_is_refused_in_one_line(tmp_path):
+    data = make(tmp_path, images=1)
+    (shard,) = data.glob("*.tfrecord")
+    (example,) = map(tf.train.Example.FromString, records.read_shard(shard))
+    features = example.features.feature
+    for change, said in (
+        (lambda: features["image/object/bbox/ymax"].float_list.value.pop(), "objects without .* box"),
+        (lambda: features["image/object/bbox/ymax"].float_list.value.append(float("nan")), "objects without .* box"),
+        (lambda: features["image/object/bbox/ymax"].float_list.value.__setitem__(1, 0.5), "0.png: the image: cannot read"),
+    ):
+        features["image/encoded"].bytes_list.value[0] = features["image/encoded"].bytes_list.value[0][:5000]
+        change()
+        with open(shard, "wb") as file:
+            records.write_record(file, example.SerializeToString())
+        with pytest.raises(InputError, match=said):
+            init_config.fit(data)
 
 
 def test_settings_follow_the_data(tmp_path, monkeypatch):

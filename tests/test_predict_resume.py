@@ -208,13 +208,20 @@ def test_nothing_finished_leaves_nothing(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", [b"no json\n", b"[]\n", b'{"a": 1}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
+_WHOLE = {"name": "1.png", "stem": "1", "objects": 1, "notes": [], "coco": [], "csv": [], "gallery": {}}
+_OTHERS = [{"objects": "1"}, {"notes": [3]}, {"coco": 1}, {"csv": [1]}, {"name": "\ud800"}, {"gallery": None}, {"skipped": 1}]
+_LINES = [json.dumps({**_WHOLE, **other}).encode() + b"\n" for other in _OTHERS]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"no json\n", b"[]\n", b'{"a": 1}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n", *_LINES], ids=lambda b: str(b[:60])
+)
 def test_a_damaged_journal_is_one_line(source, tmp_path, damage):
     with pytest.raises(RuntimeError):
         run(stopping(3), source, tmp_path / "out")
     path = tmp_path / "out" / journal.NAME
     lines = path.read_bytes().splitlines(keepends=True)
-    for place in (0, 2) if damage[:1] != b"{" else (0,):
+    for place in (0, 2):
         path.write_bytes(b"".join([*lines[:place], damage, *lines[place + 1 :]]))
         before = content(tmp_path / "out")
         with pytest.raises(InputError, match="leave --resume out to start over") as error:

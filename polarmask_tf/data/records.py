@@ -26,6 +26,7 @@ from polarmask_tf.lite import MAX_PIXELS
 REPAIR_HINT = "run `polarmask convert` again, or go on without the rest of the shard: data.damaged=skip"
 CONVERTED_SINCE = "a record of another conversion than dataset.json: converted again while it was in use, or files mixed"
 _AGAIN = "run `polarmask convert` again to rewrite the data set"
+_LACKS = "objects without label, area, mask or box"
 _MOST_BYTES = 2**31  # of a record: no protobuf message is larger
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 # The schema, as it is read: key -> type of the values, and whether there are many. What is not here is not needed to train.
@@ -289,7 +290,7 @@ def _annotations(features, image, info):
     ]
     columns = [_values(features, f"image/object/{key}", kind) for key, kind in keys]
     if len({len(values) for values in (*columns, *sides)}) > 1:
-        raise InputError(f"{info.directory}: image {image['id']}: objects without label, area, mask or box; {_AGAIN}")
+        raise InputError(f"{info.directory}: image {image['id']}: {_LACKS}; {_AGAIN}")
     annotations = []
     for annotation_id, label, area, is_crowd, rle, top, left, bottom, right in zip(*columns, *sides, strict=True):
         where = f"{info.directory}: image {image['id']}, annotation {annotation_id}"
@@ -321,7 +322,9 @@ def iter_records(info: DatasetInfo):
                     raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {_AGAIN}")
                 if info.id and any(of != info.id.encode() for of in _values(features, "image/dataset_id", bytes)):
                     raise InputError(f"{shard}: {CONVERTED_SINCE}; {_AGAIN}")
-                yield _image(features), features
+                image = _image(features)
+                _check_boxes(features, f"{info.directory}: image {image['id']}")
+                yield image, features
         except DecodeError as error:
             raise InputError(f"{shard}: holds something else than tf.train.Example; {_AGAIN}") from error
         except DamagedShard as error:
@@ -339,6 +342,12 @@ def _image(features) -> dict:
     if not 0 < height * width <= MAX_PIXELS or height < 0:
         raise ValueError("no size of an image")
     return {"id": int(number), "file_name": name.decode(), "height": height, "width": width}
+
+
+def _check_boxes(features, where):
+    sides = [_values(features, f"image/object/bbox/{side}", float) for side in _SIDES]
+    if len({*map(len, sides)}) > 1 or not np.isfinite(sides).all():
+        raise InputError(f"{where}: {_LACKS}; {_AGAIN}")
 
 
 def _values(features, key, kind):

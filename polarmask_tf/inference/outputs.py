@@ -115,6 +115,21 @@ def write_picture(kinds, out, one, segmentation):
     return entry
 
 
+def is_entry(kinds, entry) -> bool:
+    """Whether a line of a journal is as `write_picture` made it, or tells of a picture that was skipped."""
+    fields = {"name": str, "skipped": str}
+    if "skipped" not in entry:
+        own = {"coco": list, "csv": list, "gallery": dict}
+        fields = {"name": str, "stem": str, "objects": int, "notes": list} | {k: own[k] for k in own if k in kinds}
+    if not all(type(entry.get(key)) is kind for key, kind in fields.items()):
+        return False
+    texts = [entry["name"], entry.get("stem", ""), *entry.get("notes", ())]
+    try:
+        return all(type(row) is list for row in entry.get("csv", ())) and all(os.fsencode(text) is not None for text in texts)
+    except (TypeError, UnicodeEncodeError):  # a note that is no text, a name that no file can have
+        return False
+
+
 def write_tables(kinds, out, record, **page):
     """results.json, measurements.csv and gallery.html of all that the Journal `record` holds. page: as gallery.write_page."""
     if "coco" in kinds:

@@ -198,7 +198,9 @@ def _journal(out, settings, resume, kinds, tally):
         print(f"starting over: what an interrupted run had finished in {out} is done again (--resume goes on)", file=sys.stderr)
     record = Journal(out, settings, resume=resume)
     try:
-        for entry in record.entries():
+        for number, entry in enumerate(record.entries(), 2):
+            if not outputs.is_entry(kinds, entry):
+                raise InputError(f"{record.path}: damaged in line {number}; leave --resume out to start over")
             tally.add(entry)
         yield record
         record.remove()

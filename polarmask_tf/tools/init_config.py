@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import itertools
 import math
 from pathlib import Path
@@ -49,7 +48,11 @@ def survey(info: DatasetInfo) -> Survey:
         left, top, right, bottom = (np.array(features[key].float_list.value) for key in _BOUNDS)
         boxes.append(np.stack([(right - left) * width, (bottom - top) * height], axis=-1) / longer[-1])
         if number % every == 0:
-            pixels = lite.read_image(io.BytesIO(features["image/encoded"].bytes_list.value[0])).astype(np.float32)
+            try:
+                pixels = lite.read_image(features["image/encoded"].bytes_list.value[0]).astype(np.float32)
+            except ValueError as error:
+                where = f"{info.directory}: {image['file_name']}"
+                raise InputError(f"{where}: {error}; `polarmask convert --verify` leaves such out") from None
             means.append(float(pixels.mean()))
             gray &= bool(np.ptp(pixels, axis=-1).mean() < 2)  # JPEG gives gray pictures a tint
     sides = np.concatenate(boxes) if boxes else np.zeros((0, 2))

@@ -144,7 +144,7 @@ def _read_bound(file: Path, values: typing.Callable, command: str) -> tuple[typi
     try:
         content = json.loads(read_file(file, 2**24))
         return values(content), content["checkpoint"] == checkpoint_digest(file.parent)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = one_line(error, 200)
         raise InputError(f"{file}: damaged ({reason}); delete it, or run {command} again") from None
 

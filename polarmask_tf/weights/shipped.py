@@ -54,7 +54,7 @@ def assign_weights(path: Path, variables: dict) -> None:
                 raise ValueError(f"more than {_MOST_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             values = {name: np.asarray(arrays[name], np.float32) for name in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip, zlib, NumPy's headers and its allocation fail in a dozen ways
         raise InputError(f"{path}: damaged ({one_line(error, 200)}); install polarmask_tf again") from None
     shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
     if shapes != {name: value.shape for name, value in values.items()}:

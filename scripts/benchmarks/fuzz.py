@@ -28,11 +28,13 @@ import traceback
 from pathlib import Path
 
 import fuzz_data
+import fuzz_formats
 import fuzz_kind
 import fuzz_models
+import fuzz_runs
 import fuzz_weights
 
-KINDS = {**fuzz_data.KINDS, **fuzz_models.KINDS, **fuzz_weights.KINDS}
+KINDS = {**fuzz_data.KINDS, **fuzz_formats.KINDS, **fuzz_models.KINDS, **fuzz_runs.KINDS, **fuzz_weights.KINDS}
 SECONDS = 20  # an input
 MEMORY = 2 << 30  # bytes over what the child holds after a valid input
 FAILURES = ("signal", "traceback", "time-out", "several lines")

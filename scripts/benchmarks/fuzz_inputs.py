@@ -48,6 +48,28 @@ def mutate_bytes(rng, data):
     return bytes(data)
 
 
+def mutate_text(rng, data, odd):
+    """One to four changes of words and lines of UTF-8 text; `odd` are words and lines that its readers may stumble over."""
+    lines = data.decode(errors="surrogateescape").splitlines()
+    hostile = [str(value) for value in HOSTILE if not isinstance(value, (list, dict))]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        lines = lines or [""]
+        at = rng.randrange(len(lines))
+        words = list(re.finditer(r"[^\s,;:\"'<>=/]+", lines[at]))
+        match rng.randrange(6):
+            case 0 | 1 | 2 if words:
+                word = rng.choice(words)
+                new = rng.choice(hostile) if rng.random() < 0.7 else rng.choice(odd)
+                lines[at] = lines[at][: word.start()] + new + lines[at][word.end() :]
+            case 3:
+                lines[at:at] = [rng.choice(odd)]
+            case 4:
+                lines[at:at] = [lines[rng.randrange(len(lines))]] * rng.choice((1, 2, 300))
+            case _:
+                del lines[at]
+    return rng.choice(("\n", "\n", "\r\n")).join(lines).encode(errors="surrogatepass")
+
+
 def mutate_json(rng, value):
     """JSON text of a value of which one to four places were changed."""
     value = json.loads(json.dumps(value))
