@@ -7,6 +7,7 @@ from pathlib import Path
 
 from polarmask_tf import __version__
 from polarmask_tf.data.sources import FORMATS
+from polarmask_tf.mistyped import Parser
 
 MODEL = """run or SavedModel directory, .tflite or .keras file, or a server: http://HOST:8501/v1/models/NAME,
     grpc://HOST:8500/NAME"""
@@ -17,7 +18,7 @@ that polarmask does not know: --debug shows where."""
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="polarmask",
         description="PolarMask instance segmentation: annotated pictures in, polygons out.",
         epilog=EPILOG,

@@ -32,6 +32,7 @@ def _training_settings(args):
     from polarmask_tf import config
     from polarmask_tf.tools import init_config
 
+    config.check_overrides(args.set)  # what is mistyped, before data are looked at
     data, val = init_config.locate(args.data) if args.data else (None, None)
     places = [f"data.{name}={json.dumps(str(path))}" for name, path in (("train", data), ("val", val)) if path]
     if args.config is None and (args.out / "config.yaml").is_file():
@@ -52,8 +53,10 @@ def shapes(args):
 
 
 def convert(args):
+    from polarmask_tf import swapped
     from polarmask_tf.data.convert import convert_dataset
 
+    swapped.check_convert(args.source, args.images, args.out)
     names = ("shards", "processes", "masks", "verify", "strict", "max_edges", "decoded", "crowd_as_instances")
     options = _options(args, *names, "allow_outside", "exif", "bit_depth", "min_area", "tile", "overlap")
     options |= _options(args, "images", "add", "format", "split", "seed", "group")
@@ -75,6 +78,9 @@ def init(args):
 
 
 def check(args):
+    from polarmask_tf import swapped
+
+    swapped.check_check(args.data, args.images)
     from polarmask_tf.tools.check import run
 
     run(args.data, args.images, overrides=args.set, **_options(args, "config", "val", "out", "preview", "html", "limit"))
@@ -100,11 +106,13 @@ def train(args):
 
 
 def evaluate(args):
+    from polarmask_tf import swapped
     from polarmask_tf.inference import thresholds
     from polarmask_tf.inference.coco_metrics import format_table
     from polarmask_tf.inference.evaluate import default_data, evaluate
     from polarmask_tf.inference.predictor import load_predictor
 
+    swapped.check_one("evaluate", args.model, "--data", args.data)
     if args.json:
         check_writable(args.json)
     data = args.data or default_data(args.model)
@@ -155,17 +163,19 @@ def _tiled(predictor, args):
 
 
 def predict(args):
-    from polarmask_tf.inference import inputs
+    from polarmask_tf import swapped
+    from polarmask_tf.inference import inputs, outputs
 
-    inputs.check(args.images)  # before TensorFlow is loaded, and the model
+    swapped.check_predict(args.model, args.images)  # all before TensorFlow is loaded, and the model
+    inputs.check(args.images)
+    if args.save is not None:
+        outputs.check(args.save)
     from polarmask_tf.inference.predict import predict
     from polarmask_tf.inference.predictor import load_predictor
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
     options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model")
     predictor = _tiled(load_predictor(args.model), args)
-    if args.score_threshold is None and not args.results_only:
-        print(f"showing detections {predictor.default_threshold()[1]}", file=sys.stderr)
     done = predict(predictor, args.images, args.out, **options)
     if not done["detections"] and args.score_threshold is None:
         print("nothing found; --score-threshold 0.05 also takes what the model is less sure of", file=sys.stderr)
@@ -173,8 +183,10 @@ def predict(args):
 
 
 def export(args):
+    from polarmask_tf import swapped
     from polarmask_tf.export import export
 
+    swapped.check_one("export", args.run, "--out", args.out)
     options = _options(args, "score_threshold", "max_detections")
     if args.serving:
         export.export_for_serving(args.run, args.out, **options, **_options(args, "name", "contract", "max_pixels"))

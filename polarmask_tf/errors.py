@@ -1,5 +1,7 @@
 """The one exception that means "your input, not our bug", and text of others in one line."""
 
+import difflib
+
 
 def one_line(text, longest: int = 2000) -> str:
     """Text out of a file, a server or a library, as one line that a terminal shows and does not obey.
@@ -10,6 +12,13 @@ def one_line(text, longest: int = 2000) -> str:
     line = " ".join(part.strip() for part in str(text).splitlines() if part.strip())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-(longest // 2) :]}"
+
+
+def did_you_mean(word: str, known) -> str:
+    """ "; did you mean 'this'?" of the one of `known` that is spelled most alike; "" if none is."""
+    plain = {name.lower(): name for name in reversed(list(known))}
+    near = difflib.get_close_matches(word[:200].lower(), plain, 1, 0.5)
+    return f"; did you mean {plain[near[0]]!r}?" if near else ""
 
 
 class InputError(Exception):

@@ -17,7 +17,19 @@ from polarmask_tf.config.schema import (
     input_size,
     needs_mask_iou,
 )
-from polarmask_tf.config.yaml import configs_dir, dump, find, from_dict, load, load_saved, loads, override, parse, to_dict
+from polarmask_tf.config.yaml import (
+    check_overrides,
+    configs_dir,
+    dump,
+    find,
+    from_dict,
+    load,
+    load_saved,
+    loads,
+    override,
+    parse,
+    to_dict,
+)
 
 __all__ = [
     "CONVENTIONS",
@@ -33,6 +45,7 @@ __all__ = [
     "TargetConfig",
     "TrainConfig",
     "check",
+    "check_overrides",
     "configs_dir",
     "dump",
     "find",

@@ -86,6 +86,12 @@ def loads(text: str, source: str, overrides: typing.Sequence[str] = ()) -> Confi
     return _checked(_over_bases(parse(text), Path(source), (), []), Path(source), overrides)
 
 
+def check_overrides(overrides: typing.Sequence[str]) -> None:
+    """InputError for an override that no config could take, like an unknown key."""
+    for text in overrides:
+        _override(text)
+
+
 def load_saved(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
     """The config that `dump` wrote into a run directory, also one of an earlier version; raises InputError as `load` does."""
     values = _read(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import difflib
 import hashlib
 import os
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from polarmask_tf.data import pictures
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.source import Source
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, did_you_mean
 from polarmask_tf.files import read_file
 
 _MOST_BYTES = 2**29  # of a picture that is compared, as of one that is converted
@@ -95,9 +94,8 @@ def edit_classes(images: list[dict], classes: list[dict], edits: list[str], repo
         elif not equals:
             old, new = edit[1:], ""
         if old not in names:
-            near = difflib.get_close_matches(old, names, 1, 0.5)
-            known = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, names[:20]))}"
-            raise InputError(f"--classes {edit}: there is no class {old!r}; {known}")
+            known = did_you_mean(old, names) or f"; there are {', '.join(map(repr, names[:20]))}"
+            raise InputError(f"--classes {edit}: there is no class {old!r}{known}")
         if old in becomes or (equals and not new.strip()):
             what = "the class is given twice" if old in becomes else "the new name is empty"
             raise InputError(f"--classes {edit}: {what}; write NAME, OLD=NEW or -NAME")

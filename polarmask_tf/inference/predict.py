@@ -70,8 +70,10 @@ def predict(
         raise InputError(f"every is {every}, must be at least 1")
     if classes is not None:
         class_indices(predictor.classes, classes)
+    said = ""
     if score_threshold is None:
-        score_threshold = 0.0 if results_only else predictor.default_threshold()[0]
+        score_threshold, why = (0.0, "") if results_only else predictor.default_threshold()
+        said = f"showing detections {why}" if why and progress else ""
     plan = _Plan(sources, out, truth, results_only, limit)
     exact = {"exif": exif, "bit_depth": bit_depth or predictor.bit_depth}
     settings = {
@@ -88,6 +90,8 @@ def predict(
     tally, cells = _Tally(), {}
     read = getattr(predictor, "read", read_image)  # of tiles.py, which opens large pictures
     with files.lock(out, "predict"), _journal(out, settings, resume, kinds, tally) as record:
+        if said:  # now that nothing is refused any more
+            tqdm.write(said, file=sys.stderr)
         pictures = itertools.islice(inputs.pictures(plan.inputs, plan.ids, read=read, every=every, **exact), limit)
         for number, picture in enumerate(tqdm(pictures, "predict", plan.number(), unit="image", disable=not progress)):
             is_done, is_shown = number < record.count_before, picture.input in shown and picture.input not in cells

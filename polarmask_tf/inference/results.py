@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from polarmask_tf import lite
 from polarmask_tf.data import windows
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, did_you_mean
 from polarmask_tf.inference import coco_metrics, formats, visualize
 
 
@@ -132,7 +132,8 @@ def class_indices(categories: typing.Sequence[dict], names: typing.Iterable[str]
     known, names = [entry["name"] for entry in categories], list(names)
     if unknown := [name for name in names if name not in known]:
         others = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-        raise InputError(f"no class {', '.join(map(repr, unknown))}; this model's are: {others}")
+        hint = did_you_mean(unknown[0], known)
+        raise InputError(f"no class {', '.join(map(repr, unknown))}; this model's are: {others}{hint}")
     return [index for index, name in enumerate(known) if name in {*names}]
 
 

@@ -57,6 +57,7 @@ def run(
     Raises InputError where training would be refused: nothing to learn, damaged records, images that cannot be read, other
     classes in `val`.
     """
+    configs.load(config, overrides) if config else configs.check_overrides(overrides)  # before pictures are read
     with contextlib.ExitStack() as stack:
         if preview or html:
             stack.enter_context(lock(out, "check"))
