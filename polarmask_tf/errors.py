@@ -1,6 +1,7 @@
-"""The one exception that means "your input, not our bug", and text of others in one line."""
+"""The one exception that means "your input, not our bug", and text of others: in one line, in one spelling, misspelled."""
 
 import difflib
+import unicodedata
 
 
 def one_line(text, longest: int = 2000) -> str:
@@ -12,6 +13,11 @@ def one_line(text, longest: int = 2000) -> str:
     line = " ".join(part.strip() for part in str(text).splitlines() if part.strip())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-(longest // 2) :]}"
+
+
+def nfc(text: str) -> str:
+    """Text of which letters with marks are one character each: macOS takes names apart, and other systems do not."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def did_you_mean(word: str, known) -> str:

@@ -15,7 +15,7 @@ from helpers.exports import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, hexa
 from polarmask_tf import config as configs
 from polarmask_tf import files, lite
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference import predict
+from polarmask_tf.inference import predict, predictor
 from polarmask_tf.inference.predictor import Detections, Predictor, load_predictor, read_image
 
 
@@ -520,3 +520,12 @@ def test_the_sheet_without_truth_shows_predictions_alone(exports, folder, tmp_pa
     assert heads == () and [len(cell) for cell in cells] == [2, 2, 2]
     assert [cell[-1] for cell in cells] == ["12.png: 1 found", "known.png: 1 found", "moon.png: 1 found"]
     assert Image.open(done["sheet"]).width > 384
+
+
+def test_a_model_whose_class_no_file_can_name_is_refused_when_it_is_loaded(tmp_path, monkeypatch):
+    """Not after a folder of 100,000 pictures, when the table is written."""
+    (tmp_path / "model.tflite").write_bytes(b"x")
+    metadata = {"classes": [{"name": "\ud800", "category_id": 1}], "input": {"height": 32, "width": 32}}
+    monkeypatch.setattr(predictor, "_tflite", lambda path: (metadata, None))
+    with pytest.raises(InputError, match=r"model\.tflite: what it knows about itself is damaged"):
+        load_predictor(tmp_path / "model.tflite")

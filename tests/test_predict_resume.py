@@ -209,7 +209,16 @@ def test_nothing_finished_leaves_nothing(source, tmp_path):
 
 
 _WHOLE = {"name": "1.png", "stem": "1", "objects": 1, "notes": [], "coco": [], "csv": [], "gallery": {}}
-_OTHERS = [{"objects": "1"}, {"notes": [3]}, {"coco": 1}, {"csv": [1]}, {"name": "\ud800"}, {"gallery": None}, {"skipped": 1}]
+_OTHERS = [
+    {"objects": "1"},
+    {"notes": [3]},
+    {"coco": 1},
+    {"csv": [1]},
+    {"csv": [["\ud800"]]},
+    {"name": "\ud800"},
+    {"gallery": None},
+    {"skipped": 1},
+]
 _LINES = [json.dumps({**_WHOLE, **other}).encode() + b"\n" for other in _OTHERS]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from polarmask_tf.data import pictures
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.source import Source
-from polarmask_tf.errors import InputError, did_you_mean
+from polarmask_tf.errors import InputError, did_you_mean, nfc
 from polarmask_tf.files import read_file
 
 _MOST_BYTES = 2**29  # of a picture that is compared, as of one that is converted
@@ -86,7 +86,7 @@ def edit_classes(images: list[dict], classes: list[dict], edits: list[str], repo
     names = [entry["name"] for entry in classes]
     becomes: dict[str, str | None] = {}
     only = False
-    for edit in edits:
+    for edit in map(nfc, edits):
         old, equals, new = edit.partition("=")
         if edit in names or (not equals and not edit.startswith("-")):  # whatever signs its name has
             old = new = edit

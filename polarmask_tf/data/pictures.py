@@ -3,6 +3,7 @@
 Pixels come from lite.read_image, as in `predict`: what is trained on is what is predicted on.
 """
 
+import contextlib
 import io
 import os
 import stat
@@ -17,6 +18,7 @@ from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.files import read_file
 
 _MOST_BYTES = 2**29  # of a file; a record must stay below 2 GB
+_WITH_FRAMES = ("PNG", "GIF", "TIFF", "WEBP")  # or with transparency; of MPO the others are previews
 _CORRUPT = "corrupt or truncated image, or not an image"
 # First bytes: format in a record, end of a whole file, modes of 8 bits that every reader makes the same RGB of.
 _PLAIN = {
@@ -55,10 +57,15 @@ def stored(path: Path, size: tuple[int, int], options, report: Report, where: st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's opinion of odd EXIF blocks and large images
-            return _stored(data, size, options, report, where)
+            record = _stored(data, size, options, report, where)
+            for text in left_out(data):
+                report.note(text, where)
+            return record
     except (Unusable, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers fail in every way there is: struct.error, SyntaxError, ZeroDivisionError, ...
+        if "bit depth" in str(error):
+            raise Unusable("pixels whose values no picture of 8 or 16 bits has (see --bit-depth)", str(error)) from None
         raise Unusable(_CORRUPT, str(error)) from None
 
 
@@ -101,6 +108,19 @@ def _turns(actual, wanted, orientation, exif, report, where) -> bool:
     elif orientation > 1:
         report.note("EXIF orientation ignored: annotations fit the image as stored", f"{where}: orientation {orientation}")
     return turn
+
+
+def left_out(source) -> list[str]:
+    """What reading a picture file (its path or bytes) leaves out, in the same words for all of a kind."""
+    found: list[str] = []
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # Pillow's parsers fail in every way there is
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_WITH_FRAMES) as image:
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                found.append("transparency left out: such pixels have the color that is stored beneath")
+            image.seek(1)  # n_frames would go through all
+            found.append("several frames or pages, of which the first is taken")
+    return found
 
 
 def encode(pixels: np.ndarray, format: str) -> tuple[bytes, str]:

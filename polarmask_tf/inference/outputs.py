@@ -123,10 +123,14 @@ def is_entry(kinds, entry) -> bool:
         fields = {"name": str, "stem": str, "objects": int, "notes": list} | {k: own[k] for k in own if k in kinds}
     if not all(type(entry.get(key)) is kind for key, kind in fields.items()):
         return False
-    texts = [entry["name"], entry.get("stem", ""), *entry.get("notes", ())]
+    rows = entry.get("csv", [])
+    if not all(type(row) is list for row in rows) or not all(type(note) is str for note in entry.get("notes", ())):
+        return False
     try:
-        return all(type(row) is list for row in entry.get("csv", ())) and all(os.fsencode(text) is not None for text in texts)
-    except (TypeError, UnicodeEncodeError):  # a note that is no text, a name that no file can have
+        for texts in ([entry["name"], entry.get("stem", "")], *rows):
+            "".join(map(str, texts)).encode(errors="surrogateescape")
+        return True
+    except UnicodeEncodeError:  # of a lone surrogate
         return False
 
 

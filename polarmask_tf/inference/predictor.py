@@ -12,6 +12,7 @@ import numpy as np
 
 from polarmask_tf import config as configs
 from polarmask_tf import lite
+from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference.results import Detections, read_image
 from polarmask_tf.weights import shipped
@@ -98,12 +99,16 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
         kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite or .keras file, a URL"
         kinds += f", a model that comes with polarmask_tf ({', '.join(shipped.names())})" if shipped.names() else ""
         raise InputError(f"{path} {what}: {kinds}")
+    try:
+        classes = dataset.parse_classes(metadata["classes"])  # whose names every output must be able to write
+    except ValueError as error:
+        raise InputError(f"{source}: what it knows about itself is damaged: {error}; export it again") from None
     most = metadata.get("max_detections", lite.MAX_DETECTIONS)
     if max_detections is not None and max_detections > most:
         raise InputError(f"{source} gives at most {most} detections, not {max_detections}; export it again for more")
     height, width, bit_depth = (metadata["input"].get(key) for key in ("height", "width", "bit_depth"))
     known = {"bit_depth": bit_depth, "rays": metadata.get("rays"), "thresholds": metadata.get("thresholds")}
-    return Predictor(kind, metadata["classes"], (height, width), batch_size, run, **options, **known)
+    return Predictor(kind, classes, (height, width), batch_size, run, **options, **known)
 
 
 def _tflite(path):

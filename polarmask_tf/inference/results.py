@@ -13,8 +13,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import lite
-from polarmask_tf.data import windows
-from polarmask_tf.errors import InputError, did_you_mean
+from polarmask_tf.data import pictures, windows
+from polarmask_tf.errors import InputError, did_you_mean, nfc
 from polarmask_tf.inference import coco_metrics, formats, visualize
 
 
@@ -129,7 +129,7 @@ class Detections:
 
 def class_indices(categories: typing.Sequence[dict], names: typing.Iterable[str]) -> list[int]:
     """Indices of the classes of these names; InputError, with the known names, for one that no class has."""
-    known, names = [entry["name"] for entry in categories], list(names)
+    known, names = [nfc(entry["name"]) for entry in categories], list(map(nfc, names))
     if unknown := [name for name in names if name not in known]:
         others = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
         hint = did_you_mean(unknown[0], known)
@@ -143,7 +143,10 @@ def read_image(image, **options) -> np.ndarray:
     Raises InputError for what is no image.
     """
     try:
-        image = image if isinstance(image, np.ndarray) else lite.read_image(image, **options)
+        if not isinstance(image, np.ndarray):
+            given, image = image, lite.read_image(image, **options)
+            if options.get("notes") is not None and isinstance(given, (str, os.PathLike, bytes)):
+                options["notes"] += pictures.left_out(given)
         lite.check_image(image)
     except ValueError as error:
         raise InputError(str(error)) from None

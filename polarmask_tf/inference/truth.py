@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import lite
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.inference import visualize
 from polarmask_tf.inference.coco_metrics import annotation_rle
 from polarmask_tf.inference.evaluate import read_coco
@@ -66,9 +66,9 @@ def entries(inputs, dataset):
     """
     by_name, found, unclear = {}, {}, []
     for image in dataset["images"] if dataset else []:
-        by_name.setdefault(Path(image["file_name"]).name, []).append(image)
+        by_name.setdefault(nfc(Path(image["file_name"]).name), []).append(image)
     for entry in inputs:
-        images = by_name.get(entry.path.name, ()) if entry.path else ()
+        images = by_name.get(nfc(entry.path.name), ()) if entry.path else ()
         fits = [(_common_end(entry.path, image["file_name"]), image) for image in images]
         best = [image for fit, image in fits if fit == max(fit for fit, _ in fits)]
         if len(best) == 1:
@@ -88,7 +88,7 @@ def entries(inputs, dataset):
 
 def _common_end(path, name):
     """(whether the parts of `name` end those of `path`, how many they have in common at their ends)."""
-    path, name = Path(os.path.abspath(path)).parts, Path(name).parts
+    path, name = Path(nfc(os.path.abspath(path))).parts, Path(nfc(name)).parts
     pairs = zip(reversed(path), reversed(name), strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return common == len(name), common

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from polarmask_tf import files
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, nfc
 
 PAPER, INK, FAINT = (250, 249, 246), (32, 33, 36), (110, 110, 114)
 SHEET_SIDE = 384  # longer side of a picture in a sheet
@@ -84,7 +84,7 @@ def draw(image, shapes, labels=None, scores=None, colors=None, *, fit=None):
         picture.paste(Image.alpha_composite(strip.convert("RGBA"), layer).convert("RGB"), (0, top))
     labels = [""] * len(shapes) if labels is None else labels
     numbers = [""] * len(shapes) if scores is None else [f"{score:.2f}" for score in scores]
-    texts = [(f"{label} {number}".strip(), number) for label, number in zip(labels, numbers, strict=True)]
+    texts = [(nfc(f"{label} {number}".strip()), number) for label, number in zip(labels, numbers, strict=True)]
     _write_labels(picture, [_box(shape, scale) for shape in shapes], texts, colors)
     return picture
 
@@ -169,7 +169,8 @@ def sheet(cells, *, heads=("ground truth", "prediction"), title="", side=SHEET_S
 
 
 def _cut(pen, text, font, width):
-    """As much of a text as fits into `width` pixels."""
+    """As much of a text as fits into `width` pixels; the font has no marks that follow a letter."""
+    text = nfc(text)
     while text and pen.textlength(text, font=font) > width:
         text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
     return text

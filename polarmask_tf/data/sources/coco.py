@@ -10,7 +10,7 @@ from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.segmentation import RELATIVE
 from polarmask_tf.data.sources.folder import Folder
 from polarmask_tf.data.sources.source import load_json
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.lite import MAX_PIXELS
 
 _KEYS = ("images", "annotations", "categories")
@@ -191,7 +191,7 @@ def _classes(path, categories, number, report):
     for index, entry in enumerate(categories):
         if not (isinstance(entry, dict) and _is_integer(number(entry.get("id"))) and _is_text(entry.get("name"))):
             raise InputError(f"{path}: categories[{index}] needs an integer 'id' and a string 'name'")
-        classes.append({"name": entry["name"], "category_id": number(entry["id"])})
+        classes.append({"name": nfc(entry["name"]), "category_id": number(entry["id"])})
     if not classes:
         raise InputError(f"{path}: 'categories' is empty; at least one class is needed")
     ids, names = ([str(c[key]) for c in classes] for key in ("category_id", "name"))

@@ -18,7 +18,7 @@ from polarmask_tf import lite
 from polarmask_tf.data import pictures
 from polarmask_tf.data.report import Unusable
 from polarmask_tf.data.sources.source import SPLITS
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, nfc
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pnm")
 SUFFIXES += (".jp2", ".tga", ".pcx", ".sgi", ".qoi", ".avif")
@@ -43,15 +43,19 @@ class Folder:
 
     def with_stem(self, name: str) -> list[str]:
         """The pictures whose names without suffixes are `name`."""
-        return self._by_stem.get(name, [])
+        return self._by_stem.get(nfc(name), [])
 
     @functools.cached_property
     def _by_stem(self):
-        return _grouped(self.files, stem)
+        return _grouped(self.files, lambda name: nfc(stem(name)))
+
+    @functools.cached_property
+    def _by_nfc(self):
+        return {nfc(name): name for name in self.files}
 
     @functools.cached_property
     def _by_name(self):
-        return _grouped(self.files, posixpath.basename)
+        return _grouped(self.files, lambda name: nfc(posixpath.basename(name)))
 
     def find(self, name: str, near: str = "") -> str:
         """The picture that an annotation calls `name`, relative to the folder. Unusable if there is none.
@@ -65,8 +69,12 @@ class Folder:
         for spelling in _spellings(name):
             for base in dict.fromkeys((near, "")):
                 inside = posixpath.normpath(posixpath.join(base, spelling))
-                if not inside.startswith(("/", "..")) and os.path.isfile(self.root / inside):
+                if inside.startswith(("/", "..")):
+                    continue
+                if os.path.isfile(self.root / inside):
                     return inside
+                if not inside.isascii() and (found := self._by_nfc.get(nfc(inside))):
+                    return found
         if self._allow_outside and os.path.isfile(self.root / near / name):
             return os.path.relpath(self.root / near / name, self.root)
         for spelling in _spellings(name):
@@ -76,10 +84,10 @@ class Folder:
 
     def _ends_like(self, name):
         elsewhere = posixpath.isabs(name) or re.match(r"[A-Za-z]:/", name)
-        parts = [part for part in posixpath.normpath(name).split("/") if part not in ("", ".", "..")]
+        parts = [part for part in nfc(posixpath.normpath(name)).split("/") if part not in ("", ".", "..")]
         best = collections.defaultdict(list)
         for file in self._by_name.get(parts[-1], ()) if parts else ():
-            theirs = file.split("/")
+            theirs = nfc(file).split("/")
             common = 0
             while common < min(len(parts), len(theirs)) and parts[-1 - common] == theirs[-1 - common]:
                 common += 1

@@ -21,8 +21,8 @@ from polarmask_tf.data import contours, segmentation
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.folder import Folder, stem
 from polarmask_tf.data.sources.id_image import FORMATS, ids_of, packed, split_ids
-from polarmask_tf.data.sources.source import ONE_CLASS, SPLITS, Builder, Source, class_name, skip_image
-from polarmask_tf.errors import InputError
+from polarmask_tf.data.sources.source import ONE_CLASS, SPLITS, Builder, Source, class_name, skip_image, text_of
+from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.files import io_error_text, read_file
 
 _IMAGES = ("images", "image", "imgs", "img", "raw", "jpegimages", "pictures")
@@ -108,10 +108,10 @@ def _bowl(folder):
     for name in folder.files:
         parts = name.split("/")
         if len(parts) > 2 and parts[-2] in ("images", "masks"):
-            home = "/".join(parts[:-2])
+            home = nfc("/".join(parts[:-2]))
             if parts[-2] == "masks":
                 masks[home].append(name)
-            elif stem(parts[-1]) == parts[-3]:
+            elif nfc(stem(parts[-1])) == nfc(parts[-3]):
                 images[home] = name
     return {name: masks[home] for home, name in images.items() if home in masks}
 
@@ -123,7 +123,7 @@ def _in_folders(folder, mask_folders, twins, report):
     """
     images, masks = {}, {}
     for name in folder.files:
-        parts = stem(name).split("/")
+        parts = nfc(stem(name)).split("/")
         lower = [part.lower() for part in parts[:-1]]
         for kinds, found in ((mask_folders, masks), (_IMAGES, images)):
             if at := [i for i, part in enumerate(lower) if part in kinds]:
@@ -148,7 +148,7 @@ def _in_folders(folder, mask_folders, twins, report):
 
 def _with_suffix(folder):
     """{a.tif: a_masks.tif} side by side; of several masks the first of the alphabet."""
-    there = {stem(name): name for name in reversed(folder.files)}
+    there = {nfc(stem(name)): name for name in reversed(folder.files)}
     bare = {}
     for own in there:
         if not _SUFFIX.search(own):
@@ -209,13 +209,15 @@ class _Classes:
     def __init__(self, folder, path):
         self._folder, self._of = folder, {}
         self._masks = {
-            stem(posixpath.basename(name)): name for name in folder.files if "segmentationclass" in name.lower().split("/")[:-1]
+            nfc(stem(posixpath.basename(name))): name
+            for name in folder.files
+            if "segmentationclass" in name.lower().split("/")[:-1]
         }
         self._map = _label_map(path)
         self.names = list(self._map.values()) if self._map else None
 
     def of(self, picture, rle, image, report):
-        name = self._masks.get(stem(posixpath.basename(picture)))
+        name = self._masks.get(nfc(stem(posixpath.basename(picture))))
         if name is None:
             report.note(f"picture without a mask of classes: its objects are called {ONE_CLASS!r}", picture)
             return ONE_CLASS
@@ -250,7 +252,7 @@ def _label_map(path):
     if not os.path.isfile(file):
         return None
     try:
-        lines = read_file(file, 2**20).decode().splitlines()
+        lines = text_of(read_file(file, 2**20)).splitlines()
         rows = [line.split(":") for line in lines if line.strip() and not line.startswith("#")]
         found = {packed(*(int(v) for v in row[1].split(","))): class_name(row[0]) for row in rows}
     except OSError as error:

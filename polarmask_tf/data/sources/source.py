@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -9,7 +10,7 @@ import typing
 from pathlib import Path
 
 from polarmask_tf.data.report import Report, Unusable
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.files import io_error_text, read_file
 from polarmask_tf.lite import MAX_PIXELS
 
@@ -88,7 +89,7 @@ def well_formed(what: str = "annotation"):
 
 def class_name(value) -> str:
     """The name of a class; Unusable unless it is text that can be stored."""
-    name = value.strip() if isinstance(value, str) else value
+    name = nfc(value.strip()) if isinstance(value, str) else value
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
     if not isinstance(name, str) or not name:
@@ -96,6 +97,15 @@ def class_name(value) -> str:
     with well_formed("class name"):
         name.encode()
     return name
+
+
+def text_of(data: bytes) -> str:
+    """UTF-8, or what a byte order mark says it is: tools of Windows write UTF-16. Raises ValueError."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return data.decode("utf-32")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
 
 
 def load_json(path: Path, give: str = "give the file, or the folder, with the annotations"):

@@ -8,18 +8,20 @@ from __future__ import annotations
 import itertools
 import os
 import posixpath
+import re
 from pathlib import Path
 
 from polarmask_tf import config
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.folder import Folder, is_picture, stem, walk
-from polarmask_tf.data.sources.source import BOX, SPLITS, Builder, Source, class_name, skip_image
-from polarmask_tf.errors import InputError
+from polarmask_tf.data.sources.source import BOX, SPLITS, Builder, Source, class_name, skip_image, text_of
+from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.files import io_error_text, read_file
 
 _MOST_YAML, _MOST_LABELS, _MOST_LIST = 2**20, 200 * 2**20, 2**30  # bytes
 _MOST_CLASSES = 100_000
 _LISTS = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt")  # names of classes, one a line
+_DECIMAL_COMMA = re.compile(r"-?\d+(,\d+)?")
 _IMAGES = ("images", "obj_train_data")
 
 
@@ -29,7 +31,7 @@ def yaml_of(path: Path) -> Path | None:
     files.sort(key=lambda f: f.stem not in ("data", "dataset"))
     for file in files:
         try:
-            content = config.parse(read_file(file, _MOST_YAML).decode("utf-8-sig"), _MOST_YAML)
+            content = config.parse(text_of(read_file(file, _MOST_YAML)), _MOST_YAML)
         except (OSError, ValueError):
             continue
         if isinstance(content, dict) and "names" in content and ("train" in content or "val" in content):
@@ -39,11 +41,11 @@ def yaml_of(path: Path) -> Path | None:
 
 def is_folder(folder: Folder) -> bool:
     """Whether pictures have label files: texts of which the first line is a number and at least four more."""
-    label_files = {*folder.names(".txt")}
+    label_files = {nfc(name): name for name in folder.names(".txt")}
     found = filter(None, (_label_file(name, label_files) for name in folder.files))
     for name in itertools.islice(found, 50):
         try:
-            words = read_file(folder.root / name, _MOST_LABELS).decode("utf-8-sig").split("\n", 1)[0].split()
+            words = _words(text_of(read_file(folder.root / name, _MOST_LABELS)).split("\n", 1)[0])[0]
             if len([float(word) for word in words]) > 4:
                 return True
         except (OSError, ValueError):
@@ -56,7 +58,7 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     file = path if not os.path.isdir(path) else yaml_of(path)
     names = _names_in_yaml(file) if file else _names_in_list(path)
     parts = _parts(file, folder, allow_outside, report) if file else _parts_of_folders(folder)
-    sources, label_files = [], {*folder.names(".txt")}
+    sources, label_files = [], {nfc(name): name for name in folder.names(".txt")}
     known: set[int] = set()
     read_files: set[str] = set()
     builders = {}
@@ -67,7 +69,7 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     if not read_files and pictures:
         beside = "labels/ beside images/, or in one folder with the pictures"
         raise InputError(f"{file or path}: none of its {pictures:,} pictures has a label file; expected are {beside}")
-    for name in sorted(label_files - read_files):
+    for name in sorted({*label_files.values()} - read_files):
         if "labels" in name.split("/")[:-1]:
             report.skip("label file without a picture", name)
     if names is None:
@@ -98,12 +100,17 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
             of_label[label_file] = picture
             read_files.add(label_file)
             try:
-                text = read_file(folder.root / label_file, _MOST_LABELS).decode("utf-8-sig")
+                text = text_of(read_file(folder.root / label_file, _MOST_LABELS))
             except (OSError, ValueError) as error:
-                what = io_error_text(error) if isinstance(error, OSError) else "no UTF-8 text"
+                what = io_error_text(error) if isinstance(error, OSError) else "no text in UTF-8 or UTF-16"
                 report.skip("label file that cannot be read, and its picture", f"{label_file}: {what}")
                 continue
-            lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            for number, line in enumerate(text.splitlines(), 1):
+                words, has_commas = _words(line)
+                if words:
+                    lines.append((number, words))
+                if has_commas:
+                    report.note("line with decimal commas, taken for points", f"{label_file}, line {number}")
         try:
             image = builder.image(picture, folder.size(picture))
         except Unusable as reason:
@@ -111,6 +118,8 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
             continue
         if not label_file:
             report.note("picture without a label file: background", picture)
+        elif not lines:
+            report.note("picture with an empty label file: background", picture)
         for number, words in lines:
             try:
                 index, outline = _line(words, image, names)
@@ -119,6 +128,14 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
                 continue
             known.add(index)
             builder.add(image, index, [outline])
+
+
+def _words(line):
+    """(words of a line, whether they had the decimal commas of some spreadsheets and languages: 0 0,25 0,5 ...)."""
+    words = line.split()
+    if len(words) > 4 and all(_DECIMAL_COMMA.fullmatch(word) for word in words[1:]) and any("," in word for word in words[1:]):
+        return [words[0], *(word.replace(",", ".") for word in words[1:])], True
+    return words, False
 
 
 def _line(words, image, names):
@@ -142,13 +159,13 @@ def _line(words, image, names):
 
 def _label_file(picture, label_files):
     """labels/ for the last images/ of the path, as Ultralytics has it, or beside the picture."""
-    own = f"{stem(picture)}.txt"
+    own = f"{nfc(stem(picture))}.txt"
     parts = own.split("/")
     for index in reversed(range(len(parts) - 1)):
         if parts[index] in _IMAGES[:1]:
             name = "/".join([*parts[:index], "labels", *parts[index + 1 :]])
-            return name if name in label_files else None
-    return own if own in label_files else None
+            return label_files.get(name)
+    return label_files.get(own)
 
 
 def _names_in_yaml(file):
@@ -175,7 +192,7 @@ def _names_in_list(path):
         for folder in (path, path / "labels"):
             if os.path.isfile(folder / name):
                 try:
-                    lines = read_file(folder / name, _MOST_YAML).decode("utf-8-sig").splitlines()
+                    lines = text_of(read_file(folder / name, _MOST_YAML)).splitlines()
                     return {index: class_name(line) for index, line in enumerate(lines) if line.strip()}
                 except (OSError, ValueError, Unusable) as error:
                     raise InputError(f"{folder / name}: cannot be read as names of classes, one a line: {error}") from None
@@ -184,7 +201,7 @@ def _names_in_list(path):
 
 def _yaml(file):
     try:
-        content = config.parse(read_file(file, _MOST_YAML).decode("utf-8-sig"), _MOST_YAML)
+        content = config.parse(text_of(read_file(file, _MOST_YAML)), _MOST_YAML)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except OSError as error:
@@ -243,7 +260,7 @@ def _pictures(place, folder, file, allow_outside):
         base = os.path.relpath(place, folder.root).replace(os.sep, "/")
         return [name if base == "." else f"{base}/{name}" for name in walk(place, allow_outside) if is_picture(name)]
     try:
-        lines = read_file(place, _MOST_LIST).decode("utf-8-sig").splitlines()
+        lines = text_of(read_file(place, _MOST_LIST)).splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: cannot be read as a list of pictures, which {file.name} names: {error}") from None
     near = os.path.relpath(place.parent, folder.root).replace(os.sep, "/")
