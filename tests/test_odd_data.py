@@ -315,3 +315,104 @@ def test_strict_stops_at_the_first(tmp_path):
     (tmp_path / "s/ann.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="empty polygon; mend it, or leave out --strict"):
         converted(tmp_path / "s", tmp_path / "out", strict=True)
+
+
+def test_a_category_by_its_name_is_understood(tmp_path):
+    save(tmp_path / "s", "a.png")
+    content = document(["a.png"], COMPOSED)
+    (first,) = content["annotations"]
+    content["annotations"] += [{**first, "id": 2, "category_id": TAKEN_APART}, {**first, "id": 3, "category_id": "x"}]
+    (tmp_path / "s/ann.json").write_text(json.dumps(content))
+    info = converted(tmp_path / "s", tmp_path / "out")
+    assert info.num_instances == 2 and info.skipped == {"malformed annotation (no integer 'category_id')": 1}
+    assert info.notes["annotation whose category is given by its name"] == 1
+
+
+# ---- what a person has in a folder
+
+
+def labelled(folder, name="a.png", **changes):
+    """A labelme file with its picture."""
+    save(folder, name)
+    shape = {"label": "cat", "points": np.reshape(RING, (-1, 2)).tolist(), "shape_type": "polygon"}
+    content = {"shapes": [shape], "imagePath": name, "imageWidth": 40, "imageHeight": 30, **changes}
+    (folder / name).with_suffix(".json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["coco", "via", "cvat", "labelstudio"])
+def test_names_in_upper_and_lower_case(tmp_path, name):
+    """From Windows, whose file systems do not tell them apart: the annotations say a.png."""
+    source, content = tmp_path / "s", document(["sub/a.png"])
+    source.mkdir()
+    save(tmp_path / "pictures", "sub/a.png")
+    if name == "coco":
+        (source / "ann.json").write_text(json.dumps(content))
+        formats.copy_pictures(content, tmp_path / "pictures", source)
+    else:
+        getattr(formats, name)(content, tmp_path / "pictures", source)
+    (picture,) = source.rglob("a.png")
+    picture.rename(picture.with_name("A.PNG"))
+    assert converted(source, tmp_path / "out").num_instances == 1
+    Image.fromarray(pixels()).save(picture.with_name("A.png"))  # and which of the two is it?
+    with pytest.raises(InputError, match=r"none of its pictures|fits several files"):
+        converted(source, tmp_path / "two")
+    Image.fromarray(pixels()).save(picture)
+    assert converted(source, tmp_path / "three").num_instances == 1
+
+
+def test_label_files_in_upper_case(tmp_path):
+    source = formats.yolo(document(["a.png", "b.png"]), save(tmp_path, "a.png", "b.png"), tmp_path / "s")
+    (source / "labels/a.txt").rename(source / "labels/A.TXT")
+    info = converted(source, tmp_path / "out")
+    assert info.num_instances == 2 and not info.skipped and "picture without a label file: background" not in info.notes
+
+
+def test_poses_and_boxes_of_yolo_are_no_outlines(tmp_path):
+    source = formats.yolo(document(["a.png"]), save(tmp_path, "a.png"), tmp_path / "s")
+    (source / "labels/a.txt").write_text(
+        "0 .2 .2 .5 .2 .5 .6 .2 .6\n0 .5 .2 .75 .366667 .625 .7 .375 .533333\n0 .2 .2 .5 .2 .6 .6 .2 .6\n"
+    )
+    assert converted(source, tmp_path / "out").notes["rectangle taken as the outline of its object"] == 2
+    text = (source / "data.yaml").read_text()
+    (source / "data.yaml").write_text(text + "kpt_shape: [2, 3]\n")
+    with pytest.raises(InputError, match="is a set of poses"):
+        converted(source, tmp_path / "pose")
+
+
+def test_annotations_of_a_format_that_is_not_read_are_told(tmp_path):
+    source = formats.yolo(document(["a.png"]), save(tmp_path, "a.png"), tmp_path / "s")
+    labelled(source, "b.png")
+    notes = converted(source, tmp_path / "out").notes
+    assert notes["annotations of another format in the same folder, not read (--format labelme reads them instead)"] == 1
+    (source / "data.yaml").unlink()
+    notes = converted(source, tmp_path / "labelme").notes
+    assert notes["annotations of another format in the same folder, not read (--format yolo reads them instead)"] == 1
+    alone = converted(labelled(tmp_path / "alone"), tmp_path / "one")
+    assert not alone.notes
+
+
+def test_an_outline_far_beyond_its_image_is_told(tmp_path):
+    save(tmp_path / "s", "a.png")
+    content = document(["a.png"])
+    shapes = ([10, 10, 90, 10, 90, 80, 10, 80], [-3, 2, 20, 2, 20, 20, -3, 20], [2, -4, 20, 2, 20, 20])
+    content["annotations"] = [
+        {"id": n, "image_id": 1, "category_id": 1, "segmentation": [shape]} for n, shape in enumerate(shapes, 1)
+    ]
+    (tmp_path / "s/ann.json").write_text(json.dumps(content))
+    notes = converted(tmp_path / "s", tmp_path / "out").notes
+    assert [number for reason, number in notes.items() if reason.startswith("outline that reaches more than a tenth")] == [2]
+
+
+def test_a_labelme_file_that_has_the_picture_itself_says_how_to_get_it_out(tmp_path):
+    source = labelled(tmp_path / "s", imageData="iVBORw0KGgo=")
+    labelled(source, "b.png")
+    (source / "a.png").unlink()
+    assert any("labelme_export_json" in reason for reason in converted(source, tmp_path / "out").skipped)
+
+
+def test_labels_without_a_single_picture(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/a.txt").write_text("0 .1 .1 .5 .1 .5 .5\n")
+    with pytest.raises(InputError, match=r"holds no pictures \(saw 1 \.txt\)"):
+        converted(tmp_path / "s", tmp_path / "out")

@@ -276,6 +276,9 @@ def _instances(image, task, report, where):
             report.note("degenerate part of a polygon left out", here)
         points = rings[0] if len(rings) == 1 else np.concatenate(rings)
         (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+        if max(-left, right - width) > 0.1 * width or max(-top, bottom - height) > 0.1 * height:
+            what = "outline that reaches more than a tenth of the image beyond it (are they of the image in another size?)"
+            report.note(what, f"{here}: {width} x {height}, to {right:.0f}, {bottom:.0f}")
         found.append(
             records.Instance(
                 annotation_id=annotation["id"],

@@ -41,12 +41,13 @@ def read(
     numbers = {key: _Numbers(document[key]) for key in ("images", "annotations", "categories")}
     classes = _classes(path, document["categories"], numbers["categories"], report)
     label_of = {c["category_id"]: label for label, c in enumerate(classes)}
+    ids_by_name = {c["name"]: c["category_id"] for c in reversed(classes)}
     images, unusable = _images(path, document["images"], numbers["images"], folder, report)
     seen: set[int] = set()
     for index, entry in enumerate(document["annotations"]):
         where = f"{path.name}, annotations[{index}]"
         try:
-            entry = _numbered(entry, numbers, classes, report, where)
+            entry = _numbered(entry, numbers, classes, ids_by_name, report, where)
             annotation = _annotation(entry)
             where += f": id {entry['id']}"
             if entry["image_id"] not in images:
@@ -169,7 +170,7 @@ class _Numbers:
         return value if _is_integer(value) else None
 
 
-def _numbered(entry, numbers, classes, report, where):
+def _numbered(entry, numbers, classes, ids_by_name, report, where):
     """An annotation with integers for ids that are text, and in the list that COCO has for one polygon without it."""
     if not isinstance(entry, dict):
         return entry
@@ -177,6 +178,9 @@ def _numbered(entry, numbers, classes, report, where):
     for key, of in (("id", "annotations"), ("image_id", "images"), ("category_id", "categories")):
         if isinstance(entry.get(key), str):
             entry[key] = numbers[of](entry[key])
+    if isinstance(entry.get("category_id"), str) and (number := ids_by_name.get(nfc(entry["category_id"]))) is not None:
+        report.note("annotation whose category is given by its name", where)
+        entry["category_id"] = number
     if entry.get("category_id") is None and len(classes) == 1:
         report.note("annotation without a category, taken for the only one", where)
         entry["category_id"] = classes[0]["category_id"]

@@ -25,6 +25,18 @@ SUFFIXES += (".jp2", ".tga", ".pcx", ".sgi", ".qoi", ".avif")
 _MOST_FILES = 5_000_000  # in a folder with all below
 
 
+class Names:
+    """Names of files, found however accents are spelled, and in upper or lower case where that fits one alone."""
+
+    def __init__(self, names: typing.Iterable[str]):
+        self._exact = {nfc(name): name for name in names}
+        self._folded = _grouped(self._exact.values(), lambda name: nfc(name).casefold())
+
+    def get(self, name: str) -> str | None:
+        alike = self._folded.get(nfc(name).casefold(), ())
+        return self._exact.get(nfc(name)) or (alike[0] if len(alike) == 1 else None)
+
+
 class Folder:
     """A folder of pictures of at most so many pixels. `exif` and `allow_outside` are those of `polarmask convert`."""
 
@@ -50,12 +62,12 @@ class Folder:
         return _grouped(self.files, lambda name: nfc(stem(name)))
 
     @functools.cached_property
-    def _by_nfc(self):
-        return {nfc(name): name for name in self.files}
+    def _by_spelling(self):
+        return Names(self.files)
 
     @functools.cached_property
     def _by_name(self):
-        return _grouped(self.files, lambda name: nfc(posixpath.basename(name)))
+        return _grouped(self.files, lambda name: nfc(posixpath.basename(name)).casefold())
 
     def find(self, name: str, near: str = "") -> str:
         """The picture that an annotation calls `name`, relative to the folder. Unusable if there is none.
@@ -73,7 +85,7 @@ class Folder:
                     continue
                 if os.path.isfile(self.root / inside):
                     return inside
-                if not inside.isascii() and (found := self._by_nfc.get(nfc(inside))):
+                if found := self._by_spelling.get(inside):
                     return found
         if self._allow_outside and os.path.isfile(self.root / near / name):
             return os.path.relpath(self.root / near / name, self.root)
@@ -84,15 +96,16 @@ class Folder:
 
     def _ends_like(self, name):
         elsewhere = posixpath.isabs(name) or re.match(r"[A-Za-z]:/", name)
-        parts = [part for part in nfc(posixpath.normpath(name)).split("/") if part not in ("", ".", "..")]
+        parts = [part for part in nfc(posixpath.normpath(name)).casefold().split("/") if part not in ("", ".", "..")]
+        as_spelled = nfc(name).rpartition("/")[2]
         best = collections.defaultdict(list)
         for file in self._by_name.get(parts[-1], ()) if parts else ():
-            theirs = nfc(file).split("/")
+            theirs = nfc(file).casefold().split("/")
             common = 0
             while common < min(len(parts), len(theirs)) and parts[-1 - common] == theirs[-1 - common]:
                 common += 1
             if elsewhere or common in (len(parts), len(theirs)):
-                best[common].append(file)
+                best[common, nfc(file).endswith(as_spelled)].append(file)
         found = best[max(best)] if best else []
         if len(found) > 1:
             raise Unusable("image name that fits several files", f"{' and '.join(found[:3])}")

@@ -61,6 +61,8 @@ def _read(document, name, builder, report, folder):
             size = folder.size(file_name)
         image = builder.image(file_name, size)
     except Unusable as reason:
+        if document.get("imageData") and str(reason) == "missing image":
+            reason = Unusable("missing image, of which the labelme file has a copy (labelme_export_json writes it)")
         skip_image(report, reason, name, len(shapes))
         return
     if not shapes:

@@ -79,15 +79,33 @@ def read(
         sources = _folder(path, report, format, options) or _split_folders(path, report, format, options)
     else:
         sources = _file(path, report, format, options)
+    if sources and os.path.isdir(path) and format is None:
+        _tell_others(path, sources[0].format, report)
     if not sources:
         if os.path.isfile(path / "dataset.json") or os.path.isfile(path / "train" / "dataset.json"):
             raise InputError(f"{path}: is converted already; give the annotations and pictures that it was made from")
         if (names := list(walk(path))) and all(map(is_picture, names)):
             raise InputError(f"{path}: {len(names)} pictures and no annotations: outline the objects first, with labelme, say")
+        if names and not any(map(is_picture, names)):
+            raise InputError(f"{path}: holds no pictures ({_seen(path)}); give the folder that has them and the annotations")
         raise InputError(f"{path}: no annotations recognised: {_seen(path)}; give --format ({', '.join(FORMATS)})")
     if len({source.split for source in sources}) == 1:
         sources = [source._replace(split="") for source in sources]
     return sources
+
+
+def _tell_others(path, found, report):
+    """A note where a folder has labels in a format other than the one that was read."""
+    folder = Folder(path)
+    others = {
+        "yolo": lambda: yolo.is_folder(folder),
+        "labelme": lambda: any(_is_labelme(path / name) for name in _some_below(path, ".json")),
+        "cvat": lambda: (path / "annotations.xml").is_file(),
+    }
+    names = [name for name, there in others.items() if name != found and there()]
+    if names:
+        what = f"annotations of another format in the same folder, not read (--format {names[0]} reads them instead)"
+        report.note(what, f"{path}: read as {found}, and there is {' and '.join(names)}")
 
 
 def kind_of(document) -> str:

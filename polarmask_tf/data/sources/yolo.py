@@ -13,9 +13,9 @@ from pathlib import Path
 
 from polarmask_tf import config
 from polarmask_tf.data.report import Report, Unusable
-from polarmask_tf.data.sources.folder import Folder, is_picture, stem, walk
-from polarmask_tf.data.sources.source import BOX, SPLITS, Builder, Source, class_name, skip_image, text_of
-from polarmask_tf.errors import InputError, nfc
+from polarmask_tf.data.sources.folder import Folder, Names, is_picture, stem, walk
+from polarmask_tf.data.sources.source import BOX, RECTANGLE, SPLITS, Builder, Source, class_name, skip_image, text_of
+from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text, read_file
 
 _MOST_YAML, _MOST_LABELS, _MOST_LIST = 2**20, 200 * 2**20, 2**30  # bytes
@@ -41,7 +41,7 @@ def yaml_of(path: Path) -> Path | None:
 
 def is_folder(folder: Folder) -> bool:
     """Whether pictures have label files: texts of which the first line is a number and at least four more."""
-    label_files = {nfc(name): name for name in folder.names(".txt")}
+    label_files = Names(folder.names(".txt"))
     found = filter(None, (_label_file(name, label_files) for name in folder.files))
     for name in itertools.islice(found, 50):
         try:
@@ -58,7 +58,8 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     file = path if not os.path.isdir(path) else yaml_of(path)
     names = _names_in_yaml(file) if file else _names_in_list(path)
     parts = _parts(file, folder, allow_outside, report) if file else _parts_of_folders(folder)
-    sources, label_files = [], {nfc(name): name for name in folder.names(".txt")}
+    texts = folder.names(".txt")
+    sources, label_files = [], Names(texts)
     known: set[int] = set()
     read_files: set[str] = set()
     builders = {}
@@ -69,7 +70,7 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
     if not read_files and pictures:
         beside = "labels/ beside images/, or in one folder with the pictures"
         raise InputError(f"{file or path}: none of its {pictures:,} pictures has a label file; expected are {beside}")
-    for name in sorted({*label_files.values()} - read_files):
+    for name in sorted({*texts} - read_files):
         if "labels" in name.split("/")[:-1]:
             report.skip("label file without a picture", name)
     if names is None:
@@ -127,6 +128,8 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
                 report.skip(reason, f"{label_file}, line {number}")
                 continue
             known.add(index)
+            if len(outline) == 8 and _is_rectangle(outline):  # as YOLO-OBB has them, and boxes that a tool turned into polygons
+                report.note(RECTANGLE, f"{label_file}, line {number}")
             builder.add(image, index, [outline])
 
 
@@ -157,9 +160,16 @@ def _line(words, image, names):
     return int(number), [value * size[k % 2] for k, value in enumerate(values)]
 
 
+def _is_rectangle(outline):
+    """Whether four corners [x, y, ...] are those of a rectangle, also a turned one, to a hundredth of its size."""
+    a, b, c, d = (complex(*outline[at : at + 2]) for at in (0, 2, 4, 6))
+    slack = 0.01 * max(abs(c - a), abs(d - b))
+    return abs(a + c - b - d) <= slack and abs(abs(c - a) - abs(d - b)) <= slack
+
+
 def _label_file(picture, label_files):
     """labels/ for the last images/ of the path, as Ultralytics has it, or beside the picture."""
-    own = f"{nfc(stem(picture))}.txt"
+    own = f"{stem(picture)}.txt"
     parts = own.split("/")
     for index in reversed(range(len(parts) - 1)):
         if parts[index] in _IMAGES[:1]:
@@ -216,6 +226,8 @@ def _yaml(file):
 def _parts(file, folder, allow_outside, report):
     """{split: pictures} of a data.yaml; InputError where it leads nowhere, or out of the folder."""
     content, parts = _yaml(file), {}
+    if "kpt_shape" in content:
+        raise InputError(f"{file}: is a set of poses (kpt_shape): its lines are boxes and keypoints, and outlines are needed")
     for key in ("train", "val", "test"):
         entries = content.get(key)
         for entry in entries if isinstance(entries, list) else [entries]:
