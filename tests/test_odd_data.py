@@ -2,10 +2,13 @@
 
 import codecs
 import json
+import struct
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageChops
 from pycocotools import mask as coco_mask
 
@@ -14,6 +17,7 @@ from helpers.detections import star_predictor
 from polarmask_tf.data import convert, pictures, records
 from polarmask_tf.data.report import Report
 from polarmask_tf.data.sources import recognise
+from polarmask_tf.data.sources.folder import Folder
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import results, truth, visualize
 from polarmask_tf.inference.inputs import Input
@@ -416,3 +420,54 @@ def test_labels_without_a_single_picture(tmp_path):
     (tmp_path / "s/a.txt").write_text("0 .1 .1 .5 .1 .5 .5\n")
     with pytest.raises(InputError, match=r"holds no pictures \(saw 1 \.txt\)"):
         converted(tmp_path / "s", tmp_path / "out")
+
+
+# ---- sizes beyond what Pillow opens
+
+
+def claims(path, width, height):
+    """A small PNG that says that it is large."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(10))), (b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
+def test_pictures_of_too_many_pixels_are_not_called_corrupt(tmp_path):
+    """With a size in the annotations, and where it has to be read from the picture."""
+    for name, drop in (("coco", False), ("nosize", True)):
+        content = document(["large.png", "a.png"])
+        save(tmp_path / name, "a.png")
+        claims(tmp_path / name / "large.png", 20_000, 10_000)
+        for image in content["images"] if drop else ():
+            del image["width"], image["height"]
+        (tmp_path / name / "ann.json").write_text(json.dumps(content))
+        assert converted(tmp_path / name, tmp_path / f"{name} out").skipped["image of more than 120 megapixels"] == 1
+
+
+def test_a_large_tiff_without_a_size_in_the_annotations_is_cut_into_tiles(tmp_path):
+    """VIA gives none; Pillow opens no file of so many pixels."""
+    side = 14_336
+    (tmp_path / "s").mkdir()
+    tile = np.full((1024, 1024), 9, np.uint8)
+    options = {"shape": (side, side), "dtype": "uint8", "tile": tile.shape, "compression": "zlib"}
+    tifffile.imwrite(tmp_path / "s/large.tif", (tile for _ in range(14**2)), **options)
+    attributes = {"name": "polygon", "all_points_x": [9000, 9100, 9100], "all_points_y": [9000, 9000, 9100]}
+    entry = {"filename": "large.tif", "regions": [{"shape_attributes": attributes, "region_attributes": {"label": "cat"}}]}
+    (tmp_path / "s/via.json").write_text(json.dumps({"large.tif1": entry}))
+    assert Folder(tmp_path / "s", most_pixels=side**2).size("large.tif") == (side, side)
+    with pytest.raises(InputError, match="image of more than 120 megapixels"):
+        converted(tmp_path / "s", tmp_path / "whole")
+    info = converted(tmp_path / "s", tmp_path / "out", tile=512, overlap=0)
+    assert info.num_instances == 1 and not info.skipped
+
+
+@pytest.mark.parametrize("name", ["labelme", "yolo", "via", "cvat", "labelstudio", "masks", "cellpose", "bowl", "voc"])
+def test_every_format_is_cut_into_tiles(tmp_path, name):
+    (tmp_path / "source").mkdir()
+    source = getattr(formats, name)(document(["a.png"]), save(tmp_path / "pictures", "a.png"), tmp_path / "source")
+    info = converted(source, tmp_path / "out", tile=25, overlap=5)
+    assert not info.skipped and sum(mask.sum() for mask in masks(tmp_path / "out")) >= 15 * 18

@@ -1,6 +1,8 @@
 import contextlib
+import dataclasses
 import json
 import random
+import re
 import struct
 
 import google_crc32c
@@ -290,3 +292,14 @@ def test_fuzzed_records_are_read_or_refused(data):
         with contextlib.suppress(tf.errors.InvalidArgumentError, UnicodeDecodeError):
             records.fault(records.parse(bytes(bad)), info, pixels).numpy().decode()
     assert read > 20 and refused > 50
+
+
+def test_a_shard_of_another_conversion_is_found_before_a_training_begins(tmp_path, data):
+    info = dataclasses.replace(dataset.load(data), id="this")
+    for path in info.shard_paths:
+        rewrite(path, set_values("image/dataset_id", "bytes_list", b"this"))
+    records.check_complete(info)
+    rewrite(info.shard_paths[-1], set_values("image/dataset_id", "bytes_list", b"another"))
+    with pytest.raises(InputError, match=f"{re.escape(info.shard_paths[-1].name)}: a record of another conversion"):
+        records.check_complete(info)
+    records.check_complete(dataclasses.replace(info, id=""))  # of an earlier version

@@ -63,6 +63,8 @@ def stored(path: Path, size: tuple[int, int], options, report: Report, where: st
             return record
     except (Unusable, MemoryError):
         raise
+    except Image.DecompressionBombError:
+        raise Unusable(f"image of more than {lite.MAX_PIXELS // 10**6} megapixels") from None
     except Exception as error:  # Pillow's parsers fail in every way there is: struct.error, SyntaxError, ZeroDivisionError, ...
         if "bit depth" in str(error):
             raise Unusable("pixels whose values no picture of 8 or 16 bits has (see --bit-depth)", str(error)) from None

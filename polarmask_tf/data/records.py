@@ -9,6 +9,7 @@ appendix B.4 (CRC-32C); key names: official/vision/dataloaders/tf_example_decode
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Iterator
@@ -188,13 +189,21 @@ def count_records(path) -> int:
 
 
 def check_complete(info: DatasetInfo) -> None:
-    """InputError unless the shards hold as many records as dataset.json says."""
+    """InputError unless the shards hold as many records as dataset.json says, and the first of each is of its conversion."""
     try:
         count = sum(map(count_records, info.shard_paths))
     except OSError as error:
         raise InputError(f"{info.directory}: cannot be read: {error.filename}: {io_error_text(error)}") from None
     if count != info.num_images:
         raise InputError(f"{info.directory}: {count} whole records, dataset.json says {info.num_images}; {_AGAIN}")
+    for shard in info.shard_paths if info.id else ():
+        for features in _features(shard, itertools.islice(read_shard(shard), 1)):
+            _check_conversion(features, info, shard)
+
+
+def _check_conversion(features, info, shard):
+    if info.id and any(of != info.id.encode() for of in _values(features, "image/dataset_id", bytes)):
+        raise InputError(f"{shard}: {CONVERTED_SINCE}; {_AGAIN}")
 
 
 def _is_whole(data: bytes, checksum: bytes) -> bool:
@@ -309,30 +318,35 @@ def _annotations(features, image, info):
 def iter_records(info: DatasetInfo):
     """Yields ({"id", "file_name", "height", "width"}, features) of each record; InputError for a shard that is cut short,
     damaged, of another conversion or not ours."""
+    count = 0
+    for shard in info.shard_paths:
+        for features in _features(shard, read_shard(shard)):
+            count += 1
+            if "image/object/rle" not in features:
+                raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {_AGAIN}")
+            _check_conversion(features, info, shard)
+            try:
+                image = _image(features)
+            except ValueError:
+                raise InputError(f"{shard}: record {count} was not written by `polarmask convert`; {_AGAIN}") from None
+            _check_boxes(features, f"{info.directory}: image {image['id']}")
+            yield image, features
+    if count != info.num_images:
+        raise InputError(f"{info.directory}: {count} records, dataset.json says {info.num_images}; {_AGAIN}")
+
+
+def _features(shard, examples):
+    """The features of each of a shard's examples; InputError for what is damaged or none."""
     import tensorflow as tf
     from google.protobuf.message import DecodeError
 
-    count = 0
-    for shard in info.shard_paths:
-        try:
-            for data in read_shard(shard):
-                count += 1
-                features = tf.train.Example.FromString(data).features.feature
-                if "image/object/rle" not in features:
-                    raise InputError(f"{shard}: was not written by `polarmask convert` (no image/object/rle); {_AGAIN}")
-                if info.id and any(of != info.id.encode() for of in _values(features, "image/dataset_id", bytes)):
-                    raise InputError(f"{shard}: {CONVERTED_SINCE}; {_AGAIN}")
-                image = _image(features)
-                _check_boxes(features, f"{info.directory}: image {image['id']}")
-                yield image, features
-        except DecodeError as error:
-            raise InputError(f"{shard}: holds something else than tf.train.Example; {_AGAIN}") from error
-        except DamagedShard as error:
-            raise InputError(f"{error}; {_AGAIN}") from None
-        except ValueError:
-            raise InputError(f"{shard}: record {count} was not written by `polarmask convert`; {_AGAIN}") from None
-    if count != info.num_images:
-        raise InputError(f"{info.directory}: {count} records, dataset.json says {info.num_images}; {_AGAIN}")
+    try:
+        for data in examples:
+            yield tf.train.Example.FromString(data).features.feature
+    except DecodeError as error:
+        raise InputError(f"{shard}: holds something else than tf.train.Example; {_AGAIN}") from error
+    except DamagedShard as error:
+        raise InputError(f"{error}; {_AGAIN}") from None
 
 
 def _image(features) -> dict:

@@ -126,7 +126,7 @@ def _pieces(annotation, entry, rows, columns, sides, report, where):
             found = True
             given = {"label": annotation["label"], "iscrowd": annotation["iscrowd"], "segmentation": piece}
             if inside:
-                given["area"] = annotation["area"]
+                given |= {key: annotation[key] for key in ("area",) if key in annotation}  # COCO alone gives one
             else:
                 given["area"] = _mask_area(piece, sides)
                 if not given["area"]:

@@ -160,8 +160,11 @@ def _reader_of_init(folder, out):
 
 
 def _reader_of_check(folder, out):
+    import tensorflow as tf
+
     from polarmask_tf.tools import check
 
+    tf.config.run_functions_eagerly(True)  # every input would be traced anew, which takes longer than it is looked at
     return lambda data: check.run(data, config="shapes", out=out / "checked")
 
 

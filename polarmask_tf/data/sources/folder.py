@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import os
 import posixpath
@@ -15,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from polarmask_tf import lite
-from polarmask_tf.data import pictures
+from polarmask_tf.data import pictures, windows
 from polarmask_tf.data.report import Unusable
 from polarmask_tf.data.sources.source import SPLITS
 from polarmask_tf.errors import InputError, nfc
@@ -129,11 +130,22 @@ class Folder:
                     turned = told and lite.orientation(image) > 4
         except MemoryError:
             raise
+        except Image.DecompressionBombError:  # of more pixels than Pillow opens
+            size, turned = self._size_of_large(path), False
         except Exception:  # Pillow's parsers fail in every way there is
             raise Unusable("corrupt or truncated image, or not an image") from None
         if size[0] * size[1] > self.most_pixels:
             raise Unusable(f"image of more than {self.most_pixels // 10**6} megapixels")
         return size, size[::-1] if turned else size
+
+    def _size_of_large(self, path):
+        if self.most_pixels > lite.MAX_PIXELS:
+            try:
+                with contextlib.closing(windows.open_windows(path)) as opened:
+                    return opened.shape[1::-1]
+            except InputError as error:
+                raise Unusable("large image that cannot be read by windows", str(error)) from None
+        raise Unusable(f"image of more than {self.most_pixels // 10**6} megapixels")
 
 
 def _grouped(names, key):
