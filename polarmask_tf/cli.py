@@ -163,7 +163,10 @@ def predict(args):
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
     options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model")
-    predictor = _tiled(load_predictor(args.model), args)
+    predictor = load_predictor(args.model, accelerator=args.accelerator)
+    if args.accelerator:
+        print(predictor.runs_on, file=sys.stderr)
+    predictor = _tiled(predictor, args)
     if args.score_threshold is None and not args.results_only:
         print(f"showing detections {predictor.default_threshold()[1]}", file=sys.stderr)
     done = predict(predictor, args.images, args.out, **options)
