@@ -307,7 +307,11 @@ def check_outputs(outputs, metadata, batch=1):
     """A model's outputs for a batch, as arrays by name; ValueError where they are not as exports/README.md and metadata say."""
     names = ["num_detections", *(f"detection_{name}" for name in FOUND)]
     if missing := [name for name in names if name not in outputs]:
-        what = ", and metadata.json has no `raw`, by which lite.py makes polygons of a raw file" if "P3_rays" in outputs else ""
+        what = (
+            ", and metadata.json has no `raw`, by which lite.py makes polygons of a raw file"
+            if any(name.endswith("_rays") for name in outputs)
+            else ""
+        )
         raise ValueError(f"no output {missing[0]}{what}")
     whole = ("num_detections", "detection_classes")
     arrays = {name: np.asarray(outputs[name], np.int32 if name in whole else np.float32) for name in names}
