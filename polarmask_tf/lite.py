@@ -408,11 +408,9 @@ def _place_of(model, said):
         raise NoAccelerator(f"LiteRT finds no GPU that it can use{why}; run it without --accelerator gpu")
     adapter = re.search(r"adapter: (.*?), ", said)
     where = f"network on the GPU{f' ({one_line(adapter[1], 60)})' if adapter else ''}: "
-    if model.is_fully_accelerated():
-        return where + "every operation"
-    share = re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said)
-    part = f"{share[1]} of {int(share[1]) + int(share[2])} operations" if share else "not every operation"
-    return f"{where}{part}, the others on the CPU"
+    if share := re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said):
+        return f"{where}{share[1]} of {int(share[1]) + int(share[2])} operations, the others on the CPU"
+    return where + ("every operation" if model.is_fully_accelerated() else "not every operation, the others on the CPU")
 
 
 class PolarMaskLite:

@@ -506,4 +506,4 @@ def test_an_old_library_is_named(program, models, tmp_path):
 def test_the_source_is_a_few_short_files():
     names = ["README.md", "assemble.h", "image.h", "metadata.h", "polarmask.cc"]
     assert sorted(path.name for path in CPP.iterdir()) == names
-    assert all(len((CPP / name).read_text().splitlines()) < 330 for name in names)
+    assert all(len((CPP / name).read_text().splitlines()) < 340 for name in names)

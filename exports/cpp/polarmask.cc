@@ -61,7 +61,6 @@ LiteRtStatus LiteRtAddOpaqueOptions(LiteRtOptions, LiteRtOpaqueOptions);
 LiteRtStatus LiteRtCreateCompiledModel(LiteRtEnvironment, LiteRtModel, LiteRtOptions, LiteRtCompiledModel*);
 LiteRtStatus LiteRtCreateTensorBufferFromHostMemory(
     const LiteRtRankedTensorType*, void*, size_t, void (*)(void*), LiteRtTensorBuffer*);
-LiteRtStatus LiteRtCompiledModelIsNonCpuFullyAccelerated(LiteRtCompiledModel, bool*);
 LiteRtStatus LiteRtGetCompiledModelInputBufferRequirements(
     LiteRtCompiledModel, size_t, size_t, LiteRtTensorBufferRequirements*);
 LiteRtStatus LiteRtGetTensorBufferRequirementsSupportedTensorBufferType(LiteRtTensorBufferRequirements, int, int*);
@@ -196,9 +195,12 @@ class PolarMask {
     if (!status) {
       check(LiteRtGetCompiledModelInputBufferRequirements(compiled_.handle, 0, 0, &input), "tell where it runs");
       check(LiteRtGetTensorBufferRequirementsSupportedTensorBufferType(input, 0, &memory), "tell where it runs");
-      check(LiteRtCompiledModelIsNonCpuFullyAccelerated(compiled_.handle, &all), "tell where it runs");
     }
     if (memory == kHostMemory) throw Error("LiteRT finds no GPU that it can use; run it without --accelerator gpu");
+    void* known = dlsym(RTLD_DEFAULT, "LiteRtCompiledModelIsNonCpuFullyAccelerated");
+    if (!known) return "how much of it LiteRT 2.2 does not tell";
+    const auto is_all_there = reinterpret_cast<LiteRtStatus (*)(LiteRtCompiledModel, bool*)>(known);
+    check(is_all_there(compiled_.handle, &all), "tell where it runs");
     return all ? "every operation" : "not every operation, the others on the CPU";
   }
 
