@@ -138,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
     add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     add("--bit-depth", type=int, metavar="BITS", help=text)
+    text = "of a .tflite file: run by LiteRT's CompiledModel there (default: by its Interpreter, on the CPU)"
+    add("--accelerator", choices=("cpu", "gpu"), help=text)
     add("--resume", action="store_true", help="go on where the same command was interrupted")
 
     add = command("export", "a SavedModel and a .tflite file from a run directory, image to polygons inside")

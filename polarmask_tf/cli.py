@@ -175,7 +175,10 @@ def predict(args):
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
     options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model")
-    predictor = _tiled(load_predictor(args.model), args)
+    predictor = load_predictor(args.model, accelerator=args.accelerator)
+    if args.accelerator:
+        print(predictor.runs_on, file=sys.stderr)
+    predictor = _tiled(predictor, args)
     done = predict(predictor, args.images, args.out, **options)
     if not done["detections"] and args.score_threshold is None:
         print("nothing found; --score-threshold 0.05 also takes what the model is less sure of", file=sys.stderr)

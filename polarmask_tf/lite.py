@@ -2,6 +2,7 @@
 
 This file stands alone (needs NumPy, Pillow, ai-edge-litert; no TensorFlow) and is copied beside every exported model:
     python lite.py model.tflite image.jpg      (or a folder of images)
+    python lite.py model_raw.tflite image.jpg --accelerator gpu
 Coordinates are continuous, x right, y down; pixel (0, 0) covers [0, 1) x [0, 1).
 """
 
@@ -11,8 +12,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,6 +27,7 @@ FOUND = ("scores", "classes", "boxes", "polygons")
 SHOWN = 0.3  # least score of what is printed and drawn, of a model that does not say it
 MAX_SCORE = 1.5  # the most that a model with the released code's scores gives
 FITS = ("letterbox", "stretch", "short_side")  # see fit_sizes
+ACCELERATORS = ("cpu", "gpu")  # of LiteRT's CompiledModel
 
 # Bounds that no real data meets. What is beyond them is refused in one line, before it costs memory or time.
 MAX_PIXELS = 120_000_000  # of an image, which is decoded whole
@@ -286,8 +290,10 @@ def assemble(heads, raw, size):
     low, high = np.split(boxes + np.float32(classes[:, None] * (limit.max() + 1)), 2, 1)  # no two classes overlap
     area, kept = (high - low).prod(1), []
     for i in (i for i in np.argsort(-scores, kind="stable") if scores[i] > raw["score_threshold"]):
+        if len(kept) == raw["max_detections"]:
+            break
         common = np.maximum(np.minimum(high[kept], high[i]) - np.maximum(low[kept], low[i]), 0).prod(1)
-        if len(kept) < raw["max_detections"] and not (common > raw["nms_iou"] * (area[kept] + area[i] - common)).any():
+        if not (common > raw["nms_iou"] * (area[kept] + area[i] - common)).any():
             kept.append(i)
     temperature, bias = raw.get("temperature", 1), raw.get("score_bias", 0)
     if (temperature, bias) != (1, 0):  # of calibrated scores
@@ -301,7 +307,12 @@ def check_outputs(outputs, metadata, batch=1):
     """A model's outputs for a batch, as arrays by name; ValueError where they are not as exports/README.md and metadata say."""
     names = ["num_detections", *(f"detection_{name}" for name in FOUND)]
     if missing := [name for name in names if name not in outputs]:
-        raise ValueError(f"no output {missing[0]}")
+        what = (
+            ", and metadata.json has no `raw`, by which lite.py makes polygons of a raw file"
+            if any(name.endswith("_rays") for name in outputs)
+            else ""
+        )
+        raise ValueError(f"no output {missing[0]}{what}")
     whole = ("num_detections", "detection_classes")
     arrays = {name: np.asarray(outputs[name], np.int32 if name in whole else np.float32) for name in names}
     count, scores, classes, boxes, polygons = arrays.values()
@@ -328,15 +339,93 @@ def unpack(outputs, row, scale_x, scale_y, height, width):
     return {"scores": np.array(scores), "classes": np.array(classes, np.int32), "boxes": boxes, "polygons": polygons}
 
 
+class NoAccelerator(ValueError):
+    """What --accelerator asks for is not on this machine."""
+
+
+@contextlib.contextmanager
+def _kept_log():
+    """What is written to stdout and stderr within it, in a binary file: LiteRT says in tens of lines what it does, on both."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as undo:
+        for stream in (1, 2):
+            with contextlib.suppress(OSError):  # of one that is closed
+                kept = os.dup(stream)
+                undo.callback(os.close, kept)
+                undo.callback(os.dup2, kept, stream)
+                os.dup2(log.fileno(), stream)
+        yield log
+
+
+def _compiled(path, accelerator, threads):
+    """A .tflite file on LiteRT's CompiledModel: run(images=uint8 [1, h, w, 3]) -> outputs by name; the shape of its input;
+    and which part of it runs where. Raises NoAccelerator where there is none."""
+    try:
+        from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, GpuOptions, HardwareAccelerator, Options
+    except ImportError:
+        raise NoAccelerator("--accelerator needs ai-edge-litert 2.3: pip install -U ai-edge-litert") from None
+
+    def load(on):
+        # In float32: left to itself a GPU may compute in halves, to which far corners and classes apart for NMS are lost.
+        options = Options(on, CpuOptions(num_threads=threads), GpuOptions(enforce_f32=True))
+        return CompiledModel.from_file(str(path), options=options)
+
+    cpu, gpu = HardwareAccelerator.CPU, HardwareAccelerator.GPU
+    with _kept_log() as log:
+        try:
+            model = load(cpu | gpu if accelerator == "gpu" else cpu)
+        except RuntimeError:
+            model = load(cpu)  # if it is the file that is wrong, this fails too
+        outputs = model.get_signature_list()["serving_default"]["outputs"]
+        takes = model.get_input_tensor_details("serving_default")["images"]
+        gives = model.get_output_tensor_details("serving_default")
+        if takes["dtype"] != "uint8":
+            raise ValueError(f"the network takes {takes['dtype']}, and an image is uint8")
+        given, made = model.create_input_buffers(0), model.create_output_buffers(0)
+        given[0].write(np.zeros(takes["shape"], np.uint8))  # which says something at first, too
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+
+    def run(images):
+        given[0].write(images)
+        model.run_by_index(0, given, made)
+        arrays = {}
+        for name, buffer in zip(outputs, made, strict=True):
+            shape = gives[name]["shape"]
+            arrays[name] = buffer.read(int(np.prod(shape)), np.dtype(gives[name]["dtype"])).reshape(shape)
+        return arrays
+
+    return run, list(takes["shape"]), _place_of(model, said) if accelerator == "gpu" else "network on the CPU"
+
+
+def _place_of(model, said):
+    """Where a CompiledModel that was to run on the GPU runs, of which LiteRT's API knows little; `said` is its log."""
+    # The one trace there: from which memory the input is taken. 1 is the host's.
+    if set(model.get_input_buffer_requirements(0)["supported_types"]) == {1}:
+        reason = re.search(r"Couldn't load .*|GPU accelerator could not be .*|No adapters.*", said)
+        why = f" ({one_line(reason[0], 150)})" if reason else ""
+        raise NoAccelerator(f"LiteRT finds no GPU that it can use{why}; run it without --accelerator gpu")
+    adapter = re.search(r"adapter: (.*?), ", said)
+    where = f"network on the GPU{f' ({one_line(adapter[1], 60)})' if adapter else ''}: "
+    if share := re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said):
+        return f"{where}{share[1]} of {int(share[1]) + int(share[2])} operations, the others on the CPU"
+    return where + ("every operation" if model.is_fully_accelerated() else "not every operation, the others on the CPU")
+
+
 class PolarMaskLite:
     """model(image) -> {"scores" [M] descending, "classes" [M] int, "boxes" [M, 4], "polygons" [M, rays, 2]}.
 
     Boxes are xmin, ymin, xmax, ymax, polygons x, y, in pixels of the image passed in, clipped to it: a uint8 RGB array
     [h, w, 3] of any size, or what read_image takes; then `options` are its. labels[classes[i]] is the i-th name.
+    accelerator: of ACCELERATORS, to run by LiteRT's CompiledModel on the CPU, or on the GPU and, of what that does not take, on
+    the CPU; default: by its Interpreter, on the CPU. runs_on says in a line which part runs where.
     Raises ValueError, in one line.
     """
 
-    def __init__(self, path, threads=1):
+    def __init__(self, path, threads=1, accelerator=None):
+        if accelerator not in (None, *ACCELERATORS):
+            raise ValueError(f"accelerator is {accelerator!r}, of {', '.join(ACCELERATORS)}")
         from ai_edge_litert.interpreter import Interpreter
 
         try:
@@ -347,10 +436,18 @@ class PolarMaskLite:
             self._fit = self.metadata["input"].get("resize", FITS[0])
             if self._fit not in FITS[:2]:
                 raise ValueError(f"metadata.json says {self._fit}, and a .tflite file has one input size")
-            self._run = Interpreter(model_path=str(path), num_threads=threads).get_signature_runner("serving_default")
-            if (shape := [1, *self.input_size, 3]) != (takes := self._run.get_input_details()["images"]["shape"].tolist()):
+            if accelerator:
+                self._run, takes, self.runs_on = _compiled(path, accelerator, threads)
+            else:
+                self._run = Interpreter(model_path=str(path), num_threads=threads).get_signature_runner("serving_default")
+                takes, self.runs_on = self._run.get_input_details()["images"]["shape"].tolist(), "network on the CPU"
+            if (shape := [1, *self.input_size, 3]) != takes:
                 raise ValueError(f"the network takes {takes}, and metadata.json says {shape}")
+            if self.metadata.get("raw"):
+                self.runs_on += "; polygons on the CPU (NumPy)"
             self(np.zeros(shape[1:], np.uint8))  # a damaged network shows here
+        except NoAccelerator as error:
+            raise ValueError(f"{one_line(path)}: {error}") from None
         except Exception as error:  # broken files make zipfile and LiteRT raise nearly any type
             what = "no .tflite file with metadata.json, or damaged; export it again"
             raise ValueError(f"{one_line(path)}: {what}: {one_line(error)}") from None
@@ -374,6 +471,8 @@ def main(argv=None):
     parser.add_argument("--exif", choices=("ignore", "apply"), default="ignore", help="turn images as their EXIF data say")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     parser.add_argument("--bit-depth", type=int, metavar="BITS", help=text)
+    text = "run by LiteRT's CompiledModel there, and say which part ran where (default: by its Interpreter, on the CPU)"
+    parser.add_argument("--accelerator", choices=ACCELERATORS, help=text)
     args = parser.parse_args(argv)
     if args.score is not None and not 0 <= args.score <= MAX_SCORE:
         parser.error(f"--score {args.score:g}: a number from 0 to 1.5 is needed")
@@ -383,7 +482,10 @@ def main(argv=None):
         parser.error(f"{one_line(args.image)}: no file in it")
     for path in paths:
         try:
-            model = model or PolarMaskLite(args.model)
+            if model is None:
+                model = PolarMaskLite(args.model, accelerator=args.accelerator)
+                if args.accelerator:
+                    print(model.runs_on, file=sys.stderr)
             found = model(path, exif=args.exif, **({} if args.bit_depth is None else {"bit_depth": args.bit_depth}))
         except (ImportError, ValueError) as error:  # of a folder the other images are read
             print(f"error: {error}", file=sys.stderr)

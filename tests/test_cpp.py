@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from helpers.exports import hexagon_around_brightest, make_exports, spot
+from helpers.vulkan import no_device, swiftshader
 from polarmask_tf import lite
 
 CPP = Path(__file__).resolve().parents[1] / "exports/cpp"
@@ -46,7 +47,8 @@ def program(tmp_path_factory):
     if not (package / "libLiteRt.so").is_file():
         pytest.skip("the ai-edge-litert installed here has no libLiteRt.so")
     folder = tmp_path_factory.mktemp("cpp")
-    shutil.copy(CPP / "polarmask.cc", folder)
+    for path in (*CPP.glob("*.cc"), *CPP.glob("*.h")):
+        shutil.copy(path, folder)
     build = re.search(r"```bash\n(LITERT=.*?)```", (CPP / "README.md").read_text(), re.S)[1]
     assert "-Wall" in build
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -59,7 +61,7 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A tiny model of random weights that finds many overlapping things, in float32 and 8 bits."""
+    """A tiny model of random weights that finds many overlapping things, in float32 and 8 bits, and raw."""
     import tf_keras
 
     from polarmask_tf import config
@@ -80,7 +82,9 @@ def models(tmp_path_factory):
     tflite.export_tflite(model, folder / "fp32.tflite")
     seen = [noise(HEIGHT, WIDTH, seed) for seed in range(4)]
     tflite.export_tflite(model, folder / "int8.tflite", precision="int8", images=lambda: seen)
-    return {name: folder / f"{name}.tflite" for name in ("fp32", "int8")}
+    tflite.export_tflite(model, folder / "fp32_raw.tflite", raw=True)
+    tflite.export_tflite(model, folder / "int8_raw.tflite", precision="int8", raw=True, images=lambda: seen)
+    return {name: folder / f"{name}.tflite" for name in ("fp32", "int8", "fp32_raw", "int8_raw")}
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +144,95 @@ def compare(program, model, image, path, *options, threads=1):
     return len(lines)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp32_raw", "int8_raw"])
 def test_an_image_of_the_models_size(program, models, tmp_path, precision):
     assert compare(program, models[precision], noise(HEIGHT, WIDTH), tmp_path / "a.ppm") >= 5
     assert compare(program, models[precision], noise(HEIGHT, WIDTH, 7), tmp_path / "a.ppm", "--threads", "2", threads=2) >= 5
+
+
+def test_a_raw_file_gives_what_the_whole_one_does(program, models, tmp_path):
+    image = write_ppm(tmp_path / "a.ppm", noise(70, 150, 3))
+    options = ("--score", "0", "--digits", "4")
+    labels = [json.dumps(name)[1:-1] for name in LABELS]
+    whole, raw = (run(program, models[name], image, *options)[1] for name in ("fp32", "fp32_raw"))
+    assert len(whole) == len(raw) >= 5
+    for one, other in zip(whole, raw, strict=True):
+        a, b = parse(one, labels), parse(other, labels)
+        assert a[0] == b[0] and abs(a[1] - b[1]) <= 2e-6
+        np.testing.assert_allclose(a[3], b[3], atol=1e-3)
+    # In 8 bits the two files' ranges are of two calibrations, which round alike.
+    whole, raw = (run(program, models[name], image, *options)[1] for name in ("int8", "int8_raw"))
+    assert abs(len(whole) - len(raw)) <= 2
+
+
+def test_raw_files_are_assembled_as_their_metadata_say(program, models, tmp_path):
+    image = noise(HEIGHT, WIDTH)
+    for number, change in enumerate(
+        (
+            {"multi_label": True},
+            {"candidates": 3},
+            {"max_detections": 2},
+            {"temperature": 2.0, "score_bias": -0.5},
+            {"nms_iou": 0.05},
+        )
+    ):
+        path = tmp_path / f"{number}.tflite"
+        with_metadata(models["fp32_raw"], path, lambda described, change=change: described["raw"].update(change))
+        assert compare(program, path, image, tmp_path / "a.ppm") >= 2
+
+
+def test_what_is_shown_is_what_the_model_says(program, models, tmp_path, capsys):
+    path = write_ppm(tmp_path / "a.ppm", noise(HEIGHT, WIDTH, 2))
+    scores = lite.PolarMaskLite(models["fp32"])(path)["scores"]
+    for each in ([float(np.median(scores))] * 4, [1.5, 0.0, 0.4, 0.4]):
+
+        def known(described, each=each):
+            described["thresholds"] = {"overall": 0.5, "classes": each}
+            for number, entry in enumerate(described["classes"]):
+                entry["name"] = f"class {number}"
+
+        model = with_metadata(models["fp32"], tmp_path / "a.tflite", known)
+        assert lite.main([str(model), str(path)]) == 0
+        expected = capsys.readouterr().out.splitlines()
+        status, lines, errors = run(program, model, path)
+        assert (status, errors, lines) == (0, [], expected) and 0 < len(lines) < len(scores)
+        assert len(run(program, model, path, "--score", "0")[1]) == len(scores)
+
+
+def test_it_says_which_part_ran_where(program, models, tmp_path):
+    image = write_ppm(tmp_path / "a.ppm", noise(HEIGHT, WIDTH))
+    for name, expected in (
+        ("fp32", "network on the CPU"),
+        ("fp32_raw", "network on the CPU; polygons on the CPU (assemble.h)"),
+    ):
+        done = subprocess.run([program, models[name], image, "--accelerator", "cpu"], capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stderr.splitlines()
+        assert done.stdout.splitlines() == run(program, models[name], image)[1]
+    for name in ("fp32", "fp32_raw"):
+        status, lines, errors = run(program, models[name], image, "--accelerator", "gpu", env=no_device())
+        assert (status, lines, len(errors)) == (2, [], 1) and "LiteRT finds no GPU that it can use; run it without" in errors[0]
+
+
+def test_on_the_gpu(program, models, tmp_path):
+    """SwiftShader's numbers, as in test_gpu.py."""
+    environment = swiftshader(tmp_path)
+    image = write_ppm(tmp_path / "a.ppm", noise(HEIGHT, WIDTH))
+    arguments = [image, "--score", "0", "--digits", "6"]
+    labels = [json.dumps(name)[1:-1] for name in LABELS]
+    for name, where in (
+        ("fp32", "not every operation, the others on the CPU"),
+        ("fp32_raw", "every operation; polygons on the CPU"),
+    ):
+        command = [program, models[name], *arguments, "--accelerator", "gpu"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and "SwiftShader" in done.stderr, done.stderr
+        assert f"network on the GPU: {where}" in done.stderr
+        found = [parse(line, labels) for line in done.stdout.splitlines()]
+        expected = [parse(line, labels) for line in run(program, models[name], *arguments)[1]]
+        assert len(found) == len(expected) >= 5
+        for label, score, _, polygon in expected:  # nearly equal scores may have changed places
+            near = [one for one in found if one[0] == label and abs(one[1] - score) < 2e-5]
+            assert any(np.abs(one[3] - polygon).max() < 5e-5 * WIDTH for one in near), (label, score)
 
 
 SIZES = [(200, 300), (301, 97), (50, 20), (30, 128), (95, 127), (7, 500), (400, 3), (1, 1)]
@@ -336,6 +425,23 @@ def test_bad_models_are_refused_in_one_line(program, models, tmp_path):
     ):
         other_model(tmp_path / name, outputs, dtype)
         contents[name] = (None, other)
+
+    def described_as_raw(described):
+        described["raw"] = {**json.loads(zipfile.ZipFile(models["fp32_raw"]).read("metadata.json"))["raw"]}
+
+    def described_as_whole(described):
+        del described["raw"]
+
+    def of_other_levels(described):
+        described["raw"]["ray_units"] = {"6": 8.0, "7": 8.0, "8": 8.0}
+
+    for name, model, change in (
+        ("no raw", "fp32", described_as_raw),
+        ("raw without its metadata", "fp32_raw", described_as_whole),
+        ("other levels", "fp32_raw", of_other_levels),
+    ):
+        with_metadata(models[model], tmp_path / name, change)
+        contents[name] = (None, other)
     image = write_ppm(tmp_path / "a.ppm", noise(8, 8))
     status, lines, errors = run(program, good, image)
     assert (status, len(lines), errors) == (0, 2, [])
@@ -359,6 +465,9 @@ def test_bad_arguments_are_refused(program, models, tmp_path):
         ("--digits", "-1"),
         ("--best", "1"),
         ("--threads", "1", "--best"),
+        ("--accelerator", "npu"),
+        ("--accelerator",),
+        ("--score", "-0.5"),
     ]
     for arguments in ((), (models["fp32"],), *((models["fp32"], image, *options) for options in bad)):
         status, lines, errors = run(program, *arguments)
@@ -394,6 +503,7 @@ def test_an_old_library_is_named(program, models, tmp_path):
     assert (status, lines, len(errors)) == (2, [], 1) and "libLiteRt.so is older than 2.2" in errors[0]
 
 
-def test_the_source_is_one_short_file():
-    assert sorted(path.name for path in CPP.iterdir()) == ["README.md", "polarmask.cc"]
-    assert len((CPP / "polarmask.cc").read_text().splitlines()) < 330
+def test_the_source_is_a_few_short_files():
+    names = ["README.md", "assemble.h", "image.h", "metadata.h", "polarmask.cc"]
+    assert sorted(path.name for path in CPP.iterdir()) == names
+    assert all(len((CPP / name).read_text().splitlines()) < 340 for name in names)

