@@ -371,7 +371,7 @@ def test_a_page_without_node_modules_says_so(page, folder, tmp_path):
 
 def test_the_canvas_shows_polygons_above_the_least_score(page):
     found, shown = page.found(open=page.url)
-    assert shown["shown"] == "0.30, the model's own"
+    assert shown["shown"] == "0.30"
     source = """(least) => {
       const slider = document.getElementById("least");
       slider.value = least;

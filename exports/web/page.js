@@ -71,7 +71,11 @@ async function detect() {
   };
   draw();
   const { accelerator, reason } = model.network;
-  $("where").textContent = accelerator === "CPU" ? `Runs on the CPU (WebAssembly): ${reason}.` : `Runs on the ${accelerator} (WebGPU).`;
+  $("where").textContent = {
+    CPU: `Runs on the CPU (WebAssembly): ${reason}.`,
+    GPU: "Runs on the GPU (WebGPU).",
+    "GPU and CPU": "Runs on the GPU (WebGPU); what that lacks, like NMS, on the CPU.",
+  }[accelerator];
   const { width, height } = picture.data;
   const { resize, model: rest, runs } = milliseconds;
   $("status").textContent =
@@ -90,7 +94,8 @@ async function useModel(name, bytes) {
   detections = []; // of another model
   least = undefined;
   $("least").value = network.thresholds.overall;
-  $("shown").textContent = `${network.thresholds.overall.toFixed(2)}, the model's own`;
+  const own = network.metadata.thresholds ? ", the model's own" : "";
+  $("shown").textContent = network.thresholds.overall.toFixed(2) + own;
 }
 
 async function useImage(name, blob) {

@@ -192,8 +192,9 @@ export class PolarMask {
   }
 
   leaveGpu(reason) {
-    this.gpu?.delete();
+    const { gpu } = this;
     [this.gpu, this.reason] = [undefined, reason];
+    gpu?.delete();
   }
 
   // "GPU", "GPU and CPU" (what WebGPU does not have, like NMS) or "CPU".
