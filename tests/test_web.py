@@ -1,57 +1,22 @@
 """exports/web in headless Chromium: the numbers of lite.py, and clear words for files that are none."""
 
 import base64
-import functools
-import http.server
 import json
 import shutil
 import struct
-import threading
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from helpers.browser import DRIVER, WEB, Page
+from helpers.web import PIXELS, WebPage, arrays, compare, copy_page, serve
 from polarmask_tf import config, lite
 
 HEIGHT, WIDTH = 96, 128
 CLASSES = [{"name": name, "category_id": 7 + i} for i, name in enumerate(("circle", "rectangle", "triangle", "star"))]
-# float32 in both, but XNNPACK for WASM sums in another order than the native one: measured were 1e-7 in scores and, as rays are
-# the exponentials of logits, 1e-4 pixels in polygons. Ten to twenty times that is allowed.
-SCORES, PIXELS = 1e-6, 2e-3
 # Where single values may be one level of 255 off: resized by a Pillow that makes the rows first, or computed in 8 bits.
 SCORES_LEVEL, PIXELS_LEVEL = 5e-3, 0.5
-
-
-class WebPage(Page):
-    """exports/web."""
-
-    def call(self, source, value):
-        """A JavaScript function of the modules `m` (polarmask.js) and of `value`."""
-        source = f"async (value) => {{ const m = await import('/polarmask.js'); return ({source})(value); }}"
-        return self(call=source, **{"with": value})
-
-    def found(self, **command):
-        """The detections after a command, as lite.py gives them, and all else of the page's JSON."""
-        state = self(**command)
-        assert state["message"] == ""
-        shown = json.loads(state["json"])
-        rows = shown.pop("detections")
-        return arrays(rows), {**shown, "labels": [row["label"] for row in rows], "status": state["status"]}
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-def serve(folder):
-    handler = functools.partial(Quiet, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_port}/"
 
 
 def make_model(path, *overrides, raw=False, precision="fp32"):
@@ -97,10 +62,7 @@ def picture(height, width, seed=0):
 def folder(tmp_path_factory, node_modules):
     """What a web server gives out: the page, node_modules beside it, a model, others."""
     folder = tmp_path_factory.mktemp("web")
-    for path in (*WEB.glob("*.*"), DRIVER):
-        if path.suffix in (".html", ".js", ".jpg", ".mjs"):
-            shutil.copy(path, folder)
-    (folder / "node_modules").symlink_to(node_modules)
+    copy_page(folder, node_modules)
     make_model(folder / "model.tflite")
     make_model(folder / "raw.tflite", raw=True)
     return folder
@@ -111,29 +73,12 @@ def page(folder, chromium):
     server, url = serve(folder)
     page = WebPage(folder, chromium)
     page.url = url
+    page(
+        init="delete Navigator.prototype.gpu"
+    )  # for the CPU's numbers, whatever this machine has; of the GPU is test_web_gpu.py
     yield page
     page.close()
     server.shutdown()
-
-
-def compare(found, expected, scores=SCORES, pixels=PIXELS):
-    """The same detections. Near ties may change places, so each is compared with the nearest of its class."""
-    assert len(found["scores"]) == len(expected["scores"]) > 0
-    assert (np.diff(found["scores"]) <= 0).all()
-    left = list(range(len(found["scores"])))
-    for score, number, box, polygon in zip(*(expected[name] for name in lite.FOUND), strict=True):
-        near = min(left, key=lambda i: np.abs(found["polygons"][i] - polygon).max() + 1e6 * (found["classes"][i] != number))
-        left.remove(near)
-        assert found["classes"][near] == number
-        assert found["scores"][near] == pytest.approx(score, abs=scores)
-        np.testing.assert_allclose(found["boxes"][near], box, atol=pixels)
-        np.testing.assert_allclose(found["polygons"][near], polygon, atol=pixels)
-
-
-def arrays(rows):
-    """The page's list of detections as lite.py gives them."""
-    names = zip(lite.FOUND, ("score", "class", "box", "polygon"), strict=True)
-    return {many: np.array([row[one] for row in rows]) for many, one in names}
 
 
 def save(path, image):
@@ -258,7 +203,13 @@ def test_resizing_is_that_of_pillow(page, height, width, to, stretch):
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-@pytest.mark.parametrize("limits", [{"candidates": 1000, "max_detections": 100}, {"candidates": 9, "max_detections": 5}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"candidates": 1000, "max_detections": 100},
+        {"candidates": 9, "max_detections": 5, "temperature": 1.7, "score_bias": -0.4},
+    ],
+)
 def test_raw_outputs_are_assembled_as_in_python(page, multi_label, limits):
     rng = np.random.default_rng(1)
     raw = {
@@ -419,7 +370,8 @@ def test_a_page_without_node_modules_says_so(page, folder, tmp_path):
 
 
 def test_the_canvas_shows_polygons_above_the_least_score(page):
-    found, _ = page.found(open=page.url)
+    found, shown = page.found(open=page.url)
+    assert shown["shown"] == "0.30"
     source = """(least) => {
       const slider = document.getElementById("least");
       slider.value = least;
@@ -432,3 +384,29 @@ def test_the_canvas_shows_polygons_above_the_least_score(page):
     }"""
     assert page.call(source, "1") == 0 and page.call(source, "0") > 0.02 and len(found["scores"]) > 0
     assert page.call(source, "0") == 0
+
+
+def test_the_page_starts_at_the_scores_that_evaluate_found(page, folder, tmp_path):
+    """Each class at its own, as lite.py does; the slider, once moved, is for all."""
+    whole = (folder / "model.tflite").read_bytes()
+    bare, described = whole[: whole.index(b"PK\x03\x04")], lite.PolarMaskLite(folder / "model.tflite").metadata
+    found, _ = page.found(open=page.url)
+    best = int(found["classes"][0])
+    only = {"overall": 0.62, "classes": [0.0 if number == best else 1.1 for number in range(len(CLASSES))]}
+    drawn = """(least) => {
+      const slider = document.getElementById("least");
+      if (least !== null) {
+        slider.value = least;
+        slider.dispatchEvent(new Event("input"));
+      }
+      return [slider.value, document.getElementById("canvas").toDataURL()];
+    }"""
+    seen = {}
+    for name, scores in (("only", only), ("none", {"overall": 1.0, "classes": [1.1] * len(CLASSES)})):
+        path = with_metadata(tmp_path / f"{name}.tflite", bare, {**described, "thresholds": scores})
+        _, shown = page.found(drop=[path])
+        seen[name] = page.call(drawn, None)
+        assert shown["shown"] == f"{scores['overall']:.2f}, the model's own"
+    assert seen["only"][0] == "0.62" and seen["only"][1] != seen["none"][1] == page.call(drawn, "1")[1]
+    bad = with_metadata(tmp_path / "bad.tflite", bare, {**described, "thresholds": {"overall": 0.5, "classes": [0.5]}})
+    assert "incomplete" in page(drop=[bad])["message"]

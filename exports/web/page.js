@@ -8,9 +8,14 @@ const $ = (id) => document.getElementById(id);
 const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 const pause = () => new Promise((resolve) => setTimeout(resolve)); // lets the browser draw
 
+const parameters = new URLSearchParams(location.search); // model=URL, accelerator=gpu or cpu
+
 let model; // {name, network}
 let picture; // {name, data}: data an ImageData
 let detections = [];
+let least; // the slider's score, once it was moved; before, each class has its own
+
+const worthShowing = ({ score, class: number }) => score >= (least ?? model.network.thresholds.classes[number]);
 
 function draw() {
   if (!picture) return;
@@ -25,7 +30,7 @@ function draw() {
   context.lineWidth = 2;
   context.font = "bold 14px system-ui, sans-serif";
   context.textBaseline = "top";
-  const shown = detections.filter(({ score }) => score >= $("least").value).reverse(); // the best on top
+  const shown = detections.filter(worthShowing).reverse(); // the best on top
   const color = (number, alpha) => `hsl(${(number * 137.5) % 360} 90% 35% / ${alpha})`; // neighbors far apart
   for (const { class: number, polygon } of shown) {
     context.beginPath();
@@ -65,21 +70,32 @@ async function detect() {
     resize: median(counted.map((time) => time.resize)), model: median(counted.map((time) => time.model)), runs: counted.length,
   };
   draw();
+  const { accelerator, reason } = model.network;
+  $("where").textContent = {
+    CPU: `Runs on the CPU (WebAssembly): ${reason}.`,
+    GPU: "Runs on the GPU (WebGPU).",
+    "GPU and CPU": "Runs on the GPU (WebGPU); what that lacks, like NMS, on the CPU.",
+  }[accelerator];
   const { width, height } = picture.data;
   const { resize, model: rest, runs } = milliseconds;
   $("status").textContent =
     `${picture.name} (${width} x ${height}), ${model.name}: ${rest.toFixed(1)} ms from pixels to polygons, ` +
     `${resize.toFixed(1)} ms to resize (median of ${runs})`;
-  const all = { model: model.name, image: picture.name, width, height, milliseconds, detections };
+  const all = { model: model.name, accelerator, image: picture.name, width, height, milliseconds, detections };
   $("json").textContent = JSON.stringify(all, null, 1);
 }
 
 async function useModel(name, bytes) {
-  const network = await PolarMask.load(bytes).catch((error) => {
+  const network = await PolarMask.load(bytes, parameters.get("accelerator")).catch((error) => {
     throw new Error(`${name}: ${error.message}`);
   });
   model?.network.delete();
   model = { name, network };
+  detections = []; // of another model
+  least = undefined;
+  $("least").value = network.thresholds.overall;
+  const own = network.metadata.thresholds ? ", the model's own" : "";
+  $("shown").textContent = network.thresholds.overall.toFixed(2) + own;
 }
 
 async function useImage(name, blob) {
@@ -109,7 +125,7 @@ async function useSample() {
 }
 
 async function begin() {
-  const url = new URLSearchParams(location.search).get("model") ?? "model.tflite";
+  const url = parameters.get("model") ?? "model.tflite";
   const response = await fetched(url).catch((error) => {
     throw new Error(`No model beside this page (${error.message}): drop an exported .tflite file`);
   });
@@ -151,7 +167,8 @@ for (const id of ["image", "model"]) {
 }
 $("sample").addEventListener("click", () => enqueue(() => useSample().then(detect)));
 $("least").addEventListener("input", () => {
-  $("shown").textContent = Number($("least").value).toFixed(2);
+  least = Number($("least").value);
+  $("shown").textContent = least.toFixed(2);
   draw();
 });
 enqueue(begin);

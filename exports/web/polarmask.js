@@ -1,17 +1,27 @@
 // An exported PolarMask .tflite file in the browser: pixels in, polygons out, as polarmask_tf/lite.py does it in Python.
 // Coordinates are continuous, x right, y down; pixel (0, 0) covers [0, 1) x [0, 1).
+import { letterbox, readImage } from "./pixels.js";
 
+export { letterbox, readImage };
+
+const SHOWN = 0.3; // least score of what is worth showing, of a model that does not say it
 const clip = (value, limit) => Math.min(Math.max(value, 0), limit);
 const sigmoid = (x) => 1 / (1 + Math.exp(-x));
 
-let runtime; // LiteRT.js, loaded once, with the first model
+let runtime; // {litert: LiteRT.js, lacks: why not to use the GPU, soft: if only since it is slow}, loaded once
 
 async function loadRuntime() {
   try {
     const litert = await import("@litertjs/core"); // where that lies says the import map of index.html
     const wasm = new URL("../wasm/", import.meta.resolve("@litertjs/core"));
-    await litert.loadLiteRt(String(wasm));
-    return litert;
+    const adapter = await navigator.gpu?.requestAdapter({ powerPreference: "high-performance" }).catch(() => null);
+    // LiteRT.js runs what WebGPU does not have, like NMS, on the CPU meanwhile, if WebAssembly can wait for the GPU (JSPI).
+    const jspi = Boolean(adapter) && "Suspending" in WebAssembly;
+    await litert.loadLiteRt(String(wasm), { jspi });
+    if (!navigator.gpu) return { litert, lacks: "this browser has no WebGPU (which is there on https and localhost alone)" };
+    if (!adapter || !litert.getWebGpuDevice()) return { litert, lacks: "WebGPU finds no GPU here" };
+    const soft = Boolean(adapter.info?.isFallbackAdapter);
+    return { litert, soft, lacks: soft ? "WebGPU is software here, which is slower" : undefined };
   } catch (error) {
     runtime = undefined;
     throw new Error(`LiteRT.js does not load; is node_modules beside index.html? ${error.message ?? ""}`);
@@ -44,79 +54,6 @@ export async function readMetadata(bytes) {
   throw new Error("no metadata.json at its end");
 }
 
-// Browsers turn a photo as its EXIF data says, and cannot be told not to. Networks are trained without that, so a JPEG's EXIF
-// data gets another name, under which nobody reads it.
-function hideExif(bytes) {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const u16 = (at) => (at + 2 <= bytes.length ? view.getUint16(at) : 0);
-  if (u16(0) !== 0xffd8) return;
-  for (let at = 2; u16(at) > 0xff00 && u16(at) !== 0xffda; at += 2 + u16(at + 2)) { // segments up to the scan
-    if (u16(at) === 0xffe1) bytes[at + 4] = 0;
-  }
-}
-
-// The decoded pixels of an image file or other blob: no EXIF rotation, no change of colors.
-export async function readImage(blob) {
-  const bytes = new Uint8Array(await blob.arrayBuffer());
-  hideExif(bytes);
-  const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
-  const bitmap = await createImageBitmap(new Blob([bytes]), options);
-  const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0);
-  bitmap.close();
-  return context.getImageData(0, 0, context.canvas.width, context.canvas.height);
-}
-
-// Python's round(): halves go to the even neighbor.
-const round = (x) => (Math.abs(x % 1) === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
-
-// For every one of `size` pixels, the first of `from` pixels it is made of, and their weights, in units of 2^-22.
-function weights(from, size) {
-  const scale = from / size;
-  const support = Math.max(scale, 1);
-  return Array.from({ length: size }, (_, pixel) => {
-    const center = (pixel + 0.5) * scale;
-    const first = Math.trunc(Math.max(center - support + 0.5, 0));
-    const last = Math.trunc(Math.min(center + support + 0.5, from));
-    const triangle = Array.from({ length: last - first }, (_, k) =>
-      Math.max(1 - Math.abs((k + first - center + 0.5) / support), 0));
-    const sum = triangle.reduce((a, b) => a + b);
-    return { first, parts: Int32Array.from(triangle, (part) => Math.trunc(0.5 + (part / sum) * 2 ** 22)) };
-  });
-}
-
-// An ImageData fitted into uint8 RGB [height, width, 3]: resized, its ratio kept, or lost if `stretch`, top left in zeros.
-// Own resizing, since browsers' canvases differ from each other, and some skip pixels. This is Pillow's BILINEAR: the same
-// integers where it, too, makes the columns first, which depends on its version and on the sizes, else at most one level off.
-export function letterbox(image, height, width, stretch = false) {
-  const scale = Math.min(height / image.height, width / image.width);
-  const fit = (side) => Math.max(1, round(side * scale));
-  const filled = stretch ? { width, height } : { width: fit(image.width), height: fit(image.height) };
-  const rows = new Uint8Array(image.height * filled.width * 3); // the columns made, the rows still as they were
-  const columns = weights(image.width, filled.width);
-  const { data } = image;
-  for (let y = 0, to = 0; y < image.height; y++) {
-    for (const { first, parts } of columns) {
-      for (let color = 0; color < 3; color++) {
-        let sum = 2 ** 21;
-        const at = (y * image.width + first) * 4 + color;
-        for (let k = 0; k < parts.length; k++) sum += parts[k] * data[at + 4 * k];
-        rows[to++] = sum >> 22;
-      }
-    }
-  }
-  const pixels = new Uint8Array(height * width * 3);
-  const row = filled.width * 3;
-  weights(image.height, filled.height).forEach(({ first, parts }, y) => {
-    for (let x = 0; x < row; x++) {
-      let sum = 2 ** 21;
-      for (let k = 0; k < parts.length; k++) sum += parts[k] * rows[(first + k) * row + x];
-      pixels[y * width * 3 + x] = sum >> 22;
-    }
-  });
-  return { pixels, scaleX: image.width / filled.width, scaleY: image.height / filled.height };
-}
-
 function overlap(a, b, least) {
   const side = (axis) => Math.max(Math.min(a[axis + 2], b[axis + 2]) - Math.max(a[axis], b[axis]), 0);
   const common = side(0) * side(1);
@@ -127,6 +64,12 @@ function overlap(a, b, least) {
 // A --raw file's outputs {name: {shape, data}} to detections in pixels of its input: the network's logits by level,
 // decoded, the best of each level, without those that overlap a better one of the same class.
 export function assemble(heads, raw, height, width) {
+  const { temperature = 1, score_bias: bias = 0 } = raw; // of calibrated scores
+  const calibrated = (score) => {
+    if (temperature === 1 && bias === 0) return score;
+    const inside = Math.min(Math.max(score, 1e-6), 1 - 1e-6);
+    return Math.fround(sigmoid(Math.log(inside / (1 - inside)) / temperature + bias));
+  };
   const found = [];
   for (const [level, unit] of Object.entries(raw.ray_units)) {
     const [classes, centerness, rays] = ["classes", "centerness", "rays"].map((name) => heads[`P${level}_${name}`]);
@@ -160,7 +103,7 @@ export function assemble(heads, raw, height, width) {
     if (kept.length === raw.max_detections) break;
     if (!kept.some((other) => other.class === one.class && overlap(other.box, one.box, raw.nms_iou))) kept.push(one);
   }
-  return kept;
+  return kept.map((one) => ({ ...one, score: calibrated(one.score) }));
 }
 
 // The outputs of a file with all in its graph to detections in pixels of its input, too.
@@ -179,37 +122,56 @@ function unpack(outputs, height, width) {
   });
 }
 
+// Whether two lists hold the same detections, but for what another order of summing, or of rounding to 8 bits, makes of it.
+function agree(found, expected, height, width) {
+  const near = (one, other) =>
+    one.class === other.class && Math.abs(one.score - other.score) < 0.02 &&
+    one.polygon.every(([x, y], k) =>
+      Math.abs(x - other.polygon[k][0]) < 0.02 * width && Math.abs(y - other.polygon[k][1]) < 0.02 * height);
+  const count = expected.filter((one) => found.some((other) => near(one, other))).length;
+  return count >= 0.9 * Math.max(found.length, expected.length);
+}
+
 // const model = await PolarMask.load(bytes);  const { detections } = await model.detect(await readImage(file));
 // A detection: {label, class, score, box: [xmin, ymin, xmax, ymax], polygon: [[x, y], ...]} in pixels of the image.
+// model.thresholds: from which score a detection is worth showing, {overall, classes: [of each class]}, as `evaluate` found.
 export class PolarMask {
-  // bytes: a Uint8Array, the whole file.
-  static async load(bytes) {
+  // bytes: a Uint8Array, the whole file. accelerator: "gpu" or "cpu"; otherwise the GPU where there is a real one. What runs is
+  // in model.accelerator, and why it is not the GPU in model.reason. detect may change both, see `find`.
+  static async load(bytes, accelerator) {
     const model = new PolarMask();
     let reason;
     try {
       model.metadata = JSON.parse(await readMetadata(bytes));
-      const { classes, input, raw } = model.metadata;
+      const { classes, input, raw, thresholds } = model.metadata;
       model.labels = classes.map((entry) => entry.name);
+      model.thresholds = thresholds ?? { overall: SHOWN, classes: model.labels.map(() => SHOWN) };
       [model.height, model.width, model.raw] = [input.height, input.width, raw];
       model.stretch = { letterbox: false, stretch: true }[input.resize ?? "letterbox"];
       if (model.stretch === undefined) reason = `input.resize is ${input.resize}`;
-      if (![model.height, model.width].every((side) => side > 0) || model.labels.includes(undefined)) {
+      const scores = [model.thresholds.overall, ...model.thresholds.classes];
+      if (![model.height, model.width].every((side) => side > 0) || model.labels.includes(undefined) ||
+        scores.length !== model.labels.length + 1 || !scores.every(Number.isFinite)) {
         reason = "its metadata.json is incomplete";
       }
     } catch (error) {
       reason = error.message;
     }
     if (reason === undefined) {
-      model.litert = await (runtime ??= loadRuntime());
+      const { litert, lacks, soft } = await (runtime ??= loadRuntime());
+      model.litert = litert;
       try {
-        model.compiled = await model.litert.loadAndCompile(bytes, { accelerator: "wasm" });
-        const [{ dtype, shape }] = model.compiled.getInputDetails();
+        model.cpu = await litert.loadAndCompile(bytes, { accelerator: "wasm" });
+        const [{ dtype, shape }] = model.cpu.getInputDetails();
         if (dtype !== "uint8" || String(shape) !== String([1, model.height, model.width, 3])) {
           reason = `its input is ${dtype} ${shape}, not as in its metadata.json`;
         }
       } catch (error) {
         reason = error.message;
       }
+      if (accelerator === "cpu") model.reason = "as asked for";
+      else if (lacks && !(soft && accelerator === "gpu")) model.reason = lacks;
+      else if (reason === undefined) await model.useGpu(bytes);
     }
     if (reason !== undefined) {
       model.delete();
@@ -218,38 +180,82 @@ export class PolarMask {
     return model;
   }
 
+  async useGpu(bytes) {
+    try { // in float32, as the CPU: where a GPU has float16, LiteRT.js would take that
+      this.gpu = await this.litert.loadAndCompile(bytes, { accelerator: "webgpu", gpuOptions: { precision: "fp32" } });
+    } catch (error) {
+      return this.leaveGpu(`WebGPU does not take this file: ${error.message}`);
+    }
+    if (this.gpu.options.accelerator !== "webgpu") {
+      this.leaveGpu("this browser cannot run a part of a file on the CPU (it lacks JSPI); a --raw file is wholly for the GPU");
+    }
+  }
+
+  leaveGpu(reason) {
+    const { gpu } = this;
+    [this.gpu, this.reason] = [undefined, reason];
+    gpu?.delete();
+  }
+
+  // "GPU", "GPU and CPU" (what WebGPU does not have, like NMS) or "CPU".
+  get accelerator() {
+    if (!this.gpu) return "CPU";
+    return this.gpu.isFullyAccelerated ? "GPU" : "GPU and CPU";
+  }
+
   // image: an ImageData, of any size. Also gives the milliseconds of resizing, and of the rest.
   async detect(image) {
     const begin = performance.now();
     const { pixels, scaleX, scaleY } = letterbox(image, this.height, this.width, this.stretch);
-    const resized = performance.now();
-    const outputs = await this.run(pixels);
-    const found = this.raw ? assemble(outputs, this.raw, this.height, this.width) : unpack(outputs, this.height, this.width);
+    const resize = performance.now() - begin;
+    const { found, milliseconds } = await this.find(pixels);
     const place = ([x, y]) => [clip(x * scaleX, image.width), clip(y * scaleY, image.height)];
     const detections = found.map(({ score, class: number, box, polygon }) => ({
       label: this.labels[number], class: number, score,
       box: [...place(box.slice(0, 2)), ...place(box.slice(2))], polygon: polygon.map(place),
     }));
-    return { detections, milliseconds: { resize: resized - begin, model: performance.now() - resized } };
+    return { detections, milliseconds: { resize, model: milliseconds } };
   }
 
-  // uint8 [height, width, 3] -> {name: {shape, data}}. LiteRT.js' memory is not collected, so it is freed here.
-  async run(pixels) {
+  // uint8 [height, width, 3] -> detections in pixels of it. The first image with any is run on the CPU, too: a GPU that finds
+  // others, or fails, now or later, is left for good.
+  async find(pixels) {
+    if (this.gpu) {
+      try {
+        const result = await this.run(this.gpu, pixels);
+        if (this.checked) return result;
+        const expected = await this.run(this.cpu, pixels);
+        if (agree(result.found, expected.found, this.height, this.width)) {
+          this.checked = expected.found.length > 0;
+          return result;
+        }
+        this.leaveGpu("the GPU's detections were not the CPU's");
+      } catch (error) {
+        this.leaveGpu(`the GPU failed: ${error.message}`);
+      }
+    }
+    return this.run(this.cpu, pixels);
+  }
+
+  // LiteRT.js' memory is not collected, so it is freed here.
+  async run(compiled, pixels) {
+    const begin = performance.now();
     const images = new this.litert.Tensor(pixels, [1, this.height, this.width, 3]);
     try {
-      const outputs = await this.compiled.run({ images });
-      const copied = {};
-      for (const [name, tensor] of Object.entries(outputs)) {
-        copied[name] = { shape: [...tensor.type.layout.dimensions], data: await tensor.data() };
+      const outputs = {};
+      for (const [name, tensor] of Object.entries(await compiled.run({ images }))) {
+        outputs[name] = { shape: [...tensor.type.layout.dimensions], data: await tensor.data() };
         tensor.delete();
       }
-      return copied;
+      const found = this.raw ? assemble(outputs, this.raw, this.height, this.width) : unpack(outputs, this.height, this.width);
+      return { found, milliseconds: performance.now() - begin };
     } finally {
       images.delete();
     }
   }
 
   delete() {
-    this.compiled?.delete();
+    this.cpu?.delete();
+    this.gpu?.delete();
   }
 }

@@ -1,6 +1,5 @@
 """Pages in headless Chromium, by playwright-core of exports/web/package.json."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -8,27 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from helpers import npm
+
 WEB = Path(__file__).resolve().parents[2] / "exports/web"
 DRIVER = Path(__file__).parent / "web_page.mjs"
 
 
 def node_modules(pytestconfig):
     """What exports/web/package.json asks for, installed once into pytest's cache."""
-    missing = [tool for tool in ("node", "npm") if shutil.which(tool) is None]
-    if missing:
-        pytest.skip(f"no {' and no '.join(missing)} here (Debian: apt-get install nodejs npm)")
-    package = (WEB / "package.json").read_bytes()
-    folder = Path(pytestconfig.cache.mkdir(f"web-{hashlib.sha256(package).hexdigest()[:12]}"))
-    if not (folder / "node_modules/.package-lock.json").exists():  # which npm writes last
-        (folder / "package.json").write_bytes(package)
-        command = "npm install --no-package-lock --no-audit --no-fund --loglevel=error --fetch-retries=1"
-        try:
-            done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            pytest.skip("npm install took more than 5 minutes")
-        if done.returncode:
-            pytest.skip(f"npm install failed: {' '.join(done.stderr.split())[:300]}")
-    return folder / "node_modules"
+    return npm.install(pytestconfig, "web", (WEB / "package.json").read_bytes())
 
 
 def find_chromium():
@@ -42,8 +29,8 @@ def find_chromium():
 class Page:
     """The page in a browser of its own; see web_page.mjs. Every call fails if the page had an uncaught exception."""
 
-    def __init__(self, folder, chromium):
-        command = ["node", str(folder / DRIVER.name), chromium]
+    def __init__(self, folder, chromium, *flags):
+        command = ["node", str(folder / DRIVER.name), chromium, *flags]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, **command):

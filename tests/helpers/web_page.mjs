@@ -1,12 +1,13 @@
-// Drives exports/web in headless Chromium for test_web.py: a command as a line of JSON on stdin, its answer on stdout.
-//   node web_page.mjs CHROMIUM
+// Drives a page in headless Chromium for tests: a command as a line of JSON on stdin, its answer on stdout.
+//   node web_page.mjs CHROMIUM [FLAG ...]
+// {init: source to be run before each page's own}
 // {open: url} {drop: [paths]} {choose: path, into: selector} {click: selector} {call: source, with: value} {screenshot: path}
 import { readFileSync } from "node:fs";
 import { basename } from "node:path";
 import { createInterface } from "node:readline";
 import { chromium } from "playwright-core";
 
-const browser = await chromium.launch({ executablePath: process.argv[2], args: ["--no-sandbox"] });
+const browser = await chromium.launch({ executablePath: process.argv[2], args: ["--no-sandbox", ...process.argv.slice(3)] });
 const page = await browser.newPage();
 const uncaught = [];
 page.on("pageerror", (error) => uncaught.push(String(error)));
@@ -23,6 +24,7 @@ function drop(files) {
 }
 
 async function act(command) {
+  if (command.init) return page.addInitScript(command.init).then(() => {});
   if (command.open) await page.goto(command.open);
   if (command.drop) {
     await page.evaluate(drop, command.drop.map((path) => ({ name: basename(path), content: readFileSync(path, "base64") })));
@@ -33,8 +35,8 @@ async function act(command) {
   if (command.call) return page.evaluate(`(${command.call})(${JSON.stringify(command.with)})`);
   if (command.wait !== false) await page.waitForFunction(() => document.body.ariaBusy === "false", null, { timeout: 60000 });
   return page.evaluate(() => {
-    const text = (id) => document.getElementById(id).textContent;
-    return { message: text("message"), status: text("status"), json: text("json") };
+    const text = (id) => document.getElementById(id)?.textContent;
+    return Object.fromEntries(["message", "status", "where", "shown", "json"].map((id) => [id, text(id)]));
   });
 }
 

@@ -1,0 +1,13 @@
+pluginManagement {
+  repositories {
+    google()
+    mavenCentral()
+  }
+}
+dependencyResolutionManagement {
+  repositories {
+    google()
+    mavenCentral()
+  }
+}
+rootProject.name = "polarmask"

@@ -1,0 +1,351 @@
+package polarmask;
+
+import java.io.DataInputStream;
+import java.io.File;
+import java.io.IOException;
+import java.nio.charset.StandardCharsets;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.Iterator;
+import java.util.List;
+import java.util.Map;
+import java.util.TreeMap;
+import java.util.zip.ZipEntry;
+import java.util.zip.ZipFile;
+import org.json.JSONArray;
+import org.json.JSONException;
+import org.json.JSONObject;
+
+/**
+ * What lite.py does around the network of an exported .tflite file, step by step and in its float32: metadata, letterbox,
+ * assemble (of --raw files), unpack. No class of Android's but org.json, so that it runs on any JVM.
+ *
+ * <p>Coordinates are continuous, x right, y down; pixel (0, 0) covers [0, 1) x [0, 1).
+ */
+public final class PolarMask {
+  private static final float SHOWN = 0.3f; // least score of what is shown, of a model that does not say it
+  private static final int MOST_METADATA = 1 << 20; // bytes
+
+  /** An object, in pixels of the image: box xmin, ymin, xmax, ymax, polygon x, y, x, y, ... */
+  public static final class Detection {
+    public final int label; // labels[label] is its name
+    public final float score;
+    public final float[] box;
+    public final float[] polygon;
+
+    Detection(int label, float score, float[] box, float[] polygon) {
+      this.label = label;
+      this.score = score;
+      this.box = box;
+      this.polygon = polygon;
+    }
+  }
+
+  /** An image as the network takes it: uint8 RGB [height, width, 3], of scaleX x scaleY pixels of the image a pixel. */
+  public static final class Input {
+    public final byte[] pixels;
+    public final float scaleX;
+    public final float scaleY;
+    public final int imageHeight;
+    public final int imageWidth;
+
+    Input(byte[] pixels, float scaleX, float scaleY, int imageHeight, int imageWidth) {
+      this.pixels = pixels;
+      this.scaleX = scaleX;
+      this.scaleY = scaleY;
+      this.imageHeight = imageHeight;
+      this.imageWidth = imageWidth;
+    }
+  }
+
+  public final String[] labels;
+  public final float[] thresholds; // of each class: the score from which a detection is worth showing
+  public final int height; // of the network's input
+  public final int width;
+  public final boolean isRaw;
+  private final boolean stretch;
+  private final int rays;
+  private final JSONObject raw;
+  private final TreeMap<Integer, Float> rayUnits = new TreeMap<>(); // by level
+
+  /** Of the text of metadata.json. Throws JSONException where something is missing. */
+  public PolarMask(String metadata) throws JSONException {
+    JSONObject described = new JSONObject(metadata);
+    JSONObject input = described.getJSONObject("input");
+    JSONArray classes = described.getJSONArray("classes");
+    height = input.getInt("height");
+    width = input.getInt("width");
+    rays = described.getInt("rays");
+    labels = new String[classes.length()];
+    thresholds = new float[classes.length()];
+    JSONObject found = described.optJSONObject("thresholds"); // by `polarmask evaluate`
+    for (int i = 0; i < labels.length; i++) {
+      labels[i] = classes.getJSONObject(i).getString("name");
+      thresholds[i] = found == null ? SHOWN : (float) found.getJSONArray("classes").getDouble(i);
+    }
+    String resize = input.optString("resize", "letterbox");
+    stretch = resize.equals("stretch");
+    if (height < 1 || width < 1 || rays < 1 || labels.length < 1 || !stretch && !resize.equals("letterbox")) {
+      throw new JSONException("metadata.json is not of a .tflite file that `polarmask export` writes");
+    }
+    raw = described.optJSONObject("raw");
+    isRaw = raw != null;
+    if (isRaw) {
+      JSONObject units = raw.getJSONObject("ray_units");
+      for (Iterator<?> levels = units.keys(); levels.hasNext(); ) {
+        String level = (String) levels.next();
+        rayUnits.put(Integer.valueOf(level), (float) units.getDouble(level));
+      }
+    }
+  }
+
+  /** The text of metadata.json in the zip at the end of a .tflite file. */
+  public static String readMetadata(File model) throws IOException {
+    try (ZipFile archive = new ZipFile(model)) {
+      ZipEntry entry = archive.getEntry("metadata.json");
+      if (entry == null || entry.getSize() < 0 || entry.getSize() > MOST_METADATA) {
+        throw new IOException("no metadata.json of at most 1 MB at its end");
+      }
+      byte[] text = new byte[(int) entry.getSize()];
+      try (DataInputStream stream = new DataInputStream(archive.getInputStream(entry))) {
+        stream.readFully(text);
+      }
+      return new String(text, StandardCharsets.UTF_8);
+    }
+  }
+
+  /** The names of the network's outputs. */
+  public List<String> outputNames() {
+    List<String> names = new ArrayList<>();
+    if (!isRaw) {
+      names.addAll(Arrays.asList("num_detections", "detection_scores", "detection_classes", "detection_boxes",
+          "detection_polygons"));
+    }
+    for (int level : rayUnits.keySet()) {
+      names.addAll(Arrays.asList("P" + level + "_classes", "P" + level + "_centerness", "P" + level + "_rays"));
+    }
+    return names;
+  }
+
+  /** Whether an output is of 32-bit integers; all others are of floats. */
+  public static boolean isInteger(String output) {
+    return output.equals("num_detections") || output.equals("detection_classes");
+  }
+
+  /** An image of 0xAARRGGBB pixels, row by row, fitted into the network's input: resized, top left in zeros. */
+  public Input letterbox(int[] image, int imageHeight, int imageWidth) {
+    if (imageHeight < 1 || imageWidth < 1 || image.length < (long) imageHeight * imageWidth) {
+      throw new IllegalArgumentException(image.length + " pixels are no image of " + imageWidth + " x " + imageHeight);
+    }
+    double scale = Math.min((double) height / imageHeight, (double) width / imageWidth);
+    int filledHeight = stretch ? height : Math.max(1, (int) Math.rint(imageHeight * scale));
+    int filledWidth = stretch ? width : Math.max(1, (int) Math.rint(imageWidth * scale));
+    int row = filledWidth * 3;
+    byte[] rows = new byte[imageHeight * row]; // the columns made, the rows still as they were
+    int[][] columns = weights(imageWidth, filledWidth);
+    for (int y = 0, to = 0; y < imageHeight; y++) {
+      for (int[] column : columns) {
+        for (int shift = 16; shift >= 0; shift -= 8) {
+          int sum = 1 << 21;
+          for (int k = 1; k < column.length; k++) {
+            sum += column[k] * (image[y * imageWidth + column[0] + k - 1] >> shift & 255);
+          }
+          rows[to++] = (byte) (sum >> 22);
+        }
+      }
+    }
+    byte[] pixels = new byte[height * width * 3];
+    int[][] lines = weights(imageHeight, filledHeight);
+    for (int y = 0; y < filledHeight; y++) {
+      int[] line = lines[y];
+      for (int x = 0; x < row; x++) {
+        int sum = 1 << 21;
+        for (int k = 1; k < line.length; k++) {
+          sum += line[k] * (rows[(line[0] + k - 1) * row + x] & 255);
+        }
+        pixels[y * width * 3 + x] = (byte) (sum >> 22);
+      }
+    }
+    return new Input(pixels, (float) imageWidth / filledWidth, (float) imageHeight / filledHeight, imageHeight, imageWidth);
+  }
+
+  /** For every one of `size` pixels, the first of `from` pixels it is made of, then their weights times 2^22: Pillow's. */
+  private static int[][] weights(int from, int size) {
+    double scale = (double) from / size;
+    double support = Math.max(scale, 1);
+    int[][] all = new int[size][];
+    for (int pixel = 0; pixel < size; pixel++) {
+      double center = (pixel + 0.5) * scale;
+      int first = (int) Math.max(center - support + 0.5, 0);
+      int last = (int) Math.min(center + support + 0.5, from);
+      double[] triangle = new double[last - first];
+      double sum = 0;
+      for (int k = 0; k < triangle.length; k++) {
+        triangle[k] = Math.max(1 - Math.abs((k + first - center + 0.5) / support), 0);
+        sum += triangle[k];
+      }
+      all[pixel] = new int[1 + triangle.length];
+      all[pixel][0] = first;
+      for (int k = 0; k < triangle.length; k++) {
+        all[pixel][k + 1] = (int) (0.5 + triangle[k] / sum * (1 << 22));
+      }
+    }
+    return all;
+  }
+
+  /** The network's outputs by name to detections, best first. Throws IllegalArgumentException where one has another size. */
+  public List<Detection> detections(Map<String, float[]> outputs, Input input) throws JSONException {
+    List<Detection> found = isRaw ? assemble(outputs) : whole(outputs);
+    List<Detection> placed = new ArrayList<>();
+    for (Detection one : found) {
+      placed.add(new Detection(one.label, one.score, place(one.box, input), place(one.polygon, input)));
+    }
+    return placed;
+  }
+
+  /** x, y, ... in [0, 1] of the network's input to pixels of the image, clipped to it. */
+  private float[] place(float[] points, Input input) {
+    float[] placed = new float[points.length];
+    for (int i = 0; i < points.length; i += 2) {
+      placed[i] = clip(points[i] * (width * input.scaleX), input.imageWidth);
+      placed[i + 1] = clip(points[i + 1] * (height * input.scaleY), input.imageHeight);
+    }
+    return placed;
+  }
+
+  private List<Detection> whole(Map<String, float[]> outputs) {
+    int count = (int) output(outputs, "num_detections", 1)[0];
+    float[] scores = outputs.get("detection_scores");
+    int most = scores == null ? 0 : scores.length;
+    float[] classes = output(outputs, "detection_classes", most);
+    float[] boxes = output(outputs, "detection_boxes", most * 4);
+    float[] polygons = output(outputs, "detection_polygons", most * rays * 2);
+    if (count < 0 || count > most) {
+      throw new IllegalArgumentException("more detections than there may be");
+    }
+    List<Detection> found = new ArrayList<>();
+    for (int i = 0; i < count; i++) {
+      float[] box = {boxes[4 * i + 1], boxes[4 * i], boxes[4 * i + 3], boxes[4 * i + 2]};
+      found.add(new Detection((int) classes[i], scores[i], box,
+          Arrays.copyOfRange(polygons, i * rays * 2, (i + 1) * rays * 2)));
+    }
+    return found;
+  }
+
+  /** From a --raw file's outputs, the head's logits by level: postprocess.detect, as lite.assemble does it. */
+  private List<Detection> assemble(Map<String, float[]> outputs) throws JSONException {
+    boolean pairs = raw.getBoolean("multi_label");
+    float least = (float) raw.getDouble("score_threshold");
+    float iou = (float) raw.getDouble("nms_iou");
+    float logitLimit = (float) raw.getDouble("ray_limit");
+    List<Detection> candidates = new ArrayList<>();
+    for (Map.Entry<Integer, Float> level : rayUnits.entrySet()) {
+      int stride = 1 << level.getKey();
+      int columns = (width + stride - 1) / stride;
+      int locations = columns * ((height + stride - 1) / stride);
+      float[] classes = output(outputs, "P" + level.getKey() + "_classes", locations * labels.length);
+      float[] centerness = output(outputs, "P" + level.getKey() + "_centerness", locations);
+      float[] lengths = output(outputs, "P" + level.getKey() + "_rays", locations * rays);
+      List<Detection> best = new ArrayList<>(); // of a level: the polygon is still its location
+      for (int at = 0; at < locations; at++) {
+        int largest = 0;
+        for (int c = 0; c < labels.length; c++) {
+          largest = classes[at * labels.length + c] > classes[at * labels.length + largest] ? c : largest;
+        }
+        for (int c = pairs ? 0 : largest; c < (pairs ? labels.length : largest + 1); c++) {
+          float score = 1 / (1 + exp(-classes[at * labels.length + c])) / (1 + exp(-centerness[at]));
+          if (score > least) {
+            best.add(new Detection(c, score, null, new float[] {at}));
+          }
+        }
+      }
+      best.sort((a, b) -> Float.compare(b.score, a.score));
+      for (Detection one : best.subList(0, Math.min(best.size(), raw.getInt("candidates")))) {
+        int at = (int) one.polygon[0];
+        float[] polygon = new float[rays * 2];
+        float[] box = {width, height, 0, 0};
+        for (int k = 0; k < rays; k++) {
+          float logit = Math.min(Math.max(lengths[at * rays + k], -logitLimit), logitLimit);
+          float reach = level.getValue() * exp(logit);
+          float x = stride * (at % columns + 0.5f) + reach * (float) Math.cos(2 * Math.PI * k / rays);
+          float y = stride * (at / columns + 0.5f) + reach * (float) Math.sin(2 * Math.PI * k / rays);
+          polygon[2 * k] = clip(x, width);
+          polygon[2 * k + 1] = clip(y, height);
+          box[0] = Math.min(box[0], polygon[2 * k]);
+          box[1] = Math.min(box[1], polygon[2 * k + 1]);
+          box[2] = Math.max(box[2], polygon[2 * k]);
+          box[3] = Math.max(box[3], polygon[2 * k + 1]);
+        }
+        candidates.add(new Detection(one.label, one.score, box, polygon));
+      }
+    }
+    candidates.sort((a, b) -> Float.compare(b.score, a.score));
+    List<Detection> kept = new ArrayList<>();
+    for (Detection one : candidates) {
+      if (kept.size() < raw.getInt("max_detections") && !overlapsBetter(one, kept, iou)) {
+        kept.add(one);
+      }
+    }
+    List<Detection> found = new ArrayList<>();
+    for (Detection one : kept) {
+      found.add(new Detection(one.label, calibrated(one.score), relative(one.box), relative(one.polygon)));
+    }
+    return found;
+  }
+
+  private boolean overlapsBetter(Detection one, List<Detection> better, float iou) {
+    float[] a = apart(one);
+    for (Detection other : better) {
+      float[] b = apart(other);
+      float wide = Math.max(Math.min(a[2], b[2]) - Math.max(a[0], b[0]), 0);
+      float common = wide * Math.max(Math.min(a[3], b[3]) - Math.max(a[1], b[1]), 0);
+      float areas = (b[2] - b[0]) * (b[3] - b[1]) + (a[2] - a[0]) * (a[3] - a[1]);
+      if (common > iou * (areas - common)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  /** The box moved where those of no other class are: not "of the same class", so that numbers round as in lite.py. */
+  private float[] apart(Detection one) {
+    float away = (float) (one.label * (Math.max(height, width) + 1.0));
+    return new float[] {one.box[0] + away, one.box[1] + away, one.box[2] + away, one.box[3] + away};
+  }
+
+  private float calibrated(float score) {
+    float temperature = (float) raw.optDouble("temperature", 1);
+    float bias = (float) raw.optDouble("score_bias", 0);
+    if (temperature == 1 && bias == 0) {
+      return score;
+    }
+    float inside = Math.min(Math.max(score, 1e-6f), 1 - 1e-6f);
+    float odds = (float) Math.log(1 - inside) - (float) Math.log(inside);
+    return 1 / (1 + exp(odds / temperature - bias));
+  }
+
+  private float[] relative(float[] points) {
+    float[] divided = new float[points.length];
+    for (int i = 0; i < points.length; i++) {
+      divided[i] = points[i] / (i % 2 == 0 ? width : height);
+    }
+    return divided;
+  }
+
+  private static float exp(float x) {
+    return (float) Math.exp(x);
+  }
+
+  private static float clip(float value, float limit) {
+    return Math.min(Math.max(value, 0), limit);
+  }
+
+  private static float[] output(Map<String, float[]> outputs, String name, int size) {
+    float[] values = outputs.get(name);
+    if (values == null || values.length != size) {
+      String what = values == null ? "is missing" : "has " + values.length + " numbers";
+      throw new IllegalArgumentException("output " + name + " " + what + ", expected " + size);
+    }
+    return values;
+  }
+}
