@@ -169,6 +169,39 @@ def test_an_image_normalised_by_itself_is_so_in_float():
     assert means and all(types[i] is np.float32 for outputs in means for i in outputs)
 
 
+def test_dynamic_leaves_depthwise_weights_in_float():
+    """With 8 bits in a float network LiteRT is slow at them. The converter would make those of 1024 values or more 8 bits."""
+    wide = make_model("model.fpn.channels=128", "model.head.channels=128", "model.head.kernel=3")
+    exact, content = (tflite.convert(wide, precision, raw=True) for precision in ("fp32", "dynamic"))
+    weights = []
+    for text in (exact, content):
+        described = {d["index"]: d for d in Interpreter(model_content=text).get_tensor_details()}
+        read = Interpreter(model_content=text).get_tensor
+        ops = flatbuffer.operations(text)
+        weights.append([(kind, described[inputs[1]], read(inputs[1])) for kind, inputs, *_ in ops if kind.endswith("CONV_2D")])
+    assert max(value.size for kind, _, value in weights[0] if kind == "DEPTHWISE_CONV_2D") > 1024
+    for (kind, _, expected), (other, tensor, found) in zip(*weights, strict=True):
+        assert kind == other
+        if kind == "DEPTHWISE_CONV_2D":
+            assert tensor["dtype"] is np.float32 and not tensor["quantization_parameters"]["scales"].size
+            np.testing.assert_array_equal(found, expected)
+        else:
+            assert tensor["dtype"] is (np.int8 if expected.size >= 1024 else np.float32)
+    image = next(images(1, 64, 96, seed=3))[None]
+    right, near = (
+        Interpreter(model_content=text).get_signature_runner("serving_default")(images=image) for text in (exact, content)
+    )
+    for name, value in right.items():
+        assert 0 < np.abs(near[name] - value).mean() < 0.05 * value.std() + 1e-3, name
+
+
+def test_weights_begin_at_multiples_of_16_bytes_in_what_is_packed_again(files):
+    content = flatbuffer.pack(flatbuffer.unpack(files["fp32", False].read_bytes()))
+    start = np.frombuffer(content, np.uint8).ctypes.data
+    data = [buffer.data for buffer in schema.ModelT.InitFromPackedBuf(content, 0).buffers if buffer.data is not None]
+    assert len(data) > 20 and not [each for each in data if len(each) and (each.ctypes.data - start) % 16]
+
+
 def test_every_precision_finds_what_keras_finds(model, files):
     keras = run_predictor(model)
     for (precision, raw), path in files.items():

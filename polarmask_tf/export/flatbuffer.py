@@ -12,6 +12,30 @@ HEADS = tuple(f"/head/{name}/conv" for name in ("classes", "centerness", "rays",
 _NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 
 
+class _Builder(flatbuffers.Builder):
+    """Vectors begin at multiples of 16 bytes, as the format wants of weights."""
+
+    def StartVector(self, elemSize, numElems, alignment):
+        return super().StartVector(elemSize, numElems, max(16, alignment))
+
+
+def unpack(content: bytes) -> schema.ModelT:
+    """The file as objects; weights that lie behind the flatbuffer, as some quantizers leave them, come into it."""
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if buffer.offset > 1:
+            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+    return model
+
+
+def pack(model: schema.ModelT) -> bytes:
+    """The objects as a file."""
+    builder = _Builder(1 << 20)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
 def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str]]]:
     """Of a .tflite file's operations, in order: kind, the tensors it takes, those it gives, and the names of these.
 
@@ -81,16 +105,10 @@ def split_at_postprocess(content: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _cut(content: bytes, keep: list[bool], **ends) -> bytes:
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    for buffer in model.buffers:  # of files from other quantizers the weights may lie behind the flatbuffer
-        if buffer.offset > 1:
-            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
-            buffer.offset = buffer.size = 0
+    model = unpack(content)
     graph = model.subgraphs[0]
     graph.operators = list(itertools.compress(graph.operators, keep))
     for name, value in ends.items():
         setattr(graph, name, value)
     model.signatureDefs = []
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return pack(model)

@@ -1,4 +1,4 @@
-"""A .tflite file that computes in 8 bits where that does no harm."""
+"""Weights of 8 bits, and .tflite files that compute in 8 bits where that does no harm."""
 
 from __future__ import annotations
 
@@ -42,3 +42,29 @@ def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:
         converter=converter, debug_dataset=converter.representative_dataset, debug_options=options
     )
     return debugger.get_nondebug_quantized_model()
+
+
+def dynamic(folder: str) -> bytes:
+    """The SavedModel in `folder` as .tflite: weights of 8 bits, but those of depthwise convolutions in float.
+
+    With a float image and 8-bit weights LiteRT has fast kernels (XNNPACK's) for dense convolutions alone; depthwise ones took
+    most of the time, and have few weights.
+    """
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    exact = converter.convert()
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    content = converter.convert()
+    weights = {names[0]: inputs[1] for kind, inputs, _, names in flatbuffer.operations(exact) if kind == "DEPTHWISE_CONV_2D"}
+    if not weights:
+        return content
+    source, model = flatbuffer.unpack(exact), flatbuffer.unpack(content)
+    tensors = model.subgraphs[0].tensors
+    for kind, inputs, _, names in flatbuffer.operations(content):
+        if kind != "DEPTHWISE_CONV_2D":
+            continue
+        tensor, other = tensors[inputs[1]], source.subgraphs[0].tensors[weights[names[0]]]
+        if tensor.type != other.type:  # levels share weights
+            model.buffers[tensor.buffer].data = source.buffers[other.buffer].data
+            tensor.type, tensor.quantization = other.type, None
+    return flatbuffer.pack(model)

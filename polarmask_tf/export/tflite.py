@@ -83,11 +83,12 @@ def convert(
         tf.saved_model.save(module, folder, signatures={"serving_default": module.run})
         if precision == "int8":
             return quantize.int8(folder, images)
+        if precision == "dynamic":
+            return quantize.dynamic(folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        if precision != "fp32":
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "fp16":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.target_spec.supported_types = [tf.float16]
         return converter.convert()
 
