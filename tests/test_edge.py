@@ -1,6 +1,7 @@
 """Files for phones and boards: precisions, --raw, the gate on AP, what a file says of itself, and what it must survive."""
 
 import csv
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -30,7 +31,7 @@ from polarmask_tf.inference import evaluate
 from polarmask_tf.inference.predictor import load_predictor, run_predictor
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops import postprocess
-from polarmask_tf.tools import benchmark
+from polarmask_tf.tools import benchmark, operations, summary
 from polarmask_tf.weights import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -559,6 +560,48 @@ def test_the_benchmark_of_files(files, tmp_path, capsys):
     assert rows[0]["ratio"] == 1 and rows[0]["post_ms"] > rows[2]["post_ms"] == 0
     found = lite.PolarMaskLite(paths[0])(lite.letterbox(benchmark.synthetic_picture(), 64, 96)[0])
     assert rows[0]["detections"] == len(found["scores"]) and rows[2]["detections"] == "-"
+
+
+def test_the_operations_of_a_file(model, files, tmp_path, capsys):
+    paths = [str(files["fp32", False]), str(files["int8", False])]
+    assert cli.main(["benchmark", *paths, "--operations", "--repeats", "3", "--csv", str(tmp_path / "rows.csv")]) == 0
+    told = capsys.readouterr()
+    assert told.out.count(" ms a call; its operations, profiled, ") == 2 and "LiteRT" not in told.err
+    with open(tmp_path / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    for number, path in enumerate(paths):
+        found = {row["operation"]: row for row in rows if row["file"] == path}
+        assert found["NON_MAX_SUPPRESSION_V4"]["count"] == "1" and found["TOPK_V2"]["count"] == "2"
+        assert abs(sum(float(row["share"]) for row in found.values()) - 1) < 0.01
+        convolutions = [name for name in found if name.startswith(("Convolution", "Fully Connected"))]
+        assert convolutions and all((" QC8" in name or "QS8" in name) == bool(number) for name in convolutions)
+    # Independent of what is in the file: the TensorFlow graph's.
+    counted = sum(
+        summary.multiply_adds(op)
+        for op in tf.function(model).get_concrete_function(tf.TensorSpec([1, 64, 96, 3])).graph.get_operations()
+        if not op.type.startswith(("Stateful", "Partitioned"))
+    )
+    by_kind = {row["convolutions"]: row for row in operations.profile(paths[1], repeats=2)["convolutions"]}
+    assert sum(row["multiply_adds"] for row in by_kind.values()) == counted > 1e6
+    assert by_kind["depthwise"]["count"] == kinds(files["int8", False]).count("DEPTHWISE_CONV_2D") > 5
+
+
+def test_a_litert_without_the_profiler_is_one_line(files, capsys, monkeypatch):
+    words = ["benchmark", str(files["int8", False]), "--operations", "--repeats", "1"]
+    for library in ("libpywrap_litert_common.so", "no_such_library.so"):
+        monkeypatch.setattr(operations, "LIBRARY", library)
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert "has no profiler of compiled models; 2.3.0 has" in error and error.count("polarmask: ") == 1
+    monkeypatch.undo()
+
+    class Longer(operations._Event):
+        _fields_ = (("more", ctypes.c_uint64),)
+
+    monkeypatch.setattr(operations, "_Event", Longer)
+    assert cli.main(words) == 2 and "gives its events in another form" in capsys.readouterr().err
+    assert cli.main(["benchmark", "edge", "--operations"]) == 2
+    assert capsys.readouterr().err == "polarmask: error: --operations is of .tflite files\n"
 
 
 def test_the_benchmark_refuses_other_files(tmp_path, capsys):

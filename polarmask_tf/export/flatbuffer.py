@@ -58,6 +58,20 @@ def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str
     ]
 
 
+def multiply_adds(content: bytes) -> list[tuple[str, int]]:
+    """Of each convolution, in order: "1x1" (of stride 1), "depthwise" or "other", and its multiply-adds."""
+    graph, found = schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0], []
+    for op, (kind, inputs, outputs, _) in zip(graph.operators, operations(content), strict=True):
+        if kind.endswith("CONV_2D"):
+            # Weights are [outputs, k, k, inputs], depthwise [1, k, k, channels]: each is used once at every position.
+            weights, made = (graph.tensors[i].shape for i in (inputs[1], outputs[0]))
+            options = op.builtinOptions
+            small = max(weights[1], weights[2], options.strideH, options.strideW) == 1
+            name = "depthwise" if kind.startswith("DEPTHWISE") else "1x1" if small else "other"
+            found.append((name, int(np.prod(weights)) * int(np.prod(made[:3]))))
+    return found
+
+
 def parts(operations: list) -> list[str]:
     """Of each operation, in order: "before" the first convolution, "network" up to the head's last ones, or "after" these."""
     network, after, found = set(), set(), []
