@@ -155,19 +155,105 @@ def test_8_bits_end_where_the_head_does(files):
     found = flatbuffer.operations(content)
     convolutions = [outputs for kind, _, outputs, _ in found if kind.endswith("CONV_2D")]
     assert len(convolutions) > 20 and all(types[i] is np.int8 for outputs in convolutions for i in outputs)
-    back = set()  # in float, and all that is made of it
-    for kind, inputs, outputs, _ in found:
-        if kind == "DEQUANTIZE" or back & set(inputs):
-            back |= set(outputs)
-    assert not [i for i in back if types[i] is np.int8]
-    assert len([kind for kind, _, outputs, _ in found if back & set(outputs) and kind == "TOPK_V2"]) == 2
+    parts = flatbuffer.parts(found)
+    after = [(kind, inputs) for (kind, inputs, _, _), part in zip(found, parts, strict=True) if part == "after"]
+    takes_8_bits = {kind for kind, inputs in after if types[inputs[0]] is np.int8}
+    assert {"GATHER", "REDUCE_MAX", "DEQUANTIZE"} <= takes_8_bits <= {*quantize.EXACT, "DEQUANTIZE"}
+    # What becomes float is no larger than the candidates' rays: 50 x 12 of P3's 96 x 12.
+    sizes = {d["index"]: np.prod(d["shape"]) for d in interpreter.get_tensor_details()}
+    assert max(sizes[inputs[0]] for kind, inputs in after if kind == "DEQUANTIZE") == 50 * 12
+    assert len([kind for kind, inputs in after if kind == "TOPK_V2" and types[inputs[0]] is np.float32]) == 2
 
 
-def test_an_image_normalised_by_itself_is_so_in_float():
-    content = tflite.convert(make_model("model.normalization=image"), "int8", images=lambda: images(4, 64, 96))
+def test_logits_in_8_bits_until_they_are_gathered_change_nothing(files):
+    """What the same network gives, made float at once and assembled in NumPy."""
+    whole = lite.PolarMaskLite(files["int8", False])
+    assembling = lite.PolarMaskLite(files["int8", True]).metadata["raw"]
+    network, _ = flatbuffer.split_at_postprocess(files["int8", False].read_bytes())
+    equal = total = 0
+    for image in images(4, 64, 96, seed=1):
+        runner, heads = benchmark.FileRunner(network, image, 1), {}
+        runner()
+        for end in runner.interpreter.get_output_details():
+            (_, height, _, channels), (step, zero) = end["shape"], end["quantization"]
+            name = f"P{ {8: 3, 4: 4}[height] }_{ {1: 'centerness', 3: 'classes', 12: 'rays'}[channels] }"
+            heads[name] = (runner.interpreter.get_tensor(end["index"]) - np.float32(zero)) * np.float32(step)
+        expected, found = lite.assemble(heads, assembling, (64, 96)), whole._run(images=image[None])
+        count = expected["num_detections"][0]
+        assert len(heads) == 6 and count > 3
+        rows = [
+            np.concatenate([outputs[f"detection_{n}"][0][:count].reshape(count, -1) for n in lite.FOUND], 1)
+            for outputs in (expected, found)
+        ]
+        equal += int((np.abs(rows[0] - rows[1]).max(axis=1) < 1e-5).sum())
+        total += count
+    assert equal >= 0.95 * total  # of equal scores, which 8 bits make, either may come first
+
+
+def test_an_image_normalised_by_itself_is_so_in_float(files, tmp_path, capsys):
+    model = make_model("model.normalization=image")
+    path = tflite.export_tflite(model, tmp_path / "model_int8.tflite", "int8", images=lambda: images(4, 64, 96))
+    content = path.read_bytes()
     types = {d["index"]: d["dtype"] for d in Interpreter(model_content=content).get_tensor_details()}
     means = [outputs for kind, _, outputs, _ in flatbuffer.operations(content) if kind in ("MEAN", "SUM")]
     assert means and all(types[i] is np.float32 for outputs in means for i in outputs)
+    for file, said in ((path, "image   made float and normalised first"), (files["int8", False], "image   its own 8 bits")):
+        assert cli.main(["inspect", str(file)]) == 0 and said in capsys.readouterr().out
+
+
+def first_convolution(content, image):
+    """What it gives, and the step of its 8 bits (0 of a float file)."""
+    plain = {"experimental_op_resolver_type": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}
+    interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True, **plain)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image)
+    interpreter.invoke()
+    made = next(outputs[0] for kind, _, outputs, _ in flatbuffer.operations(content) if kind == "CONV_2D")
+    step, zero = next(d["quantization"] for d in interpreter.get_tensor_details() if d["index"] == made)
+    values = interpreter.get_tensor(made)
+    return ((values - np.float32(zero)) * step if step else values), step
+
+
+def own_stem(size, stride):
+    """A model whose first convolution pads by itself, and pixels have another mean and deviation in each channel."""
+    image = tf_keras.Input((64, 96, 3))
+    x = tf_keras.layers.Conv2D(8, size, stride, padding="same", activation="relu")(image)
+    x = tf_keras.layers.Conv2D(8, 3, 8 // stride, padding="same", activation="relu")(x)
+    levels = {"3": x, "4": tf_keras.layers.Conv2D(8, 3, 2, padding="same")(x)}
+    config = configs.load("shapes", [*SMALL, "model.mean=[10.4,120.0,230.5]", "model.std=[20,60,90]"])
+    return PolarMask(config, 3, backbone=tf_keras.Model(image, levels))
+
+
+@pytest.mark.parametrize("size_and_stride", [(5, 2), (4, 4), None])
+def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
+    """Of an int8 file, which pads pixels with the mean where Keras pads what is normalised with zeros."""
+    contents = [files[precision, True].read_bytes() for precision in ("fp32", "int8")]
+    if size_and_stride:
+        model = own_stem(*size_and_stride)
+        contents = [tflite.convert(model, p, raw=True, images=lambda: images(8, 64, 96)) for p in ("fp32", "int8")]
+    assert "CAST" not in [kind for kind, *_ in flatbuffer.operations(contents[1])] and flatbuffer.reads_pixels(contents[1])
+    border = np.zeros([1, 64, 96, 3], np.uint8)
+    border[:, 1:-1, 1:-1] = 255  # what lies at the border, and around it, differs from the mean
+    for image in (next(images(1, 64, 96, seed=9))[None], border, 255 - border, np.full_like(border, 90)):
+        (expected, _), (found, step) = (first_convolution(content, image) for content in contents)
+        assert 0 < step < 0.2 * np.ptp(expected) or (image == 90).all()
+        expected = np.clip(expected, found.min(), found.max())  # 8 bits end where the calibration images did
+        assert np.abs(found - expected).max() < 2 * step
+        assert np.abs(found - expected).mean() < 0.6 * step
+
+
+def test_detections_at_the_border_in_8_bits(files):
+    """Of what lies there, as of the rest, int8 finds what float32 does."""
+    found = {True: [0, 0], False: [0, 0]}
+    for image in images(8, 64, 96, seed=11):
+        exact, rounded = (lite.PolarMaskLite(files[precision, False])(image) for precision in ("fp32", "int8"))
+        for score, kind, polygon in zip(*(exact[name] for name in ("scores", "classes", "polygons")), strict=True):
+            near = (np.abs(rounded["scores"] - score) < 0.05) & (rounded["classes"] == kind)
+            equal = (np.abs(rounded["polygons"] - polygon).mean(axis=(1, 2)) < 3) & near
+            there = bool((polygon.min(axis=0) < 1).any())  # the top and the left, where a stride of 2 pads
+            found[there][0] += bool(equal.any())
+            found[there][1] += 1
+    assert all(total > 10 and matched >= 0.8 * total for matched, total in found.values()), found
 
 
 def test_dynamic_leaves_depthwise_weights_in_float():

@@ -36,26 +36,48 @@ def pack(model: schema.ModelT) -> bytes:
     return bytes(builder.Output())
 
 
+def prune(model: schema.ModelT) -> None:
+    """Takes out the tensors that no operation uses, and what their buffers hold."""
+    graph = model.subgraphs[0]
+    used = {int(i) for op in graph.operators for i in (*op.inputs, *op.outputs)} | {*graph.inputs, *graph.outputs}
+    kept = [i for i in range(len(graph.tensors)) if i in used]
+    number = {old: new for new, old in enumerate(kept)} | {-1: -1}  # -1: an input that is left out
+    buffers = {graph.tensors[i].buffer for i in kept} | {each.buffer for each in model.metadata or ()}
+    for i, buffer in enumerate(model.buffers):
+        if i not in buffers:
+            buffer.data = None
+    graph.tensors = [graph.tensors[i] for i in kept]
+    for what in (graph, *graph.operators):
+        what.inputs, what.outputs = (np.array([number[int(i)] for i in side], np.int32) for side in (what.inputs, what.outputs))
+    for signature in model.signatureDefs or ():
+        for each in (*signature.inputs, *signature.outputs):
+            each.tensorIndex = number[each.tensorIndex]
+
+
 def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str]]]:
     """Of a .tflite file's operations, in order: kind, the tensors it takes, those it gives, and the names of these.
 
     The kind of one that is not TensorFlow Lite's own is "CUSTOM" and its name, which begins with Flex if TensorFlow has it.
     """
-    model, kinds = schema.ModelT.InitFromPackedBuf(content, 0), []
-    for code in model.operatorCodes:
-        name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
-        custom = (code.customCode or b"").decode()
-        kinds.append(f"{name} {custom}" if custom else name)
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph = model.subgraphs[0]
     return [
         (
-            kinds[op.opcodeIndex],
+            kind_of(model, op),
             [i for i in op.inputs if i >= 0],
             list(op.outputs),
             [graph.tensors[i].name.decode() for i in op.outputs],
         )
         for op in graph.operators
     ]
+
+
+def kind_of(model: schema.ModelT, op: schema.OperatorT) -> str:
+    """As `operations` gives it."""
+    code = model.operatorCodes[op.opcodeIndex]
+    name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
+    custom = (code.customCode or b"").decode()
+    return f"{name} {custom}" if custom else name
 
 
 def multiply_adds(content: bytes) -> list[tuple[str, int]]:
@@ -87,6 +109,11 @@ def parts(operations: list) -> list[str]:
         else:
             found.append("before")
     return found
+
+
+def reads_pixels(content: bytes) -> bool:
+    """Whether the image goes into the network in its own 8 bits, as pixels.fold makes it."""
+    return [kind for kind, *_ in operations(content)[:2]] == ["DEQUANTIZE", "QUANTIZE"]
 
 
 def split_at_postprocess(content: bytes) -> tuple[bytes, bytes | None]:
