@@ -192,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", help="train: converted data (default: synthetic pictures)")
     add("--set", **setting, help="train: override, like data.batch=8")
     _add_devices(add)
+    add("--operations", action="store_true", help=".tflite files: the time of each kind of operation, by LiteRT's profiler")
     add("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
     add("--image", type=_path, help=".tflite files: image to run on (default: a synthetic one)")
     add("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")

@@ -242,7 +242,9 @@ def benchmark(args):
         check_writable(args.csv)
     if not args.models:
         raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
-    if args.models[0] == "train":
+    if args.operations:
+        rows, text = _profile(args)
+    elif args.models[0] == "train":
         rows, text = _benchmark_train(args)
     elif all(model.endswith(".tflite") for model in args.models):
         from polarmask_tf.inference.predictor import read_image
@@ -260,6 +262,18 @@ def benchmark(args):
         print(text)
     if args.csv:
         atomic_write(args.csv, format_csv(rows, digits=3))
+
+
+def _profile(args):
+    if not all(model.endswith(".tflite") for model in args.models):
+        raise InputError("--operations is of .tflite files")
+    from polarmask_tf.inference.predictor import read_image
+    from polarmask_tf.tools.operations import format_profile, profile
+
+    image = read_image(args.image) if args.image else None
+    found = [profile(file, image=image, threads=args.threads, repeats=args.repeats or 50) for file in args.models]
+    rows = [{"file": each["file"], **row} for each in found for row in each["operations"]]
+    return rows, "\n\n".join(map(format_profile, found))
 
 
 def _benchmark_train(args):

@@ -1,6 +1,7 @@
 """Files for phones and boards: precisions, --raw, the gate on AP, what a file says of itself, and what it must survive."""
 
 import csv
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -30,7 +31,7 @@ from polarmask_tf.inference import evaluate
 from polarmask_tf.inference.predictor import load_predictor, run_predictor
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops import postprocess
-from polarmask_tf.tools import benchmark
+from polarmask_tf.tools import benchmark, operations, summary
 from polarmask_tf.weights import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,19 +155,138 @@ def test_8_bits_end_where_the_head_does(files):
     found = flatbuffer.operations(content)
     convolutions = [outputs for kind, _, outputs, _ in found if kind.endswith("CONV_2D")]
     assert len(convolutions) > 20 and all(types[i] is np.int8 for outputs in convolutions for i in outputs)
-    back = set()  # in float, and all that is made of it
-    for kind, inputs, outputs, _ in found:
-        if kind == "DEQUANTIZE" or back & set(inputs):
-            back |= set(outputs)
-    assert not [i for i in back if types[i] is np.int8]
-    assert len([kind for kind, _, outputs, _ in found if back & set(outputs) and kind == "TOPK_V2"]) == 2
+    parts = flatbuffer.parts(found)
+    after = [(kind, inputs) for (kind, inputs, _, _), part in zip(found, parts, strict=True) if part == "after"]
+    takes_8_bits = {kind for kind, inputs in after if types[inputs[0]] is np.int8}
+    assert {"GATHER", "REDUCE_MAX", "DEQUANTIZE"} <= takes_8_bits <= {*quantize.EXACT, "DEQUANTIZE"}
+    # What becomes float is no larger than the candidates' rays: 50 x 12 of P3's 96 x 12.
+    sizes = {d["index"]: np.prod(d["shape"]) for d in interpreter.get_tensor_details()}
+    assert max(sizes[inputs[0]] for kind, inputs in after if kind == "DEQUANTIZE") == 50 * 12
+    assert len([kind for kind, inputs in after if kind == "TOPK_V2" and types[inputs[0]] is np.float32]) == 2
 
 
-def test_an_image_normalised_by_itself_is_so_in_float():
-    content = tflite.convert(make_model("model.normalization=image"), "int8", images=lambda: images(4, 64, 96))
+def test_logits_in_8_bits_until_they_are_gathered_change_nothing(files):
+    """What the same network gives, made float at once and assembled in NumPy."""
+    whole = lite.PolarMaskLite(files["int8", False])
+    assembling = lite.PolarMaskLite(files["int8", True]).metadata["raw"]
+    network, _ = flatbuffer.split_at_postprocess(files["int8", False].read_bytes())
+    equal = total = 0
+    for image in images(4, 64, 96, seed=1):
+        runner, heads = benchmark.FileRunner(network, image, 1), {}
+        runner()
+        for end in runner.interpreter.get_output_details():
+            (_, height, _, channels), (step, zero) = end["shape"], end["quantization"]
+            name = f"P{ {8: 3, 4: 4}[height] }_{ {1: 'centerness', 3: 'classes', 12: 'rays'}[channels] }"
+            heads[name] = (runner.interpreter.get_tensor(end["index"]) - np.float32(zero)) * np.float32(step)
+        expected, found = lite.assemble(heads, assembling, (64, 96)), whole._run(images=image[None])
+        count = expected["num_detections"][0]
+        assert len(heads) == 6 and count > 3
+        rows = [
+            np.concatenate([outputs[f"detection_{n}"][0][:count].reshape(count, -1) for n in lite.FOUND], 1)
+            for outputs in (expected, found)
+        ]
+        equal += int((np.abs(rows[0] - rows[1]).max(axis=1) < 1e-5).sum())
+        total += count
+    assert equal >= 0.95 * total  # of equal scores, which 8 bits make, either may come first
+
+
+def test_an_image_normalised_by_itself_is_so_in_float(files, tmp_path, capsys):
+    model = make_model("model.normalization=image")
+    path = tflite.export_tflite(model, tmp_path / "model_int8.tflite", "int8", images=lambda: images(4, 64, 96))
+    content = path.read_bytes()
     types = {d["index"]: d["dtype"] for d in Interpreter(model_content=content).get_tensor_details()}
     means = [outputs for kind, _, outputs, _ in flatbuffer.operations(content) if kind in ("MEAN", "SUM")]
     assert means and all(types[i] is np.float32 for outputs in means for i in outputs)
+    for file, said in ((path, "image   made float and normalised first"), (files["int8", False], "image   its own 8 bits")):
+        assert cli.main(["inspect", str(file)]) == 0 and said in capsys.readouterr().out
+
+
+def first_convolution(content, image):
+    """What it gives, and the step of its 8 bits (0 of a float file)."""
+    plain = {"experimental_op_resolver_type": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}
+    interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True, **plain)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image)
+    interpreter.invoke()
+    made = next(outputs[0] for kind, _, outputs, _ in flatbuffer.operations(content) if kind == "CONV_2D")
+    step, zero = next(d["quantization"] for d in interpreter.get_tensor_details() if d["index"] == made)
+    values = interpreter.get_tensor(made)
+    return ((values - np.float32(zero)) * step if step else values), step
+
+
+def own_stem(size, stride):
+    """A model whose first convolution pads by itself, and pixels have another mean and deviation in each channel."""
+    image = tf_keras.Input((64, 96, 3))
+    x = tf_keras.layers.Conv2D(8, size, stride, padding="same", activation="relu")(image)
+    x = tf_keras.layers.Conv2D(8, 3, 8 // stride, padding="same", activation="relu")(x)
+    levels = {"3": x, "4": tf_keras.layers.Conv2D(8, 3, 2, padding="same")(x)}
+    config = configs.load("shapes", [*SMALL, "model.mean=[10.4,120.0,230.5]", "model.std=[20,60,90]"])
+    return PolarMask(config, 3, backbone=tf_keras.Model(image, levels))
+
+
+@pytest.mark.parametrize("size_and_stride", [(5, 2), (4, 4), None])
+def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
+    """Of an int8 file, which pads pixels with the mean where Keras pads what is normalised with zeros."""
+    contents = [files[precision, True].read_bytes() for precision in ("fp32", "int8")]
+    if size_and_stride:
+        model = own_stem(*size_and_stride)
+        contents = [tflite.convert(model, p, raw=True, images=lambda: images(8, 64, 96)) for p in ("fp32", "int8")]
+    assert "CAST" not in [kind for kind, *_ in flatbuffer.operations(contents[1])] and flatbuffer.reads_pixels(contents[1])
+    border = np.zeros([1, 64, 96, 3], np.uint8)
+    border[:, 1:-1, 1:-1] = 255  # what lies at the border, and around it, differs from the mean
+    for image in (next(images(1, 64, 96, seed=9))[None], border, 255 - border, np.full_like(border, 90)):
+        (expected, _), (found, step) = (first_convolution(content, image) for content in contents)
+        assert 0 < step < 0.2 * np.ptp(expected) or (image == 90).all()
+        expected = np.clip(expected, found.min(), found.max())  # 8 bits end where the calibration images did
+        assert np.abs(found - expected).max() < 2 * step
+        assert np.abs(found - expected).mean() < 0.6 * step
+
+
+def test_detections_at_the_border_in_8_bits(files):
+    """Of what lies there, as of the rest, int8 finds what float32 does."""
+    found = {True: [0, 0], False: [0, 0]}
+    for image in images(8, 64, 96, seed=11):
+        exact, rounded = (lite.PolarMaskLite(files[precision, False])(image) for precision in ("fp32", "int8"))
+        for score, kind, polygon in zip(*(exact[name] for name in ("scores", "classes", "polygons")), strict=True):
+            near = (np.abs(rounded["scores"] - score) < 0.05) & (rounded["classes"] == kind)
+            equal = (np.abs(rounded["polygons"] - polygon).mean(axis=(1, 2)) < 3) & near
+            there = bool((polygon.min(axis=0) < 1).any())  # the top and the left, where a stride of 2 pads
+            found[there][0] += bool(equal.any())
+            found[there][1] += 1
+    assert all(total > 10 and matched >= 0.8 * total for matched, total in found.values()), found
+
+
+def test_dynamic_leaves_depthwise_weights_in_float():
+    """With 8 bits in a float network LiteRT is slow at them. The converter would make those of 1024 values or more 8 bits."""
+    wide = make_model("model.fpn.channels=128", "model.head.channels=128", "model.head.kernel=3")
+    exact, content = (tflite.convert(wide, precision, raw=True) for precision in ("fp32", "dynamic"))
+    weights = []
+    for text in (exact, content):
+        described = {d["index"]: d for d in Interpreter(model_content=text).get_tensor_details()}
+        read = Interpreter(model_content=text).get_tensor
+        ops = flatbuffer.operations(text)
+        weights.append([(kind, described[inputs[1]], read(inputs[1])) for kind, inputs, *_ in ops if kind.endswith("CONV_2D")])
+    assert max(value.size for kind, _, value in weights[0] if kind == "DEPTHWISE_CONV_2D") > 1024
+    for (kind, _, expected), (other, tensor, found) in zip(*weights, strict=True):
+        assert kind == other
+        if kind == "DEPTHWISE_CONV_2D":
+            assert tensor["dtype"] is np.float32 and not tensor["quantization_parameters"]["scales"].size
+            np.testing.assert_array_equal(found, expected)
+        else:
+            assert tensor["dtype"] is (np.int8 if expected.size >= 1024 else np.float32)
+    image = next(images(1, 64, 96, seed=3))[None]
+    right, near = (
+        Interpreter(model_content=text).get_signature_runner("serving_default")(images=image) for text in (exact, content)
+    )
+    for name, value in right.items():
+        assert 0 < np.abs(near[name] - value).mean() < 0.05 * value.std() + 1e-3, name
+
+
+def test_weights_begin_at_multiples_of_16_bytes_in_what_is_packed_again(files):
+    content = flatbuffer.pack(flatbuffer.unpack(files["fp32", False].read_bytes()))
+    start = np.frombuffer(content, np.uint8).ctypes.data
+    data = [buffer.data for buffer in schema.ModelT.InitFromPackedBuf(content, 0).buffers if buffer.data is not None]
+    assert len(data) > 20 and not [each for each in data if len(each) and (each.ctypes.data - start) % 16]
 
 
 def test_every_precision_finds_what_keras_finds(model, files):
@@ -526,6 +646,48 @@ def test_the_benchmark_of_files(files, tmp_path, capsys):
     assert rows[0]["ratio"] == 1 and rows[0]["post_ms"] > rows[2]["post_ms"] == 0
     found = lite.PolarMaskLite(paths[0])(lite.letterbox(benchmark.synthetic_picture(), 64, 96)[0])
     assert rows[0]["detections"] == len(found["scores"]) and rows[2]["detections"] == "-"
+
+
+def test_the_operations_of_a_file(model, files, tmp_path, capsys):
+    paths = [str(files["fp32", False]), str(files["int8", False])]
+    assert cli.main(["benchmark", *paths, "--operations", "--repeats", "3", "--csv", str(tmp_path / "rows.csv")]) == 0
+    told = capsys.readouterr()
+    assert told.out.count(" ms a call; its operations, profiled, ") == 2 and "LiteRT" not in told.err
+    with open(tmp_path / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    for number, path in enumerate(paths):
+        found = {row["operation"]: row for row in rows if row["file"] == path}
+        assert found["NON_MAX_SUPPRESSION_V4"]["count"] == "1" and found["TOPK_V2"]["count"] == "2"
+        assert abs(sum(float(row["share"]) for row in found.values()) - 1) < 0.01
+        convolutions = [name for name in found if name.startswith(("Convolution", "Fully Connected"))]
+        assert convolutions and all((" QC8" in name or "QS8" in name) == bool(number) for name in convolutions)
+    # Independent of what is in the file: the TensorFlow graph's.
+    counted = sum(
+        summary.multiply_adds(op)
+        for op in tf.function(model).get_concrete_function(tf.TensorSpec([1, 64, 96, 3])).graph.get_operations()
+        if not op.type.startswith(("Stateful", "Partitioned"))
+    )
+    by_kind = {row["convolutions"]: row for row in operations.profile(paths[1], repeats=2)["convolutions"]}
+    assert sum(row["multiply_adds"] for row in by_kind.values()) == counted > 1e6
+    assert by_kind["depthwise"]["count"] == kinds(files["int8", False]).count("DEPTHWISE_CONV_2D") > 5
+
+
+def test_a_litert_without_the_profiler_is_one_line(files, capsys, monkeypatch):
+    words = ["benchmark", str(files["int8", False]), "--operations", "--repeats", "1"]
+    for library in ("libpywrap_litert_common.so", "no_such_library.so"):
+        monkeypatch.setattr(operations, "LIBRARY", library)
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert "has no profiler of compiled models; 2.3.0 has" in error and error.count("polarmask: ") == 1
+    monkeypatch.undo()
+
+    class Longer(operations._Event):
+        _fields_ = (("more", ctypes.c_uint64),)
+
+    monkeypatch.setattr(operations, "_Event", Longer)
+    assert cli.main(words) == 2 and "gives its events in another form" in capsys.readouterr().err
+    assert cli.main(["benchmark", "edge", "--operations"]) == 2
+    assert capsys.readouterr().err == "polarmask: error: --operations is of .tflite files\n"
 
 
 def test_the_benchmark_refuses_other_files(tmp_path, capsys):

@@ -12,26 +12,86 @@ HEADS = tuple(f"/head/{name}/conv" for name in ("classes", "centerness", "rays",
 _NAMES = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 
 
+class _Builder(flatbuffers.Builder):
+    """Vectors begin at multiples of 16 bytes, as the format wants of weights."""
+
+    def StartVector(self, elemSize, numElems, alignment):
+        return super().StartVector(elemSize, numElems, max(16, alignment))
+
+
+def unpack(content: bytes) -> schema.ModelT:
+    """The file as objects; weights that lie behind the flatbuffer, as some quantizers leave them, come into it."""
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if buffer.offset > 1:
+            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+    return model
+
+
+def pack(model: schema.ModelT) -> bytes:
+    """The objects as a file."""
+    builder = _Builder(1 << 20)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def prune(model: schema.ModelT) -> None:
+    """Takes out the tensors that no operation uses, and what their buffers hold."""
+    graph = model.subgraphs[0]
+    used = {int(i) for op in graph.operators for i in (*op.inputs, *op.outputs)} | {*graph.inputs, *graph.outputs}
+    kept = [i for i in range(len(graph.tensors)) if i in used]
+    number = {old: new for new, old in enumerate(kept)} | {-1: -1}  # -1: an input that is left out
+    buffers = {graph.tensors[i].buffer for i in kept} | {each.buffer for each in model.metadata or ()}
+    for i, buffer in enumerate(model.buffers):
+        if i not in buffers:
+            buffer.data = None
+    graph.tensors = [graph.tensors[i] for i in kept]
+    for what in (graph, *graph.operators):
+        what.inputs, what.outputs = (np.array([number[int(i)] for i in side], np.int32) for side in (what.inputs, what.outputs))
+    for signature in model.signatureDefs or ():
+        for each in (*signature.inputs, *signature.outputs):
+            each.tensorIndex = number[each.tensorIndex]
+
+
 def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str]]]:
     """Of a .tflite file's operations, in order: kind, the tensors it takes, those it gives, and the names of these.
 
     The kind of one that is not TensorFlow Lite's own is "CUSTOM" and its name, which begins with Flex if TensorFlow has it.
     """
-    model, kinds = schema.ModelT.InitFromPackedBuf(content, 0), []
-    for code in model.operatorCodes:
-        name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
-        custom = (code.customCode or b"").decode()
-        kinds.append(f"{name} {custom}" if custom else name)
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph = model.subgraphs[0]
     return [
         (
-            kinds[op.opcodeIndex],
+            kind_of(model, op),
             [i for i in op.inputs if i >= 0],
             list(op.outputs),
             [graph.tensors[i].name.decode() for i in op.outputs],
         )
         for op in graph.operators
     ]
+
+
+def kind_of(model: schema.ModelT, op: schema.OperatorT) -> str:
+    """As `operations` gives it."""
+    code = model.operatorCodes[op.opcodeIndex]
+    name = _NAMES.get(max(code.builtinCode, code.deprecatedBuiltinCode), "UNKNOWN")
+    custom = (code.customCode or b"").decode()
+    return f"{name} {custom}" if custom else name
+
+
+def multiply_adds(content: bytes) -> list[tuple[str, int]]:
+    """Of each convolution, in order: "1x1" (of stride 1), "depthwise" or "other", and its multiply-adds."""
+    graph, found = schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0], []
+    for op, (kind, inputs, outputs, _) in zip(graph.operators, operations(content), strict=True):
+        if kind.endswith("CONV_2D"):
+            # Weights are [outputs, k, k, inputs], depthwise [1, k, k, channels]: each is used once at every position.
+            weights, made = (graph.tensors[i].shape for i in (inputs[1], outputs[0]))
+            options = op.builtinOptions
+            small = max(weights[1], weights[2], options.strideH, options.strideW) == 1
+            name = "depthwise" if kind.startswith("DEPTHWISE") else "1x1" if small else "other"
+            found.append((name, int(np.prod(weights)) * int(np.prod(made[:3]))))
+    return found
 
 
 def parts(operations: list) -> list[str]:
@@ -49,6 +109,11 @@ def parts(operations: list) -> list[str]:
         else:
             found.append("before")
     return found
+
+
+def reads_pixels(content: bytes) -> bool:
+    """Whether the image goes into the network in its own 8 bits, as pixels.fold makes it."""
+    return [kind for kind, *_ in operations(content)[:2]] == ["DEQUANTIZE", "QUANTIZE"]
 
 
 def split_at_postprocess(content: bytes) -> tuple[bytes, bytes | None]:
@@ -81,16 +146,10 @@ def split_at_postprocess(content: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _cut(content: bytes, keep: list[bool], **ends) -> bytes:
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    for buffer in model.buffers:  # of files from other quantizers the weights may lie behind the flatbuffer
-        if buffer.offset > 1:
-            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
-            buffer.offset = buffer.size = 0
+    model = unpack(content)
     graph = model.subgraphs[0]
     graph.operators = list(itertools.compress(graph.operators, keep))
     for name, value in ends.items():
         setattr(graph, name, value)
     model.signatureDefs = []
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return pack(model)

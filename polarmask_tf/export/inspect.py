@@ -7,7 +7,13 @@ from pathlib import Path
 
 from polarmask_tf import lite
 from polarmask_tf.errors import InputError
+from polarmask_tf.export import flatbuffer
 from polarmask_tf.inference.predictor import saved_model_metadata
+
+_IMAGE = {
+    True: "its own 8 bits; mean and deviation are in the first convolution's weights",
+    False: "made float and normalised first: model.normalization is image, or the backbone begins with no convolution",
+}
 
 
 def describe(path: Path) -> str:
@@ -28,6 +34,8 @@ def describe(path: Path) -> str:
     lines = [f"{path}: {path.stat().st_size / 1e6:.2f} MB"]
     for what, details in (("input", signature.get_input_details()), ("output", signature.get_output_details())):
         lines += [f"{what:<7} {name}: {d['dtype'].__name__} {d['shape'].tolist()}" for name, d in sorted(details.items())]
+    if metadata.get("precision") == "int8":
+        lines.append(f"image   {_IMAGE[flatbuffer.reads_pixels(path.read_bytes())]}")
     return "\n".join([*lines, *_known(metadata)])
 
 

@@ -1,4 +1,4 @@
-"""A .tflite file that computes in 8 bits where that does no harm."""
+"""Weights of 8 bits, and .tflite files that compute in 8 bits where that does no harm."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import tensorflow as tf
 
-from polarmask_tf.export import flatbuffer
+from polarmask_tf.export import flatbuffer, pixels
+
+# What copies or compares values, which 8 bits do as exactly, and move a quarter of the bytes.
+EXACT = ("RESHAPE", "GATHER", "REDUCE_MAX", "ARG_MAX", "CONCATENATION", "SLICE", "TILE")
 
 
 def float_nodes(content: bytes) -> list[str]:
-    """Names of the tensors that are to be made in float: all after the head's last convolutions, all before the first one.
+    """Names of the tensors that are to be made in float: all before the first convolution, and after the head's last ones all
+    but copies of the logits, of which post-processing gathers few.
 
     Scores, boxes moved apart for NMS, and exp have no range that 8 bits would cover: quantised, AP goes from .61 to .08.
     Nor has an image normalised by its own mean and deviation, before these are known. The zeros around the normalised image
     are 8 bits: there are a quarter of the bytes to copy.
     """
-    found = flatbuffer.operations(content)
-    where = zip(found, flatbuffer.parts(found), strict=True)
-    return [name for (kind, _, _, names), part in where if part != "network" and kind != "PAD" for name in names]
+    operations, logits, found = flatbuffer.operations(content), set(), []
+    for (kind, inputs, outputs, names), part in zip(operations, flatbuffer.parts(operations), strict=True):
+        if kind == "CONV_2D" and any(head in names[0] for head in flatbuffer.HEADS):
+            logits |= set(outputs)
+        elif kind in EXACT and logits.issuperset(inputs if kind == "CONCATENATION" else inputs[:1]):
+            logits |= set(outputs)
+            continue
+        if part != "network" and kind != "PAD":
+            found += names
+    return found
 
 
 def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:
@@ -30,7 +41,8 @@ def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:
     """
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    nodes = float_nodes(converter.convert())
+    exact = converter.convert()
+    nodes = float_nodes(exact)
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8, tf.lite.OpsSet.TFLITE_BUILTINS]
@@ -41,4 +53,30 @@ def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:
     debugger = tf.lite.experimental.QuantizationDebugger(
         converter=converter, debug_dataset=converter.representative_dataset, debug_options=options
     )
-    return debugger.get_nondebug_quantized_model()
+    return pixels.fold(debugger.get_nondebug_quantized_model(), exact)
+
+
+def dynamic(folder: str) -> bytes:
+    """The SavedModel in `folder` as .tflite: weights of 8 bits, but those of depthwise convolutions in float.
+
+    With a float image and 8-bit weights LiteRT has fast kernels (XNNPACK's) for dense convolutions alone; depthwise ones took
+    most of the time, and have few weights.
+    """
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    exact = converter.convert()
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    content = converter.convert()
+    weights = {names[0]: inputs[1] for kind, inputs, _, names in flatbuffer.operations(exact) if kind == "DEPTHWISE_CONV_2D"}
+    if not weights:
+        return content
+    source, model = flatbuffer.unpack(exact), flatbuffer.unpack(content)
+    tensors = model.subgraphs[0].tensors
+    for kind, inputs, _, names in flatbuffer.operations(content):
+        if kind != "DEPTHWISE_CONV_2D":
+            continue
+        tensor, other = tensors[inputs[1]], source.subgraphs[0].tensors[weights[names[0]]]
+        if tensor.type != other.type:  # levels share weights
+            model.buffers[tensor.buffer].data = source.buffers[other.buffer].data
+            tensor.type, tensor.quantization = other.type, None
+    return flatbuffer.pack(model)

@@ -79,21 +79,22 @@ def convert(
         check_raw(model)
     module = TFLiteModule(model, raw)
     # Names of inputs and outputs survive conversion only by way of a SavedModel with a signature.
-    with tempfile.TemporaryDirectory() as folder, _without_native_log():
+    with tempfile.TemporaryDirectory() as folder, without_native_log():
         tf.saved_model.save(module, folder, signatures={"serving_default": module.run})
         if precision == "int8":
             return quantize.int8(folder, images)
+        if precision == "dynamic":
+            return quantize.dynamic(folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        if precision != "fp32":
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if precision == "fp16":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.target_spec.supported_types = [tf.float16]
         return converter.convert()
 
 
 @contextlib.contextmanager
-def _without_native_log():
+def without_native_log():
     """The converter's C++ side writes warnings nobody can act on straight to file descriptor 2; errors are raised anyway."""
     sys.stderr.flush()
     kept = os.dup(2)

@@ -214,15 +214,21 @@ def rays_from_logits(logits: tf.Tensor, unit: float) -> tf.Tensor:
 
 
 def assemble(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
-    """Polygon [..., n, 2] from a center [..., 2] and ray lengths [..., n] (equations 1 and 2).
+    """Polygon [..., n, 2] from a center [..., 2] and ray lengths [..., n] (equations 1 and 2)."""
+    return tf.stack(vertices(centers, rays), axis=-1)
+
+
+def vertices(centers: tf.Tensor, rays: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """x and y [..., n] of the same: LiteRT is slow at broadcasting along a last dimension of 2.
 
     Four rays are FCOS, the special case: they measure how far the box reaches, and the polygon is the box.
     """
     if rays.shape[-1] == 4:
         right, bottom, left, top = tf.unstack(rays, axis=-1)
-        reach = tf.stack([tf.stack([right, left, left, right], -1), tf.stack([bottom, bottom, top, top], -1)], -1)
-        return tf.expand_dims(centers, -2) + reach * [[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]]
-    return tf.expand_dims(centers, -2) + tf.expand_dims(rays, -1) * ray_directions(rays.shape[-1])
+        x, y = tf.stack([right, -left, -left, right], -1), tf.stack([bottom, bottom, -top, -top], -1)
+    else:
+        x, y = (rays * side for side in ray_directions(rays.shape[-1]).T)
+    return centers[..., :1] + x, centers[..., 1:] + y
 
 
 def ray_boxes(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
@@ -230,7 +236,7 @@ def ray_boxes(centers: tf.Tensor, rays: tf.Tensor) -> tf.Tensor:
     if rays.shape[-1] == 4:
         right, bottom, left, top = tf.unstack(rays, axis=-1)
         return tf.concat([centers - tf.stack([left, top], -1), centers + tf.stack([right, bottom], -1)], axis=-1)
-    x, y = (centers[:, i : i + 1] + rays * ray_directions(rays.shape[-1])[:, i] for i in (0, 1))
+    x, y = vertices(centers, rays)
     return tf.stack([tf.reduce_min(x, -1), tf.reduce_min(y, -1), tf.reduce_max(x, -1), tf.reduce_max(y, -1)], axis=-1)
 
 

@@ -85,16 +85,17 @@ def detect(
         pad_to_max_output_size=True,
     )
     keep = tf.cast(tf.range(max_detections) < valid, tf.float32)
-    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * tf.expand_dims(keep, 1)
-    # Only what is left needs a polygon; tf.expand_dims and not tf.newaxis, which a .tflite file holds as a slice.
-    polygons = geometry.assemble(tf.gather(centers, chosen), tf.gather(rays, chosen))
-    polygons = tf.clip_by_value(polygons, 0.0, limit - pixel) / limit
+    kept = tf.expand_dims(keep, 1)  # not tf.newaxis, which a .tflite file holds as a slice
+    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * kept
+    # Only what is left needs a polygon.
+    sides = zip(geometry.vertices(tf.gather(centers, chosen), tf.gather(rays, chosen)), tf.unstack(limit), strict=True)
+    polygons = tf.stack([tf.clip_by_value(values, 0.0, most - pixel) / most * kept for values, most in sides], axis=-1)
     return {
         "num_detections": valid,
         "detection_scores": calibrated(tf.gather(scores, chosen), temperature, score_bias) * keep,
         "detection_classes": tf.gather(classes, chosen) * tf.cast(keep, tf.int32),
         "detection_boxes": tf.gather(boxes, [1, 0, 3, 2], axis=1),
-        "detection_polygons": polygons * tf.reshape(keep, [-1, 1, 1]),
+        "detection_polygons": polygons,
     }
 
 

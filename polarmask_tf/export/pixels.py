@@ -1,0 +1,178 @@
+"""An int8 file that reads the image's own 8 bits: mean and deviation in the first convolution's weights, no float image."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from tensorflow.lite.python import schema_py_generated as schema
+
+from polarmask_tf.export import flatbuffer
+
+ARITHMETIC = {"SUB": np.subtract, "ADD": np.add, "MUL": np.multiply, "DIV": np.divide}
+ZERO = -128  # what stands for a pixel of 0 in int8; a step is one
+
+
+@dataclasses.dataclass
+class _Start:
+    """How a file begins: what makes the first convolution's input of the image, and this convolution."""
+
+    before: list  # operations
+    conv: schema.OperatorT
+    mean: np.ndarray  # [3], and factor: the convolution is of (pixel - mean) * factor
+    factor: np.ndarray
+    pads: list[tuple[int, int]]  # zeros before and after that it uses, of height and width
+
+
+def fold(content: bytes, exact: bytes) -> bytes:
+    """The 8-bit file `content` without the float image, where it begins with a normalisation by constants and a convolution;
+    the same file elsewhere. `exact` is the float file of the same network.
+
+    The image's border is padded with the mean, as the network pads with zeros what is normalised; rounded to a whole pixel
+    value, less than half a step of the 8 bits that there were.
+    """
+    model, source = flatbuffer.unpack(content), flatbuffer.unpack(exact)
+    start, original = _start(model), _start(source)
+    if start is None or original is None or _type(model, start.conv.outputs[0]) != schema.TensorType.INT8:
+        return content
+    graph, conv = model.subgraphs[0], start.conv
+    image = graph.inputs[0]
+    height, width = graph.tensors[image].shape[1:3]
+    weights, bias = (_data(source, i) for i in original.conv.inputs[1:3])
+    weights = weights * original.factor
+    scales = np.maximum(np.abs(weights).max(axis=(1, 2, 3)), 1e-12) / 127
+    rounded = np.round(weights / scales[:, None, None, None])
+    # With the weights as they are rounded, so that an image of the mean still gives the bias alone.
+    shift = bias / scales - (rounded * original.mean).sum(axis=(1, 2, 3))
+
+    graph.tensors[image].quantization = _quantization([1.0], 0)
+    pixels = _tensor(model, "pixels", [1, height, width, 3], schema.TensorType.FLOAT32)
+    reads = [_operation(model, "DEQUANTIZE", 1, [image], pixels)]
+    made = _tensor(model, "pixels_8_bits", [1, height, width, 3], quantized=True)
+    reads.append(_operation(model, "QUANTIZE", 1, [pixels], made))
+    shape = np.array([height, width])
+    for axis, (first, last) in enumerate(start.pads):
+        sides = []
+        for rows in (first, last):
+            size = shape.copy()
+            size[axis] = rows
+            values = np.broadcast_to(np.round(original.mean) + ZERO, [1, *size, 3]).astype(np.int8)
+            sides.append([_tensor(model, f"border_{axis}", values.shape, data=values, quantized=True)] if rows else [])
+        if first + last:
+            shape[axis] += first + last
+            wider = _tensor(model, f"padded_{axis}", [1, *shape, 3], quantized=True)
+            options = schema.ConcatenationOptionsT()
+            options.axis, options.fusedActivationFunction = 1 + axis, 0
+            reads.append(_operation(model, "CONCATENATION", 2, [*sides[0], made, *sides[1]], wider, options))
+            made = wider
+    conv.inputs = np.array(
+        [
+            made,
+            _tensor(model, "stem_weights", rounded.shape, data=rounded.astype(np.int8), scales=scales),
+            _tensor(model, "stem_bias", shift.shape, schema.TensorType.INT32, np.round(shift).astype(np.int32), scales),
+        ],
+        np.int32,
+    )
+    conv.builtinOptions.padding = schema.Padding.VALID
+    graph.operators = [*reads, *(op for op in graph.operators if not any(op is each for each in start.before))]
+    flatbuffer.prune(model)
+    return flatbuffer.pack(model)
+
+
+def _start(model: schema.ModelT) -> _Start | None:
+    """None where it is something else."""
+    graph, users = model.subgraphs[0], {}
+    for op in graph.operators:
+        for i in op.inputs:
+            users.setdefault(int(i), []).append(op)
+    at, before = int(graph.inputs[0]), []
+    factor, offset, pads = np.ones(3), np.zeros(3), np.zeros([4, 2], int)
+    while len(users.get(at, ())) == 1:
+        [op] = users[at]
+        kind, others = flatbuffer.kind_of(model, op), [_data(model, i) for i in op.inputs[1:]]
+        if op.inputs[0] != at or any(each is None for each in others):
+            return None
+        if kind == "CONV_2D":
+            if others[0].shape[3] != 3 or len(others) != 2 or not factor.all() or pads[[0, 3]].any():
+                return None
+            return _Start(before, op, -offset / factor, factor, _used(graph, op, others[0].shape, pads))
+        if kind in ARITHMETIC:
+            [values] = others
+            width = graph.tensors[at].shape[-1]
+            if values.size not in (1, width) or width % 3 or op.builtinOptions.fusedActivationFunction or pads.any():
+                return None
+            by_channel = np.broadcast_to(values.reshape(-1), [width]).reshape(-1, 3).astype(np.float64)
+            if (by_channel != by_channel[0]).any():
+                return None
+            offset = ARITHMETIC[kind](offset, by_channel[0])
+            factor = ARITHMETIC[kind](factor, by_channel[0]) if kind in ("MUL", "DIV") else factor
+        elif kind == "PAD":
+            pads += others[0]
+        elif kind not in ("CAST", "RESHAPE", "QUANTIZE"):
+            return None
+        before.append(op)
+        at = int(op.outputs[0])
+    return None
+
+
+def _used(graph: schema.SubGraphT, conv: schema.OperatorT, weights: tuple, pads: np.ndarray) -> list[tuple[int, int]]:
+    """The zeros that the convolution uses of those around its input and of its own, of height and width."""
+    options, found = conv.builtinOptions, []
+    strides, dilations = (options.strideH, options.strideW), (options.dilationHFactor, options.dilationWFactor)
+    for axis, stride, dilation in zip((1, 2), strides, dilations, strict=True):
+        size, made = (int(graph.tensors[i].shape[axis]) for i in (conv.inputs[0], conv.outputs[0]))
+        needed = (made - 1) * stride + (weights[axis] - 1) * dilation + 1
+        first = int(pads[axis, 0]) + (max(needed - size, 0) // 2 if options.padding == schema.Padding.SAME else 0)
+        found.append((first, max(needed - first - (size - int(pads[axis].sum())), 0)))
+    return found
+
+
+def _type(model: schema.ModelT, tensor: int) -> int:
+    return model.subgraphs[0].tensors[tensor].type
+
+
+def _data(model: schema.ModelT, tensor: int) -> np.ndarray | None:
+    """A constant; None for what is computed."""
+    described = model.subgraphs[0].tensors[tensor]
+    data = model.buffers[described.buffer].data
+    kinds = {schema.TensorType.FLOAT32: np.float32, schema.TensorType.INT32: np.int32, schema.TensorType.INT8: np.int8}
+    if data is None or described.type not in kinds:
+        return None
+    return np.frombuffer(bytes(data), kinds[described.type]).reshape([] if described.shape is None else described.shape)
+
+
+def _quantization(scales, zero: int) -> schema.QuantizationParametersT:
+    made = schema.QuantizationParametersT()
+    made.scale, made.zeroPoint = np.float32(scales), np.full(len(scales), zero, np.int64)
+    made.quantizedDimension = 0
+    return made
+
+
+def _tensor(model, name: str, shape, kind=schema.TensorType.INT8, data=None, scales=None, *, quantized=False) -> int:
+    """A new tensor's number; with `data` a constant, `quantized` as pixels are."""
+    tensor = schema.TensorT()
+    tensor.name, tensor.shape, tensor.type, tensor.buffer = name.encode(), np.array(shape, np.int32), kind, 0
+    if data is not None:
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(data.tobytes(), np.uint8)
+        model.buffers.append(buffer)
+        tensor.buffer = len(model.buffers) - 1
+    if quantized or scales is not None:
+        tensor.quantization = _quantization([1.0], ZERO) if quantized else _quantization(scales, 0)
+    tensors = model.subgraphs[0].tensors
+    tensors.append(tensor)
+    return len(tensors) - 1
+
+
+def _operation(model, kind: str, version: int, inputs: list[int], output: int, options=None) -> schema.OperatorT:
+    """A new operation, not yet in the graph."""
+    code = schema.OperatorCodeT()
+    code.builtinCode, code.version = getattr(schema.BuiltinOperator, kind), version
+    code.deprecatedBuiltinCode = code.builtinCode
+    model.operatorCodes.append(code)
+    op = schema.OperatorT()
+    op.opcodeIndex = len(model.operatorCodes) - 1
+    op.inputs, op.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
+    if options is not None:
+        op.builtinOptions, op.builtinOptionsType = options, schema.BuiltinOptions.ConcatenationOptions
+    return op
