@@ -99,7 +99,7 @@ def test_settings_follow_the_data(tmp_path, monkeypatch):
     assert cells.model.backbone.type == "resnet" and cells.model.normalization == "image" and cells.data.flip == "both"
     assert cells.data.size == (640, 640) and cells.data.crop == (256, 256) and cells.targets.match == "cost"
     tiny, text = fitted(make(tmp_path / "tiny", size=(128, 128), classes=2))
-    assert tiny.data.size == (128, 128) and tiny.data.batch == 16 and "128 pixels" in text and tiny.targets.match == "static"
+    assert tiny.data.size == (128, 128) and tiny.data.batch == 8 and "128 pixels" in text and tiny.targets.match == "static"
     # In pixels of the input: the default, for images of 800 pixels, puts all of a small image on its coarsest level.
     assert tiny.targets.ranges == (64.0,) and photos.targets.ranges == () == cells.targets.ranges
 

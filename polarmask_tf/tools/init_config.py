@@ -145,7 +145,7 @@ def _sections(info: DatasetInfo, seen: Survey, pretrained: bool, judged: bool) -
     top = min(7, max(4, math.ceil(math.log2(max(large * scale[1], 1) / 8))))
     most = info.max_instances
     side = min(height, width) if not cropped else crop
-    batch = 16 if side <= _TINY_IMAGE else 8
+    batch = 8 if pretrained or side <= _TINY_IMAGE else 4
     images = round(max(1400 * info.num_images ** (1 / 3), 12 * info.num_images))
     steps = max(100, 50 * round(images / batch / 50))
     data = [
@@ -153,7 +153,7 @@ def _sections(info: DatasetInfo, seen: Survey, pretrained: bool, judged: bool) -
         *([("crop", [crop, crop], "training looks at parts of that size: objects are small")] if cropped else []),
         ("scale", list(scale), "in training, times what fits an image into `size`"),
         *([("flip", "both", "also upside down; horizontal if your images have an up and a down")] if seen.gray else []),
-        ("batch", batch, "images a step"),
+        ("batch", batch, "images a step" + ("" if pretrained else "; many small steps learn more than few large ones")),
         ("max_instances", max(10, most), f"the most in one image is {most}"),
     ]
     model = [("fpn", {"levels": list(range(3, top + 1))}, f"one object in twenty is longer than {large:.0f} pixels")]
