@@ -13,11 +13,14 @@ CALIBRATION = {"temperature": 1.5, "score_threshold": 0.05, "checkpoint": ""}
 
 
 def prepare_thresholds(folder, out):
+    from polarmask_tf.config import PostprocessConfig
     from polarmask_tf.weights import runs
+
+    options = PostprocessConfig(temperature=1.2)
 
     def run(data):
         (folder / runs.THRESHOLDS).write_bytes(data)
-        runs.read_thresholds(folder, 2, 1.2)
+        runs.read_thresholds(folder, 2, options)
 
     return refusing(run)
 
