@@ -246,6 +246,7 @@ def check_metadata(metadata, where):
                 number({"a threshold": score}, "a threshold", 0, MAX_SCORE, float)
             if type(each) is not list or len(each) != len(classes):
                 raise ValueError("thresholds has not one for each class")
+        number({"cpu_only": False, **metadata}, "cpu_only", 0, 1, bool)
         if "flatbuffer_sha256" in metadata:
             number(metadata, "flatbuffer_bytes", 1, MAX_MODEL_BYTES)
         if raw is not None:
@@ -436,6 +437,8 @@ class PolarMaskLite:
             self._fit = self.metadata["input"].get("resize", FITS[0])
             if self._fit not in FITS[:2]:
                 raise ValueError(f"metadata.json says {self._fit}, and a .tflite file has one input size")
+            if accelerator == "gpu" and self.metadata.get("cpu_only"):
+                raise NoAccelerator("on a GPU its box branch gives other polygons; run it without --accelerator gpu")
             if accelerator:
                 self._run, takes, self.runs_on = _compiled(path, accelerator, threads)
             else:

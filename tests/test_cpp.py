@@ -213,6 +213,14 @@ def test_it_says_which_part_ran_where(program, models, tmp_path):
         assert (status, lines, len(errors)) == (2, [], 1) and "LiteRT finds no GPU that it can use; run it without" in errors[0]
 
 
+def test_what_a_gpu_would_do_wrong_is_left_to_the_cpu(program, models, tmp_path):
+    image = write_ppm(tmp_path / "a.ppm", noise(HEIGHT, WIDTH))
+    model = with_metadata(models["fp32"], tmp_path / "a.tflite", lambda described: described.update(cpu_only=True))
+    status, lines, errors = run(program, model, image, "--accelerator", "gpu")
+    assert (status, lines, len(errors)) == (2, [], 1) and "its box branch gives other polygons" in errors[0]
+    assert run(program, model, image, "--accelerator", "cpu")[0] == 0
+
+
 def test_on_the_gpu(program, models, tmp_path):
     """SwiftShader's numbers, as in test_gpu.py."""
     environment = swiftshader(tmp_path)

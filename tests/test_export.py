@@ -237,3 +237,13 @@ def test_metadata_says_what_a_user_needs():
     found = graph.metadata(model)
     assert found["version"] == __version__ and found["classes"] == [{"name": "cat", "category_id": 17}]
     assert (found["input"]["height"], found["input"]["width"], found["rays"]) == (128, 128, 36)
+
+
+@pytest.mark.parametrize("box", [False, True])
+def test_a_file_says_whether_a_gpu_would_do_it_wrong(box, tmp_path, monkeypatch):
+    from polarmask_tf.modeling.polarmask import PolarMask
+
+    monkeypatch.setattr(tflite, "convert", lambda *args, **options: b"TFL3")
+    model = PolarMask(configs.load("shapes", [f"model.head.box={json.dumps(box)}"]), [{"name": "cat", "category_id": 17}])
+    path = tflite.export_tflite(model, tmp_path / "a.tflite")
+    assert lite.read_metadata(path).get("cpu_only", False) is box

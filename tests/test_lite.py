@@ -621,6 +621,17 @@ def test_an_old_litert_has_no_accelerators(tflite, monkeypatch, capsys):
     assert one_line(error) == f"{tflite}: --accelerator needs ai-edge-litert 2.3: pip install -U ai-edge-litert"
 
 
+def test_what_a_gpu_would_do_wrong_is_left_to_the_cpu(tflite, tmp_path):
+    """Before anybody looks for a GPU: its polygons would be others, without an error."""
+    path = tmp_path / "box.tflite"
+    shutil.copy(tflite, path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("metadata.json", json.dumps({**lite.read_metadata(tflite), "cpu_only": True}))
+    with pytest.raises(ValueError, match="box branch gives other polygons; run it without --accelerator gpu"):
+        lite.PolarMaskLite(path, accelerator="gpu")
+    assert lite.PolarMaskLite(path, accelerator="cpu").runs_on == "network on the CPU"
+
+
 def test_a_machine_without_a_gpu_is_told_in_one_line(tflite, tmp_path):
     Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
     command = [sys.executable, lite.__file__, str(tflite), str(tmp_path / "a.png"), "--accelerator", "gpu"]

@@ -20,7 +20,7 @@ struct Raw {
 struct Metadata {
   std::vector<std::string> labels;
   std::vector<float> shown_scores;  // least score of what is worth showing, of each class: of best F1, else 0.3
-  bool stretch = false, is_raw = false;
+  bool stretch = false, is_raw = false, cpu_only = false;  // cpu_only: LiteRT's GPU would give other polygons
   Raw raw;
 };
 
@@ -72,6 +72,8 @@ inline Metadata read_metadata(const std::string& file) {
     for (float& score : found.shown_scores) score = float(parse(at, "thresholds", 0, 1.5));
     if ((at = next(at)) == std::string::npos || text[at] != ']') throw wrong("thresholds has not one for each class");
   }
+  const size_t only = find("cpu_only", 0);
+  found.cpu_only = only != std::string::npos && !text.compare(only, 4, "true");
   const size_t raw = find("raw", 0);
   if (raw == std::string::npos || text[raw] != '{') return found;
   found.is_raw = true;

@@ -120,6 +120,9 @@ class PolarMask {
     try {
       if (file_.size() < 8 || file_.compare(4, 4, "TFL3")) throw Error("not a .tflite file");
       metadata = read_metadata(file_);
+      if (metadata.cpu_only && accelerator == "gpu") {
+        throw Error("on a GPU its box branch gives other polygons; run it without --accelerator gpu");
+      }
       load(threads, accelerator == "gpu");
       bind_tensors();
     } catch (const std::exception& error) {
@@ -311,7 +314,8 @@ int main(int argc, char** argv) try {
   std::fflush(stdout);
   output < 0 ? close(1) : dup2(output, 1);
   if (!accelerator.empty()) std::fprintf(stderr, "%s\n", model.runs_on.c_str());
-  const auto& [labels, shown_scores, stretch, is_raw, raw] = model.metadata;
+  const std::vector<std::string>& labels = model.metadata.labels;
+  const std::vector<float>& shown_scores = model.metadata.shown_scores;
   for (const Detection& one : model(read_ppm(argv[2]))) {
     const bool named = one.label >= 0 && size_t(one.label) < labels.size();
     if (!(one.score >= (score >= 0 ? float(score) : named ? shown_scores[one.label] : 0.3f))) continue;

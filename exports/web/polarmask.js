@@ -171,6 +171,7 @@ export class PolarMask {
       }
       if (accelerator === "cpu") model.reason = "as asked for";
       else if (lacks && !(soft && accelerator === "gpu")) model.reason = lacks;
+      else if (model.metadata?.cpu_only) model.reason = "on a GPU its box branch gives other polygons";
       else if (reason === undefined) await model.useGpu(bytes);
     }
     if (reason !== undefined) {

@@ -119,6 +119,8 @@ def export_tflite(model: PolarMask, out: Path, precision: str = "fp32", *, raw: 
         "flatbuffer_bytes": len(content),  # what comes before the zip file
         "flatbuffer_sha256": hashlib.sha256(content).hexdigest(),
     }
+    if model.config.model.head.box:
+        described["cpu_only"] = True  # LiteRT's GPU delegate gives other polygons (exports/README.md), and no error
     if raw:
         options = model.config.postprocess
         assembling = {  # what lite.assemble needs to know

@@ -40,14 +40,14 @@ class Detector(context: Context) : AutoCloseable {
   init {
     context.assets.open(MODEL).use { asset -> file.outputStream().use { asset.copyTo(it) } }
     decoder = PolarMask(PolarMask.readMetadata(file))
-    var reason: String? = null
+    var reason: String? = if (decoder.isForCpuOnly) "its box branch" else null
     // A raw file is the GPU's alone: then LiteRT says so where it cannot. NMS of a whole file has to be left to the CPU.
     val accelerators = if (decoder.isRaw) arrayOf(Accelerator.GPU) else arrayOf(Accelerator.GPU, Accelerator.CPU)
     val options = CompiledModel.Options(*accelerators)
     // By default it is float16 where the GPU has that: faster, and further from what the CPU finds.
     options.gpuOptions = CompiledModel.GpuOptions(precision = CompiledModel.GpuOptions.Precision.FP32)
     model = try {
-      CompiledModel.create(file.path, options)
+      CompiledModel.create(file.path, if (reason == null) options else CompiledModel.Options(Accelerator.CPU))
     } catch (error: LiteRtException) {
       reason = error.message ?: "no GPU"
       CompiledModel.create(file.path, CompiledModel.Options(Accelerator.CPU))

@@ -63,6 +63,7 @@ public final class PolarMask {
   public final int height; // of the network's input
   public final int width;
   public final boolean isRaw;
+  public final boolean isForCpuOnly; // LiteRT's GPU would give other polygons
   private final boolean stretch;
   private final int rays;
   private final JSONObject raw;
@@ -90,6 +91,7 @@ public final class PolarMask {
     }
     raw = described.optJSONObject("raw");
     isRaw = raw != null;
+    isForCpuOnly = described.optBoolean("cpu_only");
     if (isRaw) {
       JSONObject units = raw.getJSONObject("ray_units");
       for (Iterator<?> levels = units.keys(); levels.hasNext(); ) {
