@@ -122,7 +122,8 @@ def averages_of(steps, until):
     """The running averages by numpy, over the weights of each step."""
     averages = [value.astype(np.float64) for value in steps[0][1]]
     for step in range(1, until + 1):
-        averages = [EMA * a + (1 - EMA) * w for a, w in zip(averages, steps[step][1], strict=True)]
+        kept = min(EMA, step / (9 + step))  # a short training's averages forget its first weights
+        averages = [kept * a + (1 - kept) * w for a, w in zip(averages, steps[step][1], strict=True)]
     return averages
 
 
@@ -308,7 +309,7 @@ def test_a_wrong_profile_is_one_line(data, tmp_path, capsys, steps):
     assert train(data / "train", tmp_path / "run", "train.steps=8", arguments=(f"--profile={steps}",)) == 2
     error = capsys.readouterr().err
     assert error.startswith("polarmask: error: --profile") and error.count("\n") == 1
-    with pytest.raises(InputError, match="--profile 0,2: give two of the 900 steps"):
+    with pytest.raises(InputError, match="--profile 0,2: give two of the 1800 steps"):
         train_module.train(config.load("shapes"), tmp_path / "run", profile=(0, 2))
     assert not (tmp_path / "run").exists()
 
