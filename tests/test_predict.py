@@ -526,6 +526,6 @@ def test_a_model_whose_class_no_file_can_name_is_refused_when_it_is_loaded(tmp_p
     """Not after a folder of 100,000 pictures, when the table is written."""
     (tmp_path / "model.tflite").write_bytes(b"x")
     metadata = {"classes": [{"name": "\ud800", "category_id": 1}], "input": {"height": 32, "width": 32}}
-    monkeypatch.setattr(predictor, "_tflite", lambda path: (metadata, None))
+    monkeypatch.setattr(predictor, "_tflite", lambda path, accelerator: (metadata, None, ""))
     with pytest.raises(InputError, match=r"model\.tflite: what it knows about itself is damaged"):
         load_predictor(tmp_path / "model.tflite")

@@ -198,7 +198,7 @@ def test_wrong_options_are_said_before_anything_is_written(source, tmp_path, opt
 
 
 def test_on_the_command_line(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(predictor, "load_predictor", lambda model: star_predictor())
+    monkeypatch.setattr(predictor, "load_predictor", lambda model, accelerator: star_predictor())
     (tmp_path / "model.tflite").write_bytes(b"weights")
     words = ["predict", str(tmp_path / "model.tflite"), str(source / "1.png"), str(source / "*" / "*.jpg")]
     out = tmp_path / "out"
