@@ -6,6 +6,7 @@ A server is not trusted: what it may take and send is bounded, and its answers a
 """
 
 import base64
+import contextlib
 import functools
 import http.client
 import io
@@ -144,7 +145,8 @@ def _http(url):
             connection.connect()
             connection.sock.settimeout(_until(deadline))
             headers = {"Content-Type": "application/json", "Content-Length": str(sum(map(len, body)))}
-            connection.request("POST", f"{parts.path}:predict", body, headers)  # in parts: an image may be large
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # answered before all was read: too large, say
+                connection.request("POST", f"{parts.path}:predict", body, headers)  # in parts: an image may be large
             response = http.client.HTTPResponse(_Incoming(connection.sock, deadline), method="POST")
             response.begin()
             content = b"".join(iter(lambda: response.read(2**20), b""))
