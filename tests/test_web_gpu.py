@@ -1,5 +1,8 @@
 """exports/web by WebGPU, which is SwiftShader in headless Chromium: the CPU's detections, and a word where it is not used."""
 
+import json
+import zipfile
+
 import pytest
 from benchmarks.edge_table import make, pictures
 from PIL import Image
@@ -114,9 +117,17 @@ def test_a_gpu_that_fails_is_left(lacking, folder):
 
 
 def test_a_gpu_that_finds_something_else_is_left(gpu, folder):
-    """As it does of a box branch, which see exports/README.md."""
+    """As it does of a box branch, which see exports/README.md: a file that says so, and one of before that."""
     model = make("edge_small", SIZE, 20, "model.head.box=true", classes=3)
-    tflite.export_tflite(model, folder / "box.tflite")
+    path = tflite.export_tflite(model, folder / "box.tflite")
     found, shown = gpu.found(open=f"{gpu.url}?model=box.tflite&accelerator=gpu")
     compare(found, expected(folder, "box.tflite"))
+    assert shown["where"] == "Runs on the CPU (WebAssembly): on a GPU its box branch gives other polygons."
+    described = lite.read_metadata(path)
+    assert described.pop("cpu_only")
+    (folder / "old.tflite").write_bytes(path.read_bytes()[: described["flatbuffer_bytes"]])
+    with zipfile.ZipFile(folder / "old.tflite", "a") as archive:
+        archive.writestr("metadata.json", json.dumps(described))
+    found, shown = gpu.found(open=f"{gpu.url}?model=old.tflite&accelerator=gpu")
+    compare(found, expected(folder, "old.tflite"))
     assert shown["where"] == "Runs on the CPU (WebAssembly): the GPU's detections were not the CPU's."
