@@ -260,6 +260,7 @@ def check_metadata(metadata, where):
                 number(raw, key, 0, most, float)
             number({"temperature": 1.0, **raw}, "temperature", 0.01, 100, float)
             number({"score_bias": 0.0, **raw}, "score_bias", -50, 50, float)
+            number({"voting_iou": 0.0, **raw}, "voting_iou", 0, 1, float)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
         raise ValueError(f"{one_line(where)} is not what `polarmask export` writes: {reason}") from None
@@ -285,8 +286,9 @@ def assemble(heads, raw, size):
         centers = np.float32(2 ** int(level)) * (np.float32([where % w, where // w]).T[:, None] + np.float32(0.5))
         reach = np.float32(unit) * np.exp(np.clip(rays.reshape(-1, n)[where], -raw["ray_limit"], raw["ray_limit"]))
         ways = np.float32([[f(2 * np.pi * k / n) for f in (np.cos, np.sin)] for k in range(n)])
-        parts.append((scores[best], classes, np.clip(centers + reach[..., None] * ways, 0, limit)))
-    scores, classes, polygons = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parts.append((scores[best], classes, centers, reach))
+    scores, classes, centers, reach = (np.concatenate(part) for part in zip(*parts, strict=True))
+    polygons = np.clip(centers + reach[..., None] * ways, 0, limit)
     boxes = np.concatenate([polygons.min(1), polygons.max(1)], 1)
     low, high = np.split(boxes + np.float32(classes[:, None] * (limit.max() + 1)), 2, 1)  # no two classes overlap
     area, kept = (high - low).prod(1), []
@@ -296,12 +298,40 @@ def assemble(heads, raw, size):
         common = np.maximum(np.minimum(high[kept], high[i]) - np.maximum(low[kept], low[i]), 0).prod(1)
         if not (common > raw["nms_iou"] * (area[kept] + area[i] - common)).any():
             kept.append(i)
+    if kept and raw.get("voting_iou", 0):
+        reach[kept] = vote(scores, centers[:, 0], reach, low, high, kept, np.float32(raw["voting_iou"]), ways)
+        polygons[kept] = np.clip(centers[kept] + reach[kept, :, None] * ways, 0, limit)
+        boxes[kept] = np.concatenate([polygons[kept].min(1), polygons[kept].max(1)], 1)
     temperature, bias = raw.get("temperature", 1), raw.get("score_bias", 0)
     if (temperature, bias) != (1, 0):  # of calibrated scores
         scores = np.clip(scores, 1e-6, 1 - 1e-6)
         scores = one / (one + np.exp((np.log(one - scores) - np.log(scores)) / np.float32(temperature) - np.float32(bias)))
     found = (scores, classes, boxes[:, [1, 0, 3, 2]] / np.tile(limit[::-1], 2), polygons / limit)
     return {"num_detections": [len(kept)], **{f"detection_{n}": x[kept][None] for n, x in zip(FOUND, found, strict=True)}}
+
+
+def vote(scores, centers, reach, low, high, kept, iou, ways):
+    """Rays [N, n] of the kept, averaged with those whose boxes, `low` to `high`, overlap more than `iou`, as in the graph."""
+    n, area, voters, weights = reach.shape[1], (high - low).prod(1), [], []
+    for i in kept:
+        common = np.maximum(np.minimum(high[i], high) - np.maximum(low[i], low), 0).prod(1)
+        counts = np.where(common > (area + area[i]) * (iou / (1 + iou)), scores, np.float32(0))
+        voters.append(np.argsort(-counts, kind="stable")[:4])
+        weights.append(counts[voters[-1]])
+    voters, weights = np.int64(voters), np.float32(weights)
+    weights /= np.maximum(weights.sum(1, keepdims=True), np.float32(1e-12))
+    shift, length = (centers[kept, None] - centers[voters])[:, :, None], reach[kept][:, None].repeat(voters.shape[1], 1)
+    for _ in range(3):  # Newton's method: where the ray meets the line of the side of the voter's polygon that it points to
+        x, y = np.moveaxis(shift + length[..., None] * ways, -1, 0)
+        first = np.floor(np.arctan2(y, x) * np.float32(n / (2 * np.pi))).astype(int) % n
+        start, end = (reach[voters[:, :, None], side][..., None] * ways[side] for side in (first, (first + 1) % n))
+        along, start = end - start, start - shift
+        across = ways[:, 0] * along[..., 1] - ways[:, 1] * along[..., 0]
+        meets = (start[..., 0] * along[..., 1] - start[..., 1] * along[..., 0]) / np.where(
+            abs(across) > 1e-6, across, np.float32(1e-6)
+        )
+        length = np.where((meets > length / 2) & (meets < 2 * length), meets, length)
+    return (length * weights[..., None]).sum(1) + reach[kept] * (1 - weights.sum(1, keepdims=True))
 
 
 def check_outputs(outputs, metadata, batch=1):

@@ -13,7 +13,7 @@ from polarmask_tf import lite
 
 CPP = Path(__file__).resolve().parents[1] / "exports/cpp"
 RAW = {"ray_units": {"3": 8.0}, "ray_limit": 20, "score_threshold": 0.05, "candidates": 100, "nms_iou": 0.5}
-RAW |= {"max_detections": 100, "multi_label": False, "temperature": 1.0, "score_bias": 0.0}
+RAW |= {"max_detections": 100, "multi_label": False, "temperature": 1.0, "score_bias": 0.0, "voting_iou": 0.0}
 CASES = {  # what differs from RAW; (height, width); classes, rays; what the class logits are moved by
     "one level": ({}, (40, 56), 3, 8, 0.0),
     "nothing to find": ({}, (40, 56), 3, 8, -30.0),
@@ -26,6 +26,8 @@ CASES = {  # what differs from RAW; (height, width); classes, rays; what the cla
     "calibrated": ({"temperature": 1.7, "score_bias": 0.4}, (64, 64), 2, 16, 0.0),
     "a low limit of rays": ({"ray_limit": 0.25}, (32, 64), 2, 16, 0.0),
     "sizes that 8 does not divide": ({"ray_units": {"3": 8.0, "4": 8.0}}, (35, 51), 2, 16, 0.0),
+    "votes": ({"voting_iou": 0.3, "ray_units": {"3": 9.0, "4": 9.0}, "candidates": 300}, (64, 64), 2, 36, 1.0),
+    "votes of few": ({"voting_iou": 0.1, "candidates": 2, "multi_label": True}, (32, 32), 2, 5, 1.0),
     "saturated": ({}, (32, 32), 2, 16, 200.0),
 }
 
@@ -57,6 +59,7 @@ def graph(heads, raw, size):
         score_threshold=raw["score_threshold"],
         pre_nms_top_k=raw["candidates"],
         nms_iou_threshold=raw["nms_iou"],
+        voting_iou_threshold=raw["voting_iou"],
         **options,
     )
     count = int(found["num_detections"])

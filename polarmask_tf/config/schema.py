@@ -216,6 +216,8 @@ class PostprocessConfig(Section):
     # Scores are sigmoid(logit(score) / temperature + score_bias), see `evaluate --calibrate`.
     temperature: float = _within(1.0, 0.01, 100)
     score_bias: float = _within(0.0, -50, 50)  # see temperature
+    # Polygons whose boxes overlap a detection's more are averaged with it, by score (polygon voting); 0: none. 0.75 is good.
+    voting_iou_threshold: float = _within(0.0, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -301,6 +303,8 @@ class Config(Section):
         levels, ranges = self.model.fpn.levels, self.targets.ranges
         if self.conventions == "released" and not self.model.head.box:
             yield "conventions: released compares boxes of the box branch; it needs model.head.box: true"
+        if self.postprocess.voting_iou_threshold and (self.conventions == "released" or self.model.rays < 5):
+            yield "postprocess.voting_iou_threshold goes with conventions: paper and more than 4 rays"
         if self.conventions == "released" and (self.postprocess.temperature, self.postprocess.score_bias) != (1, 0):
             yield "conventions: released has scores up to 1.5, which postprocess.temperature and score_bias cannot take"
         if self.data.batch % self.train.accumulate:

@@ -131,6 +131,7 @@ def export_tflite(model: PolarMask, out: Path, precision: str = "fp32", *, raw: 
             "score_bias": options.score_bias,
             "candidates": options.pre_nms_top_k,
             "nms_iou": options.nms_iou_threshold,
+            "voting_iou": options.voting_iou_threshold,
             "max_detections": options.max_detections,
             "multi_label": options.multi_label,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from polarmask_tf.ops import geometry
+from polarmask_tf.ops import geometry, voting
 
 LEAST_SCORE = 1e-6  # that a calibrated score is of
 
@@ -22,6 +22,7 @@ def detect(
     multi_label: bool,
     temperature: float = 1.0,
     score_bias: float = 0.0,
+    voting_iou_threshold: float = 0.0,
     centerness_offset: float = 0.0,
     class_threshold: bool = False,
     box_nms: bool = False,
@@ -44,6 +45,8 @@ def detect(
       max_detections: N.
       multi_label: candidates are (location, class) pairs; False: locations with their best class, which is cheaper.
       temperature, score_bias: see `calibrated`.
+      voting_iou_threshold: of boxes that overlap a detection's more the polygons are averaged with its own, see voting.vote;
+        0: none are. Its box is then that of the averaged polygon.
       centerness_offset, class_threshold, box_nms, suppress_equal, whole_pixels: see config.Conventions.
 
     Returns:
@@ -86,9 +89,13 @@ def detect(
     )
     keep = tf.cast(tf.range(max_detections) < valid, tf.float32)
     kept = tf.expand_dims(keep, 1)  # not tf.newaxis, which a .tflite file holds as a slice
-    boxes = tf.gather(boxes, chosen) / tf.tile(limit, [2]) * kept
     # Only what is left needs a polygon.
-    sides = zip(geometry.vertices(tf.gather(centers, chosen), tf.gather(rays, chosen)), tf.unstack(limit), strict=True)
+    points, lengths, boxes = tf.gather(centers, chosen), tf.gather(rays, chosen), tf.gather(boxes, chosen)
+    if voting_iou_threshold:
+        lengths = voting.vote(centers, rays, apart, scores, chosen, voting_iou_threshold)
+        boxes = tf.clip_by_value(geometry.ray_boxes(points, lengths), 0.0, tf.tile(limit, [2]) - pixel)
+    boxes = boxes / tf.tile(limit, [2]) * kept
+    sides = zip(geometry.vertices(points, lengths), tf.unstack(limit), strict=True)
     polygons = tf.stack([tf.clip_by_value(values, 0.0, most - pixel) / most * kept for values, most in sides], axis=-1)
     return {
         "num_detections": valid,
