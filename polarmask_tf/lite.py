@@ -321,7 +321,7 @@ def vote(scores, centers, reach, low, high, kept, iou, ways):
     voters, weights = np.int64(voters), np.float32(weights)
     weights /= np.maximum(weights.sum(1, keepdims=True), np.float32(1e-12))
     shift, length = (centers[kept, None] - centers[voters])[:, :, None], reach[kept][:, None].repeat(voters.shape[1], 1)
-    for _ in range(3):  # Newton's method: where the ray meets the line of the side of the voter's polygon that it points to
+    for _ in range(2):  # Newton's method: where the ray meets the line of the side of the voter's polygon that it points to
         x, y = np.moveaxis(shift + length[..., None] * ways, -1, 0)
         first = np.floor(np.arctan2(y, x) * np.float32(n / (2 * np.pi))).astype(int) % n
         start, end = (reach[voters[:, :, None], side][..., None] * ways[side] for side in (first, (first + 1) % n))

@@ -291,3 +291,16 @@ def test_images_are_normalised_alike_in_known_and_unknown_sizes():
     for shape in ((2, 5, 7, 3), (None, None, None, 3), (None, None, 7, 3), (None, 5, 7, 3)):
         normalise = tf.function(model._normalize, input_signature=[tf.TensorSpec(shape)])
         np.testing.assert_allclose(normalise(images), expected, rtol=1e-6)
+
+
+def test_an_image_is_normalised_by_itself_without_its_padding():
+    config = tiny_config()
+    model = PolarMask(dataclasses.replace(config, model=dataclasses.replace(config.model, normalization="image")), 2)
+    images = np.random.default_rng(0).integers(8, 13, (2, 20, 30, 3)).astype(np.float32)  # dim: padding would be the most of it
+    images[0, 5] = 0  # a black row of the image counts as padding, and matters little
+    padded = np.zeros((2, 32, 64, 3), np.float32)
+    padded[:, :20, :30] = images
+    mean, std = images[1].mean(), np.sqrt(images[1].var() + 1)
+    np.testing.assert_allclose(model._normalize(padded)[1, :20, :30], (images[1] - mean) / std, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model._normalize(padded)[:, :20, :30], model._normalize(images), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(model._normalize(np.zeros((1, 32, 32, 3), np.float32))).all()

@@ -138,10 +138,13 @@ class PolarMask(tf_keras.Model):
             # Whole rows at once: along a last dimension of 3, LiteRT takes ten times as long.
             rows = tf.reshape(images, [-1, height, 3 * width])
             return tf.reshape((rows - np.tile(mean, width)) / np.tile(std, width), [-1, height, width, 3])
-        # Over the whole canvas, padding included: a .tflite file does not know where the padding is.
-        mean = tf.reduce_mean(images, axis=[1, 2, 3], keepdims=True)
-        variance = tf.reduce_mean(tf.square(images - mean), axis=[1, 2, 3], keepdims=True)
-        return (images - mean) / tf.sqrt(variance + 1.0)
+        # Rows and columns of nothing but zeros are padding: a dim image's own contrast drowns in the step to them.
+        shown = [tf.reduce_sum(tf.sign(tf.reduce_max(images, axis=axes)), axis=1) for axes in ([2, 3], [1, 3])]
+        count = tf.reshape(tf.maximum(3.0 * shown[0] * shown[1], 1.0), [-1, 1, 1, 1])
+        mean = tf.reduce_sum(images, axis=[1, 2, 3], keepdims=True) / count
+        padding = tf.cast(tf.reduce_prod(tf.shape(images)[1:]), tf.float32) - count
+        squares = tf.reduce_sum(tf.square(images - mean), axis=[1, 2, 3], keepdims=True) - padding * tf.square(mean)
+        return (images - mean) / tf.sqrt(tf.maximum(squares / count, 0.0) + 1.0)
 
     def compile(self, optimizer="rmsprop", *, run_eagerly=None, steps_per_execution=None, jit_compile=None, **others):
         """As Keras', without losses and metrics, which belong to the model: loss, class, ray, centerness (and box).
