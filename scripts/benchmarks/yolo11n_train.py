@@ -19,6 +19,20 @@ from pathlib import Path
 import numpy as np
 
 
+def largest_ring(segmentation) -> np.ndarray:
+    """Corners [n, 2] of the largest polygon; of a run-length encoded mask, of its contour through the pixels' middles, as YOLO's
+    own converters trace it."""
+    if isinstance(segmentation, list):
+        return np.reshape(max(segmentation, key=len), (-1, 2))
+    import cv2  # which ultralytics brings
+    from pycocotools import mask
+
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask.frPyObjects(segmentation, *segmentation["size"])
+    contours, _ = cv2.findContours(mask.decode(segmentation), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return max(contours, key=cv2.contourArea)[:, 0].astype(float)
+
+
 def write_yolo(annotations: Path, images: Path, folder: Path) -> list[str]:
     """COCO to YOLO's folders images/ (links) and labels/; returns the class names."""
     document = json.loads(annotations.read_text())
@@ -27,7 +41,7 @@ def write_yolo(annotations: Path, images: Path, folder: Path) -> list[str]:
     (folder / "labels").mkdir(exist_ok=True)
     objects = {}
     for entry in document["annotations"]:
-        if isinstance(entry["segmentation"], list) and not entry.get("iscrowd"):
+        if not entry.get("iscrowd"):
             objects.setdefault(entry["image_id"], []).append(entry)
     for image in document["images"]:
         name = Path(image["file_name"]).name
@@ -36,8 +50,7 @@ def write_yolo(annotations: Path, images: Path, folder: Path) -> list[str]:
             os.symlink((images / image["file_name"]).resolve(), link)
         lines = []
         for entry in objects.get(image["id"], ()):
-            ring = max(entry["segmentation"], key=len)
-            points = np.reshape(ring, (-1, 2)) / (image["width"], image["height"])
+            points = largest_ring(entry["segmentation"]) / (image["width"], image["height"])
             lines.append(f"{ids.index(entry['category_id'])} " + " ".join(f"{v:.6f}" for v in points.clip(0, 1).ravel()))
         (folder / "labels" / f"{Path(name).stem}.txt").write_text("\n".join(lines))
     names = {category["id"]: category["name"] for category in document["categories"]}
