@@ -20,8 +20,8 @@ import numpy as np
 
 
 def largest_ring(segmentation) -> np.ndarray:
-    """Corners [n, 2] of the largest polygon; of a run-length encoded mask, of its contour through the pixels' middles, as YOLO's
-    own converters trace it."""
+    """Corners [n, 2] of the largest polygon; of a run-length encoded mask, of its contour through the pixels' middles, as
+    YOLO's own converters trace it."""
     if isinstance(segmentation, list):
         return np.reshape(max(segmentation, key=len), (-1, 2))
     import cv2  # which ultralytics brings
@@ -90,6 +90,8 @@ def measure(model, annotations: Path, images: Path, size: int) -> np.ndarray:
             rle["counts"] = rle["counts"].decode()
             entry = {"image_id": image["id"], "category_id": ids[int(label)]}
             results.append({**entry, "score": score, "segmentation": rle})
+    if not results:
+        return np.zeros(3)
     evaluation = COCOeval(truth, truth.loadRes(results), "segm")
     evaluation.params.maxDets = [1, 100, 1000]
     evaluation.evaluate()
