@@ -28,6 +28,15 @@ CASES = {  # what differs from RAW; (height, width); classes, rays; what the cla
     "sizes that 8 does not divide": ({"ray_units": {"3": 8.0, "4": 8.0}}, (35, 51), 2, 16, 0.0),
     "votes": ({"voting_iou": 0.3, "ray_units": {"3": 9.0, "4": 9.0}, "candidates": 300}, (64, 64), 2, 36, 1.0),
     "votes of few": ({"voting_iou": 0.1, "candidates": 2, "multi_label": True}, (32, 32), 2, 5, 1.0),
+    "votes below the threshold of scores": (
+        {"voting_iou": 0.2, "score_threshold": 0.5, "ray_units": {"3": 9.0}},
+        (64, 64),
+        2,
+        36,
+        0.5,
+    ),
+    "votes of equals": ({"voting_iou": 0.2, "multi_label": True, "candidates": 10**9}, (32, 48), 2, 8, 200.0),
+    "no votes": ({"voting_iou": 1.0, "nms_iou": 1.0, "candidates": 10**9, "max_detections": 10**5}, (32, 48), 2, 8, 0.0),
     "saturated": ({}, (32, 32), 2, 16, 200.0),
 }
 
@@ -192,6 +201,11 @@ def test_cpp_refuses_what_is_not_finite(driver, tmp_path, name):
         {"score_threshold": "0.1"},
         {"temperature": 0},
         {"score_bias": 51},
+        {"voting_iou": 1.1},
+        {"voting_iou": -0.1},
+        {"voting_iou": "0.5"},
+        {"voting_iou": None},
+        {"voting_iou": float("nan")},
     ],
 )
 def test_cpp_checks_metadata_as_lite_does(driver, tmp_path, change):

@@ -12,7 +12,7 @@ using Error = std::runtime_error;
 // Of `raw` in metadata.json; levels are of stride 2^level, units in pixels of the network's input.
 struct Raw {
   std::vector<std::pair<int, float>> ray_units;
-  float ray_limit, score_threshold, nms_iou, temperature, score_bias;
+  float ray_limit, score_threshold, nms_iou, voting_iou, temperature, score_bias;
   int candidates, max_detections;
   bool multi_label;
 };
@@ -101,6 +101,7 @@ inline Metadata read_metadata(const std::string& file) {
   found.raw.max_detections = int(value("max_detections", 1, 100000));
   found.raw.temperature = float(optional("temperature", 0.01, 100, 1));
   found.raw.score_bias = float(optional("score_bias", -50, 50, 0));
+  found.raw.voting_iou = float(optional("voting_iou", 0, 1, 0));
   const size_t pairs = find("multi_label", raw);
   found.raw.multi_label = pairs != std::string::npos && !text.compare(pairs, 4, "true");
   return found;
