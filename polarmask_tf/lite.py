@@ -291,15 +291,19 @@ def assemble(heads, raw, size):
     polygons = np.clip(centers + reach[..., None] * ways, 0, limit)
     boxes = np.concatenate([polygons.min(1), polygons.max(1)], 1)
     low, high = np.split(boxes + np.float32(classes[:, None] * (limit.max() + 1)), 2, 1)  # no two classes overlap
-    area, kept = (high - low).prod(1), []
-    for i in (i for i in np.argsort(-scores, kind="stable") if scores[i] > raw["score_threshold"]):
+    area, kept, order = (high - low).prod(1), [], np.argsort(-scores, kind="stable")
+    for i in (i for i in order if scores[i] > raw["score_threshold"]):
         if len(kept) == raw["max_detections"]:
             break
         common = np.maximum(np.minimum(high[kept], high[i]) - np.maximum(low[kept], low[i]), 0).prod(1)
         if not (common > raw["nms_iou"] * (area[kept] + area[i] - common)).any():
             kept.append(i)
     if kept and raw.get("voting_iou", 0):
-        reach[kept] = vote(scores, centers[:, 0], reach, low, high, kept, np.float32(raw["voting_iou"]), ways)
+        parts = np.array_split(kept, len(kept) // 1000 + 1)  # each of bounded memory
+        voted = [
+            vote(scores, centers[:, 0], reach, low, high, part, np.float32(raw["voting_iou"]), ways, order) for part in parts
+        ]
+        reach[kept] = np.concatenate(voted)
         polygons[kept] = np.clip(centers[kept] + reach[kept, :, None] * ways, 0, limit)
         boxes[kept] = np.concatenate([polygons[kept].min(1), polygons[kept].max(1)], 1)
     temperature, bias = raw.get("temperature", 1), raw.get("score_bias", 0)
@@ -310,15 +314,17 @@ def assemble(heads, raw, size):
     return {"num_detections": [len(kept)], **{f"detection_{n}": x[kept][None] for n, x in zip(FOUND, found, strict=True)}}
 
 
-def vote(scores, centers, reach, low, high, kept, iou, ways):
-    """Rays [N, n] of the kept, averaged with those whose boxes, `low` to `high`, overlap more than `iou`, as in the graph."""
-    n, area, voters, weights = reach.shape[1], (high - low).prod(1), [], []
-    for i in kept:
+def vote(scores, centers, reach, low, high, kept, iou, ways, order):
+    """Rays [N, n] of the kept, averaged with those whose boxes, `low` to `high`, overlap more than `iou`, as in the graph.
+
+    order: of all, the best first.
+    """
+    n, low, high = reach.shape[1], low[order], high[order]
+    area, voters, weights = (high - low).prod(1), np.zeros((len(kept), 4), int), np.zeros((len(kept), 4), np.float32)
+    for row, i in enumerate(np.argsort(order)[kept]):
         common = np.maximum(np.minimum(high[i], high) - np.maximum(low[i], low), 0).prod(1)
-        counts = np.where(common > (area + area[i]) * (iou / (1 + iou)), scores, np.float32(0))
-        voters.append(np.argsort(-counts, kind="stable")[:4])
-        weights.append(counts[voters[-1]])
-    voters, weights = np.int64(voters), np.float32(weights)
+        best = order[np.flatnonzero(common > (area + area[i]) * (iou / (1 + iou)))[:4]]
+        voters[row, : len(best)], weights[row, : len(best)] = best, scores[best]
     weights /= np.maximum(weights.sum(1, keepdims=True), np.float32(1e-12))
     shift, length = (centers[kept, None] - centers[voters])[:, :, None], reach[kept][:, None].repeat(voters.shape[1], 1)
     for _ in range(2):  # Newton's method: where the ray meets the line of the side of the voter's polygon that it points to
