@@ -138,6 +138,9 @@ def equal_scores(heads):
         ({"multi_label": True}, lambda heads: None, 20),
         ({"candidates": 9, "max_detections": 5}, lambda heads: None, 5),  # more than are let through
         ({"temperature": 1.7, "score_bias": -0.4}, lambda heads: None, 20),
+        ({"voting_iou": 0.3}, lambda heads: None, 20),
+        ({"voting_iou": 0.3, "multi_label": True, "score_threshold": 0.6, "candidates": 10**9}, lambda heads: None, 2),
+        ({"voting_iou": 0.1, "candidates": 30}, equal_scores, 5),
         ({}, equal_scores, 20),  # of equal scores and classes the first are taken
         ({"multi_label": True, "candidates": 40}, equal_scores, 20),
         ({"score_threshold": 0.999}, lambda heads: None, 0),  # nothing is found
@@ -182,6 +185,9 @@ def test_what_does_not_fit_is_said(decode, tmp_path):
         "P3_rays has 1535 numbers, expected 1536" in decode(file, image, {**heads, "P3_rays": heads["P3_rays"].ravel()[1:]})[0]
     )
     assert "rays" in decode(with_metadata(tmp_path / "less.tflite", RAW, rays=None), image, heads)[0]
+    for wrong in (1.1, "x", None):
+        file = with_metadata(tmp_path / "voting.tflite", {**RAW, "voting_iou": wrong})
+        assert "voting_iou" in decode(file, image, heads)[0]
     (tmp_path / "none.tflite").write_bytes(b"a network " * 100)
     assert decode(tmp_path / "none.tflite", image, heads)[0].startswith("error: ")
 

@@ -66,7 +66,9 @@ public final class PolarMask {
   public final boolean isForCpuOnly; // LiteRT's GPU would give other polygons
   private final boolean stretch;
   private final int rays;
+  private final float[] ways; // in which the rays point: x, y, x, y, ...
   private final JSONObject raw;
+  private final float votingIou; // 0: no votes
   private final TreeMap<Integer, Float> rayUnits = new TreeMap<>(); // by level
 
   /** Of the text of metadata.json. Throws JSONException where something is missing. */
@@ -77,6 +79,11 @@ public final class PolarMask {
     height = input.getInt("height");
     width = input.getInt("width");
     rays = described.getInt("rays");
+    ways = new float[2 * Math.max(0, rays)];
+    for (int k = 0; k < rays; k++) {
+      ways[2 * k] = (float) Math.cos(2 * Math.PI * k / rays);
+      ways[2 * k + 1] = (float) Math.sin(2 * Math.PI * k / rays);
+    }
     labels = new String[classes.length()];
     thresholds = new float[classes.length()];
     JSONObject found = described.optJSONObject("thresholds"); // by `polarmask evaluate`
@@ -91,6 +98,10 @@ public final class PolarMask {
     }
     raw = described.optJSONObject("raw");
     isRaw = raw != null;
+    votingIou = isRaw && raw.has("voting_iou") ? (float) raw.getDouble("voting_iou") : 0;
+    if (!(votingIou >= 0 && votingIou <= 1) || isRaw && raw.getInt("candidates") < 1) {
+      throw new JSONException("raw in metadata.json: voting_iou is not of 0 to 1, or candidates less than 1");
+    }
     isForCpuOnly = described.optBoolean("cpu_only");
     if (isRaw) {
       JSONObject units = raw.getJSONObject("ray_units");
@@ -234,85 +245,182 @@ public final class PolarMask {
     return found;
   }
 
+  /** What may become a detection, or have a vote on one's polygon: rays from a point, in pixels of the network's input. */
+  private static final class Candidate {
+    final int label;
+    final float score;
+    final float x;
+    final float y;
+    final float[] rays;
+    final float[] polygon; // cut at the border, as its box is
+    final float[] box;
+    final float[] apart; // the box moved where those of no other class are
+
+    Candidate(int label, float score, float x, float y, float[] rays, float[] polygon, float[] box, float[] apart) {
+      this.label = label;
+      this.score = score;
+      this.x = x;
+      this.y = y;
+      this.rays = rays;
+      this.polygon = polygon;
+      this.box = box;
+      this.apart = apart;
+    }
+  }
+
+  private Candidate candidate(int label, float score, float x, float y, float[] lengths) {
+    float[] polygon = new float[rays * 2];
+    float[] box = {width, height, 0, 0};
+    for (int k = 0; k < rays; k++) {
+      polygon[2 * k] = clip(x + lengths[k] * ways[2 * k], width);
+      polygon[2 * k + 1] = clip(y + lengths[k] * ways[2 * k + 1], height);
+      box[0] = Math.min(box[0], polygon[2 * k]);
+      box[1] = Math.min(box[1], polygon[2 * k + 1]);
+      box[2] = Math.max(box[2], polygon[2 * k]);
+      box[3] = Math.max(box[3], polygon[2 * k + 1]);
+    }
+    float away = (float) (label * (Math.max(height, width) + 1.0)); // not "of the same class": numbers round as in lite.py
+    float[] apart = {box[0] + away, box[1] + away, box[2] + away, box[3] + away};
+    return new Candidate(label, score, x, y, lengths, polygon, box, apart);
+  }
+
   /** From a --raw file's outputs, the head's logits by level: postprocess.detect, as lite.assemble does it. */
   private List<Detection> assemble(Map<String, float[]> outputs) throws JSONException {
-    boolean pairs = raw.getBoolean("multi_label");
     float least = (float) raw.getDouble("score_threshold");
     float iou = (float) raw.getDouble("nms_iou");
-    float logitLimit = (float) raw.getDouble("ray_limit");
-    List<Detection> candidates = new ArrayList<>();
+    List<Candidate> candidates = new ArrayList<>();
     for (Map.Entry<Integer, Float> level : rayUnits.entrySet()) {
-      int stride = 1 << level.getKey();
-      int columns = (width + stride - 1) / stride;
-      int locations = columns * ((height + stride - 1) / stride);
-      float[] classes = output(outputs, "P" + level.getKey() + "_classes", locations * labels.length);
-      float[] centerness = output(outputs, "P" + level.getKey() + "_centerness", locations);
-      float[] lengths = output(outputs, "P" + level.getKey() + "_rays", locations * rays);
-      List<Detection> best = new ArrayList<>(); // of a level: the polygon is still its location
-      for (int at = 0; at < locations; at++) {
-        int largest = 0;
-        for (int c = 0; c < labels.length; c++) {
-          largest = classes[at * labels.length + c] > classes[at * labels.length + largest] ? c : largest;
-        }
-        for (int c = pairs ? 0 : largest; c < (pairs ? labels.length : largest + 1); c++) {
-          float score = 1 / (1 + exp(-classes[at * labels.length + c])) / (1 + exp(-centerness[at]));
-          if (score > least) {
-            best.add(new Detection(c, score, null, new float[] {at}));
-          }
-        }
-      }
-      best.sort((a, b) -> Float.compare(b.score, a.score));
-      for (Detection one : best.subList(0, Math.min(best.size(), raw.getInt("candidates")))) {
-        int at = (int) one.polygon[0];
-        float[] polygon = new float[rays * 2];
-        float[] box = {width, height, 0, 0};
-        for (int k = 0; k < rays; k++) {
-          float logit = Math.min(Math.max(lengths[at * rays + k], -logitLimit), logitLimit);
-          float reach = level.getValue() * exp(logit);
-          float x = stride * (at % columns + 0.5f) + reach * (float) Math.cos(2 * Math.PI * k / rays);
-          float y = stride * (at / columns + 0.5f) + reach * (float) Math.sin(2 * Math.PI * k / rays);
-          polygon[2 * k] = clip(x, width);
-          polygon[2 * k + 1] = clip(y, height);
-          box[0] = Math.min(box[0], polygon[2 * k]);
-          box[1] = Math.min(box[1], polygon[2 * k + 1]);
-          box[2] = Math.max(box[2], polygon[2 * k]);
-          box[3] = Math.max(box[3], polygon[2 * k + 1]);
-        }
-        candidates.add(new Detection(one.label, one.score, box, polygon));
-      }
+      addCandidates(candidates, outputs, level.getKey(), level.getValue());
     }
     candidates.sort((a, b) -> Float.compare(b.score, a.score));
-    List<Detection> kept = new ArrayList<>();
-    for (Detection one : candidates) {
-      if (kept.size() < raw.getInt("max_detections") && !overlapsBetter(one, kept, iou)) {
+    List<Candidate> kept = new ArrayList<>();
+    for (Candidate one : candidates) {
+      if (kept.size() < raw.getInt("max_detections") && one.score > least && !overlapsBetter(one, kept, iou)) {
         kept.add(one);
       }
     }
     List<Detection> found = new ArrayList<>();
-    for (Detection one : kept) {
-      found.add(new Detection(one.label, calibrated(one.score), relative(one.box), relative(one.polygon)));
+    for (Candidate one : kept) {
+      Candidate voted = votingIou > 0 ? vote(one, candidates) : one;
+      found.add(new Detection(one.label, calibrated(one.score), relative(voted.box), relative(voted.polygon)));
     }
     return found;
   }
 
-  private boolean overlapsBetter(Detection one, List<Detection> better, float iou) {
-    float[] a = apart(one);
-    for (Detection other : better) {
-      float[] b = apart(other);
-      float wide = Math.max(Math.min(a[2], b[2]) - Math.max(a[0], b[0]), 0);
-      float common = wide * Math.max(Math.min(a[3], b[3]) - Math.max(a[1], b[1]), 0);
-      float areas = (b[2] - b[0]) * (b[3] - b[1]) + (a[2] - a[0]) * (a[3] - a[1]);
-      if (common > iou * (areas - common)) {
+  /** The best of a level: of equal scores the first. */
+  private void addCandidates(List<Candidate> candidates, Map<String, float[]> outputs, int level, float unit)
+      throws JSONException {
+    boolean pairs = raw.getBoolean("multi_label");
+    float logitLimit = (float) raw.getDouble("ray_limit");
+    float least = votingIou > 0 ? -1 : (float) raw.getDouble("score_threshold"); // all may vote
+    int stride = 1 << level;
+    int columns = (width + stride - 1) / stride;
+    int locations = columns * ((height + stride - 1) / stride);
+    int count = labels.length;
+    float[] classes = output(outputs, "P" + level + "_classes", locations * count);
+    float[] centerness = output(outputs, "P" + level + "_centerness", locations);
+    float[] logits = output(outputs, "P" + level + "_rays", locations * rays);
+    float[] scores = new float[locations * count]; // NaN is none
+    for (int at = 0; at < locations; at++) {
+      int largest = at * count;
+      for (int i = largest; i < (at + 1) * count; i++) {
+        largest = classes[i] > classes[largest] ? i : largest;
+      }
+      for (int i = at * count; i < (at + 1) * count; i++) {
+        float score = pairs || i == largest ? 1 / (1 + exp(-classes[i])) / (1 + exp(-centerness[at])) : -1;
+        scores[i] = score > least ? score : -1;
+      }
+    }
+    float[] sorted = scores.clone();
+    Arrays.sort(sorted);
+    float last = Math.max(sorted[Math.max(0, sorted.length - raw.getInt("candidates"))], 0);
+    List<Integer> best = new ArrayList<>();
+    for (int i = 0; i < scores.length; i++) {
+      if (scores[i] >= last) {
+        best.add(i);
+      }
+    }
+    best.sort((a, b) -> Float.compare(scores[b], scores[a]));
+    for (int i : best.subList(0, Math.min(best.size(), raw.getInt("candidates")))) {
+      int at = i / count;
+      float[] lengths = new float[rays];
+      for (int k = 0; k < rays; k++) {
+        lengths[k] = unit * exp(Math.min(Math.max(logits[at * rays + k], -logitLimit), logitLimit));
+      }
+      candidates.add(
+          candidate(i % count, scores[i], stride * (at % columns + 0.5f), stride * (at / columns + 0.5f), lengths));
+    }
+  }
+
+  private boolean overlapsBetter(Candidate one, List<Candidate> better, float iou) {
+    for (Candidate other : better) {
+      float common = common(one.apart, other.apart);
+      if (common > iou * (area(other.apart) + area(one.apart) - common)) {
         return true;
       }
     }
     return false;
   }
 
-  /** The box moved where those of no other class are: not "of the same class", so that numbers round as in lite.py. */
-  private float[] apart(Detection one) {
-    float away = (float) (one.label * (Math.max(height, width) + 1.0));
-    return new float[] {one.box[0] + away, one.box[1] + away, one.box[2] + away, one.box[3] + away};
+  /** With rays averaged by score with those of the four best of all, best first, whose boxes overlap its own. */
+  private Candidate vote(Candidate one, List<Candidate> all) {
+    float least = votingIou / (1 + votingIou);
+    List<Candidate> voters = new ArrayList<>();
+    float sum = 0;
+    for (int i = 0; i < all.size() && voters.size() < 4; i++) {
+      Candidate other = all.get(i);
+      if (common(one.apart, other.apart) > (area(other.apart) + area(one.apart)) * least) {
+        voters.add(other);
+        sum += other.score;
+      }
+    }
+    float[] lengths = new float[rays];
+    float rest = 1;
+    for (Candidate voter : voters) {
+      float weight = voter.score / Math.max(sum, 1e-12f);
+      rest -= weight;
+      for (int k = 0; k < rays; k++) {
+        lengths[k] += weight * lengthIn(voter, one, k);
+      }
+    }
+    for (int k = 0; k < rays; k++) {
+      lengths[k] += one.rays[k] * rest;
+    }
+    return candidate(one.label, one.score, one.x, one.y, lengths);
+  }
+
+  /**
+   * How far ray k of `one` reaches in the polygon of `other`: Newton's method. Where it meets the line of that side of the
+   * other polygon which its end lies towards; where it meets none ahead, the last length stays.
+   */
+  private float lengthIn(Candidate other, Candidate one, int k) {
+    float shiftX = one.x - other.x;
+    float shiftY = one.y - other.y;
+    float wayX = ways[2 * k];
+    float wayY = ways[2 * k + 1];
+    float length = one.rays[k];
+    for (int step = 0; step < 3; step++) {
+      float angle = (float) Math.atan2(shiftY + length * wayY, shiftX + length * wayX);
+      int first = Math.floorMod((int) Math.floor(angle * (float) (rays / (2 * Math.PI))), rays);
+      int second = (first + 1) % rays;
+      float startX = other.rays[first] * ways[2 * first];
+      float startY = other.rays[first] * ways[2 * first + 1];
+      float alongX = other.rays[second] * ways[2 * second] - startX;
+      float alongY = other.rays[second] * ways[2 * second + 1] - startY;
+      float across = wayX * alongY - wayY * alongX;
+      float meets = ((startX - shiftX) * alongY - (startY - shiftY) * alongX) / (Math.abs(across) > 1e-6f ? across : 1e-6f);
+      length = meets > length / 2 && meets < 2 * length ? meets : length;
+    }
+    return length;
+  }
+
+  private static float area(float[] box) {
+    return (box[2] - box[0]) * (box[3] - box[1]);
+  }
+
+  private static float common(float[] a, float[] b) {
+    float wide = Math.max(Math.min(a[2], b[2]) - Math.max(a[0], b[0]), 0);
+    return wide * Math.max(Math.min(a[3], b[3]) - Math.max(a[1], b[1]), 0);
   }
 
   private float calibrated(float score) {
