@@ -57,7 +57,7 @@ inline float length_in(const Candidate& other, const Candidate& one, const float
                        const std::vector<float>& ways) {
   const float shift[] = {one.center[0] - other.center[0], one.center[1] - other.center[1]};
   const int n = int(other.rays.size());
-  for (int step = 0; step < 3; ++step) {
+  for (int step = 0; step < 2; ++step) {
     const float angle = std::atan2(shift[1] + length * way[1], shift[0] + length * way[0]);
     const int first = (int(std::floor(angle * float(n / (2 * 3.14159265358979323846)))) + n) % n, second = (first + 1) % n;
     const float r1 = other.rays[first], r2 = other.rays[second];

@@ -61,49 +61,93 @@ function overlap(a, b, least) {
   return common > least * (area(a) + area(b) - common);
 }
 
+// Polygon and box of rays from (x, y) that point the `ways` [[x, y], ...], cut at the image's border.
+function outline({ x, y, reach, ...candidate }, ways, height, width) {
+  const polygon = ways.map(([wayX, wayY], k) => [clip(x + reach[k] * wayX, width), clip(y + reach[k] * wayY, height)]);
+  const [xs, ys] = [0, 1].map((axis) => polygon.map((point) => point[axis]));
+  return { ...candidate, box: [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)], polygon };
+}
+
+// How far a ray of one candidate reaches in the polygon of another: Newton's method from the length in its own. Where the ray
+// meets the line of that side of the other polygon which its end lies towards; where it meets none ahead, it stays.
+function lengthIn(other, one, [wayX, wayY], length, ways) {
+  const [shiftX, shiftY, n] = [one.x - other.x, one.y - other.y, ways.length];
+  const end = (k) => [other.reach[k] * ways[k][0], other.reach[k] * ways[k][1]];
+  for (let step = 0; step < 2; step++) {
+    const angle = Math.atan2(shiftY + length * wayY, shiftX + length * wayX);
+    const first = (Math.floor((angle * n) / (2 * Math.PI)) + n) % n || 0; // of NaN 0
+    const [start, next] = [end(first), end((first + 1) % n)];
+    const [alongX, alongY] = [next[0] - start[0], next[1] - start[1]];
+    const across = wayX * alongY - wayY * alongX;
+    const meets = ((start[0] - shiftX) * alongY - (start[1] - shiftY) * alongX) / (Math.abs(across) > 1e-6 ? across : 1e-6);
+    if (meets > length / 2 && meets < 2 * length) length = meets;
+  }
+  return length;
+}
+
+// Rays of a candidate, averaged by score with those of the four best of all, best first, whose boxes overlap its own more.
+function vote(one, all, iou, ways) {
+  const voters = [];
+  for (const other of all) {
+    if (other.class === one.class && overlap(other.box, one.box, iou)) voters.push(other);
+    if (voters.length === 4) break;
+  }
+  const sum = Math.max(voters.reduce((total, voter) => total + voter.score, 0), 1e-12);
+  const weights = voters.map((voter) => voter.score / sum);
+  const rest = weights.reduce((left, weight) => left - weight, 1);
+  return one.reach.map((length, k) =>
+    voters.reduce((total, voter, i) => total + weights[i] * lengthIn(voter, one, ways[k], length, ways), rest * length));
+}
+
 // A --raw file's outputs {name: {shape, data}} to detections in pixels of its input: the network's logits by level,
 // decoded, the best of each level, without those that overlap a better one of the same class.
 export function assemble(heads, raw, height, width) {
-  const { temperature = 1, score_bias: bias = 0 } = raw; // of calibrated scores
+  const { temperature = 1, score_bias: bias = 0, voting_iou: votingIou = 0 } = raw; // of calibrated scores
   const calibrated = (score) => {
     if (temperature === 1 && bias === 0) return score;
     const inside = Math.min(Math.max(score, 1e-6), 1 - 1e-6);
     return Math.fround(sigmoid(Math.log(inside / (1 - inside)) / temperature + bias));
   };
+  const least = Math.fround(raw.score_threshold);
   const found = [];
+  let ways;
   for (const [level, unit] of Object.entries(raw.ray_units)) {
     const [classes, centerness, rays] = ["classes", "centerness", "rays"].map((name) => heads[`P${level}_${name}`]);
     const columns = classes.shape[2];
     const count = classes.shape[3];
     const n = rays.shape[3];
-    const candidates = [];
+    ways ??= Array.from({ length: n }, (_, k) => [Math.cos((2 * Math.PI * k) / n), Math.sin((2 * Math.PI * k) / n)]);
+    let candidates = [];
     centerness.data.forEach((center, at) => {
       const logits = classes.data.subarray(at * count, (at + 1) * count);
       const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
       for (const number of raw.multi_label ? logits.keys() : [best]) {
         const score = Math.fround(sigmoid(logits[number]) * sigmoid(center));
-        if (score > Math.fround(raw.score_threshold)) candidates.push({ score, class: number, at });
+        if (score > least || (votingIou > 0 && score >= 0)) candidates.push({ score, class: number, at }); // all may vote
       }
     });
+    if (candidates.length > raw.candidates) { // numbers are sorted faster than objects
+      const last = Float32Array.from(candidates, ({ score }) => score).sort().at(-raw.candidates);
+      candidates = candidates.filter(({ score }) => score >= last);
+    }
     candidates.sort((a, b) => b.score - a.score);
     for (const { at, ...candidate } of candidates.slice(0, raw.candidates)) {
-      const centerX = 2 ** level * ((at % columns) + 0.5);
-      const centerY = 2 ** level * (Math.floor(at / columns) + 0.5);
-      const polygon = Array.from(rays.data.subarray(at * n, (at + 1) * n), (logit, k) => {
-        const reach = unit * Math.exp(Math.min(Math.max(logit, -raw.ray_limit), raw.ray_limit));
-        const angle = (2 * Math.PI * k) / n;
-        return [clip(centerX + reach * Math.cos(angle), width), clip(centerY + reach * Math.sin(angle), height)];
-      });
-      const [xs, ys] = [0, 1].map((axis) => polygon.map((point) => point[axis]));
-      found.push({ ...candidate, box: [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)], polygon });
+      const x = 2 ** level * ((at % columns) + 0.5);
+      const y = 2 ** level * (Math.floor(at / columns) + 0.5);
+      const reach = Array.from(rays.data.subarray(at * n, (at + 1) * n), (logit) =>
+        unit * Math.exp(Math.min(Math.max(logit, -raw.ray_limit), raw.ray_limit)));
+      found.push({ x, y, reach, ...outline({ ...candidate, x, y, reach }, ways, height, width) });
     }
   }
   const kept = [];
   for (const one of found.sort((a, b) => b.score - a.score)) {
-    if (kept.length === raw.max_detections) break;
+    if (kept.length === raw.max_detections || !(one.score > least)) break;
     if (!kept.some((other) => other.class === one.class && overlap(other.box, one.box, raw.nms_iou))) kept.push(one);
   }
-  return kept.map((one) => ({ ...one, score: calibrated(one.score) }));
+  return kept.map((one) => {
+    const reach = votingIou > 0 ? vote(one, found, votingIou, ways) : one.reach;
+    return { ...outline({ ...one, reach }, ways, height, width), score: calibrated(one.score) };
+  });
 }
 
 // The outputs of a file with all in its graph to detections in pixels of its input, too.
@@ -154,6 +198,8 @@ export class PolarMask {
         scores.length !== model.labels.length + 1 || !scores.every(Number.isFinite)) {
         reason = "its metadata.json is incomplete";
       }
+      const { voting_iou: voting = 0 } = raw ?? {};
+      if (!(typeof voting === "number" && voting >= 0 && voting <= 1)) reason = "raw.voting_iou is not of 0 to 1";
     } catch (error) {
       reason = error.message;
     }

@@ -399,7 +399,7 @@ public final class PolarMask {
     float wayX = ways[2 * k];
     float wayY = ways[2 * k + 1];
     float length = one.rays[k];
-    for (int step = 0; step < 3; step++) {
+    for (int step = 0; step < 2; step++) {
       float angle = (float) Math.atan2(shiftY + length * wayY, shiftX + length * wayX);
       int first = Math.floorMod((int) Math.floor(angle * (float) (rays / (2 * Math.PI))), rays);
       int second = (first + 1) % rays;
