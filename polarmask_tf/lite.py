@@ -299,10 +299,8 @@ def assemble(heads, raw, size):
         if not (common > raw["nms_iou"] * (area[kept] + area[i] - common)).any():
             kept.append(i)
     if kept and raw.get("voting_iou", 0):
-        parts = np.array_split(kept, len(kept) // 1000 + 1)  # each of bounded memory
-        voted = [
-            vote(scores, centers[:, 0], reach, low, high, part, np.float32(raw["voting_iou"]), ways, order) for part in parts
-        ]
+        iou, groups = np.float32(raw["voting_iou"]), np.array_split(kept, len(kept) // 1000 + 1)  # each of bounded memory
+        voted = [vote(scores, centers[:, 0], reach, low, high, group, iou, ways, order) for group in groups]
         reach[kept] = np.concatenate(voted)
         polygons[kept] = np.clip(centers[kept] + reach[kept, :, None] * ways, 0, limit)
         boxes[kept] = np.concatenate([polygons[kept].min(1), polygons[kept].max(1)], 1)

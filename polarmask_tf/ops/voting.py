@@ -42,7 +42,7 @@ def _voters(boxes, scores, kept, iou_threshold):
     left, top, right, bottom = tf.split(kept, 4, axis=1)
     width = tf.maximum(tf.minimum(right, x2) - tf.maximum(left, x1), 0.0)
     height = tf.minimum(bottom, y2) - tf.maximum(top, y1)
-    # IoU > t of areas A and B is common > (A + B) t / (1 + t): no division by what may be zero. [N, K] is large: few operations.
+    # IoU > t of areas A and B is common > (A + B) t / (1 + t): no division by what may be 0. [N, K] is large: few operations.
     part = iou_threshold / (1 + iou_threshold)
     least = (x2 - x1) * (y2 - y1) * part + (right - left) * (bottom - top) * part
     counts = tf.where(width * height > least, scores, 0.0)
