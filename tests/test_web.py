@@ -208,6 +208,8 @@ def test_resizing_is_that_of_pillow(page, height, width, to, stretch):
     [
         {"candidates": 1000, "max_detections": 100},
         {"candidates": 9, "max_detections": 5, "temperature": 1.7, "score_bias": -0.4},
+        {"candidates": 1000, "max_detections": 100, "voting_iou": 0.3},
+        {"candidates": 100, "max_detections": 100, "voting_iou": 0.1},
     ],
 )
 def test_raw_outputs_are_assembled_as_in_python(page, multi_label, limits):
@@ -334,6 +336,7 @@ def bad_files(folder, tmp_path):
             ({**described, "input": {"height": 96}}, "incomplete"),
             (other_size, "its input is uint8 1,96,128,3"),
             ({**described, "input": {**described["input"], "resize": "crop"}}, "input.resize is crop"),
+            ({**described, "raw": {"voting_iou": "a\nlot"}}, "raw.voting_iou is not of 0 to 1"),
         )
     ):
         said[with_metadata(tmp_path / f"metadata{number}.tflite", bare, text)] = message
