@@ -24,7 +24,7 @@ from helpers import training
 from polarmask_tf import cli, lite
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
-from polarmask_tf.export import flatbuffer, quantize, tflite
+from polarmask_tf.export import flatbuffer, graph, quantize, tflite
 from polarmask_tf.export.export import export_model
 from polarmask_tf.files import lock
 from polarmask_tf.inference import evaluate
@@ -83,6 +83,7 @@ ALLOWED = {
     "TOPK_V2",
     "TRANSPOSE",
 }
+VOTING = {"ABS", "ATAN2", "FLOOR", "GREATER", "LOGICAL_AND", "SELECT", "SELECT_V2", "SPLIT", "SUM", "UNPACK"}
 
 
 def images(number, height, width, seed=0):
@@ -291,7 +292,7 @@ def test_weights_begin_at_multiples_of_16_bytes_in_what_is_packed_again(files):
     assert len(data) > 20 and not [each for each in data if len(each) and (each.ctypes.data - start) % 16]
 
 
-def test_every_precision_finds_what_keras_finds(model, files):
+def assert_all_find_what_keras_finds(model, files):
     keras = run_predictor(model)
     for (precision, raw), path in files.items():
         matched = total = 0
@@ -307,6 +308,24 @@ def test_every_precision_finds_what_keras_finds(model, files):
                 matched += bool((near & (np.abs(b.polygons - polygon).mean(axis=(1, 2)) < 3)).any())
         least = {"fp32": 1, "fp16": 0.95}.get(precision, 0.8)
         assert total > 30 and matched >= least * total, (precision, raw, matched, total)
+
+
+def test_every_precision_finds_what_keras_finds(model, files):
+    assert_all_find_what_keras_finds(model, files)
+
+
+def test_every_precision_votes_as_keras_does(model, tmp_path):
+    voting = make_model("postprocess.voting_iou_threshold=0.3")
+    files = {("fp32", "SavedModel"): graph.export_saved_model(voting, tmp_path / "saved_model")}
+    for precision in tflite.PRECISIONS:
+        path = tmp_path / f"{precision}.tflite"
+        files[precision, False] = tflite.export_tflite(voting, path, precision, images=lambda: images(16, 64, 96))
+    assert_all_find_what_keras_finds(voting, files)
+    plain, voted = (run_predictor(each)(list(images(1, 64, 96, seed=7)))[0] for each in (model, voting))
+    moved = np.abs(voted.polygons - plain.polygons).max(axis=(1, 2))
+    assert (moved > 0.5).sum() > 3  # pixels
+    found = {kind for (_, raw), path in files.items() if raw is False for kind in kinds(path)}
+    assert found <= ALLOWED | VOTING and "ATAN2" in found, found - ALLOWED - VOTING
 
 
 @pytest.mark.parametrize("pairs", [True, False])

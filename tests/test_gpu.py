@@ -48,10 +48,14 @@ def vulkan(tmp_path_factory):
     return swiftshader(tmp_path_factory.mktemp("vulkan"))
 
 
+def picture():
+    return np.roll(next(pictures(SIZE)), 9, axis=1)[np.newaxis]
+
+
 @pytest.fixture
 def both(vulkan, tmp_path):
     """both(file) -> its outputs for a picture on the CPU, and on the GPU with "whole", whether all of it ran there."""
-    image = np.roll(next(pictures(SIZE)), 9, axis=1)[np.newaxis]
+    image = picture()
     np.save(tmp_path / "image.npy", image)
 
     def run(file):
@@ -118,13 +122,19 @@ OTHERWISE = {
     "all there is": ["postprocess.multi_label=true", "postprocess.pre_nms_top_k=1000"],
     "images normalised by themselves": ["model.normalization=image"],
     "four rays": ["model.rays=4"],
+    "voting": ["postprocess.voting_iou_threshold=0.3"],
+    "voting of few": ["postprocess.voting_iou_threshold=0.1", "postprocess.pre_nms_top_k=7", "model.rays=35"],
 }
 
 
 @pytest.mark.parametrize("what", OTHERWISE)
 def test_what_users_may_set(what, both, tmp_path):
     model = make("edge_small", SIZE, 20, *OTHERWISE[what], classes=3)
-    assert_equal_detections(*both(export(model, tmp_path)), 8)
+    expected, found = both(export(model, tmp_path))
+    assert_equal_detections(expected, found, 8)
+    if what.startswith("voting"):
+        plain = model.detect(picture(), voting_iou_threshold=0.0)
+        assert (np.abs(plain["detection_polygons"] - expected["detection_polygons"]).max((0, 2, 3)) > 0.01).sum() > 3
 
 
 def test_group_norm_runs_whole_on_the_accelerator(both, tmp_path):
