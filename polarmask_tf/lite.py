@@ -436,14 +436,16 @@ def _compiled(path, accelerator, threads):
 
 def _place_of(model, said):
     """Where a CompiledModel that was to run on the GPU runs, of which LiteRT's API knows little; `said` is its log."""
-    # The one trace there: from which memory the input is taken. 1 is the host's.
-    if set(model.get_input_buffer_requirements(0)["supported_types"]) == {1}:
+    share = re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said)
+    # The one trace there: from which memory the input is taken. 1 is the host's, from which an int8 file's input
+    # is taken also where hundreds of its operations run on the GPU.
+    if not share and set(model.get_input_buffer_requirements(0)["supported_types"]) == {1}:
         reason = re.search(r"Couldn't load .*|GPU accelerator could not be .*|No adapters.*", said)
         why = f" ({one_line(reason[0], 150)})" if reason else ""
         raise NoAccelerator(f"LiteRT finds no GPU that it can use{why}; run it without --accelerator gpu")
     adapter = re.search(r"adapter: (.*?), ", said)
     where = f"network on the GPU{f' ({one_line(adapter[1], 60)})' if adapter else ''}: "
-    if share := re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said):
+    if share:
         return f"{where}{share[1]} of {int(share[1]) + int(share[2])} operations, the others on the CPU"
     return where + ("every operation" if model.is_fully_accelerated() else "not every operation, the others on the CPU")
 

@@ -648,3 +648,20 @@ def test_a_raw_file_without_its_metadata_is_told_so():
 
 def test_the_file_is_short():
     assert len(Path(lite.__file__).read_text().splitlines()) < 530
+
+
+def test_a_file_whose_input_stays_with_the_host_still_runs_on_the_gpu():
+    """As LiteRT says of edge's int8 file; without a GPU it says nothing of operations."""
+
+    class Model:
+        def get_input_buffer_requirements(self, index):
+            return {"supported_types": [1]}
+
+        def is_fully_accelerated(self):
+            return False
+
+    split = "205 operations will run on the GPU, and the remaining 35 operations will run on the CPU."
+    said = f"Selected adapter: Some GPU, arch=x\n{split}"
+    assert lite._place_of(Model(), said) == "network on the GPU (Some GPU): 205 of 240 operations, the others on the CPU"
+    with pytest.raises(lite.NoAccelerator, match="No adapters found"):
+        lite._place_of(Model(), "No adapters found")
