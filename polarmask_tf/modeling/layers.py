@@ -186,17 +186,27 @@ class GroupNormalization(tf_keras.layers.GroupNormalization):
     8-bit kernels are slow at means and squares.
     """
 
-    def call(self, x):
+    def call(self, x, training=None):
         values = tf.cast(x, tf.float32)
-        centered = values - self._group_mean(values)
-        factor = tf.cast(self.gamma, tf.float32) * tf.math.rsqrt(self._group_mean(centered * centered) + self.epsilon)
+        # In training by rows: a GPU sums [B, H, W, C] over H and W at once with as few threads as there are sums, also in the
+        # gradient of what is broadcast.
+        zeros = tf.zeros([1, tf.shape(x)[1], 1, 1])
+
+        def by_rows(each):
+            return each + zeros if training else each
+
+        centered = values - by_rows(self._group_mean(values, training))
+        variance = self._group_mean(centered * centered, training)
+        factor = by_rows(tf.cast(self.gamma, tf.float32) * tf.math.rsqrt(variance + self.epsilon))
         return tf.cast(centered * factor + tf.cast(self.beta, tf.float32), x.dtype)
 
-    def _group_mean(self, values):
+    def _group_mean(self, values, by_rows):
         """[B, H, W, C] to [B, 1, 1, C]: of each channel its group's mean."""
         _, height, width, channels = values.shape
         size = tf.shape(values)
         count = (height or size[1]) * (width or size[2]) * (channels // self.groups)
+        if by_rows:
+            values = tf.reduce_sum(values, 2, keepdims=True)
         sums = tf.reshape(tf.reduce_sum(values, [1, 2], keepdims=True), [-1, 1, self.groups, channels // self.groups])
         means = tf.reduce_sum(sums, axis=3, keepdims=True) * (1.0 / tf.cast(count, tf.float32))
         return tf.reshape(tf.tile(means, [1, 1, 1, channels // self.groups]), [-1, 1, 1, channels])
