@@ -54,6 +54,21 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_new(path: Path, content: str) -> None:
+    """Writes a file that was not there; InputError if there is one, by whose hand and however late, or if it cannot."""
+    part = _beside(Path(path))
+    try:
+        part.write_text(content, encoding="utf-8")
+        os.link(part, path)  # which, unlike renaming, replaces nothing
+    except FileExistsError:
+        raise InputError(f"{path}: exists; remove it, or choose another --out") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def check_writable(path: Path) -> None:
     """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold."""
     part = _beside(_file(path))

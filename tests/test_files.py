@@ -167,6 +167,15 @@ def test_no_device_is_replaced_by_a_file_and_no_link_either(tmp_path):
     assert os.listdir(tmp_path / "far") == ["file"]
 
 
+def test_of_two_writers_of_a_new_file_the_second_is_refused(tmp_path):
+    files.write_new(tmp_path / "a", "one")
+    with pytest.raises(InputError, match="a: exists; remove it"):
+        files.write_new(tmp_path / "a", "two")
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        files.write_new(tmp_path / "none" / "a", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "one"
+
+
 def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):
     (tmp_path / "file").write_bytes(b"123")
     (tmp_path / "link").symlink_to("file")
