@@ -171,8 +171,10 @@ def test_a_full_or_closed_output_fails_no_finished_command(tmp_path, redirect):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_leaves_nothing_half_written(tmp_path, name):
+def test_a_signal_leaves_nothing_half_written(tmp_path, name, request):
     """In the process itself, and as a scheduler does it."""
+    before = signal.signal(signal.Signals[name], signal.SIG_DFL)  # where tests run under nohup, too
+    request.addfinalizer(lambda: signal.signal(signal.Signals[name], before))
     with pytest.raises(signals.Ended) as error, signals.unwinding():
         signal.raise_signal(signal.Signals[name])
     assert error.value.code == 128 + signal.Signals[name] and signal.getsignal(signal.Signals[name]) is signal.SIG_DFL

@@ -307,16 +307,16 @@ def test_a_tiff_follows_the_rule_of_exif_too(case, orientation):
 
 
 def deep_colors(most):
-    """A PNG of 20 x 16 pixels of 16 bits a channel, up to a value."""
-    rows = b"".join(b"\0" + np.linspace(0, most, 60).astype(">u2").tobytes() for _ in range(16))
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", 20, 16, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    """A PNG of 24 x 16 pixels of 16 bits a channel, up to a value."""
+    rows = b"".join(b"\0" + np.linspace(0, most, 72).astype(">u2").tobytes() for _ in range(16))
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 24, 16, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     chunks = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def test_deep_colors_are_read_as_predict_reads_them(case):
     (case.folder / "bad.png").write_bytes(deep_colors(65535))
-    case.document["images"][1] |= {"file_name": "bad.png"}
+    case.document["images"][1:] = [{**case.document["images"][1], "file_name": "bad.png"}]
     assert not any("bits" in text for text in case.run().notes)
     assert np.array_equal(pixels_of(case, 2), lite.read_image(case.folder / "bad.png"))
     assert any("--bit-depth" in text for text in case.run(bit_depth=12).skipped)
