@@ -13,8 +13,8 @@ MODEL = """run or SavedModel directory, .tflite or .keras file, or a server: htt
     grpc://HOST:8500/NAME"""
 
 EPILOG = """Each command has its own --help. Typical order: convert, train, evaluate, export, predict.
-Exit codes: 0 done; 2 wrong arguments or input, or a file that cannot be read or written; 130 interrupted (Ctrl-C); 1 an error
-that polarmask does not know: --debug shows where."""
+Exit codes: 0 done; 2 wrong arguments or input, or a file that cannot be read or written; 130 interrupted (Ctrl-C), 143 and 129
+ended by SIGTERM and SIGHUP (`train` saves its step first); 1 an error that polarmask does not know: --debug shows where."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-detections", type=int, default=100, help="an image (default %(default)s)")
     add("--score-threshold", type=_fraction, metavar="X", help="drop detections below (default: the model's own)")
     _add_tiles(add)
+    _add_accelerator(add)
     add("--limit", **limit)
     add("--per-class", action="store_true", help="a line for every class (default: up to 10)")
     add("--report", type=_path, metavar="DIR", help="also write report.html: curves, worst images, what makes it lose")
@@ -138,8 +139,7 @@ def parser() -> argparse.ArgumentParser:
     add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
     add("--bit-depth", type=int, metavar="BITS", help=text)
-    text = "of a .tflite file: run by LiteRT's CompiledModel there (default: by its Interpreter, on the CPU)"
-    add("--accelerator", choices=("cpu", "gpu"), help=text)
+    _add_accelerator(add)
     add("--resume", action="store_true", help="go on where the same command was interrupted")
 
     add = command("export", "a SavedModel and a .tflite file from a run directory, image to polygons inside")
@@ -219,6 +219,11 @@ def _take_apart_positionals(sub: argparse.ArgumentParser) -> None:
             sub.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
     sub.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def _add_accelerator(add) -> None:
+    text = "of a .tflite file: run by LiteRT's CompiledModel there (default: by its Interpreter, on the CPU)"
+    add("--accelerator", choices=("cpu", "gpu"), help=text)
 
 
 def _add_tiles(add) -> None:

@@ -10,10 +10,10 @@ import sys
 import traceback
 from pathlib import Path
 
-from polarmask_tf import console
+from polarmask_tf import console, signals
 from polarmask_tf.arguments import parser
 from polarmask_tf.errors import InputError, one_line
-from polarmask_tf.files import atomic_write, check_writable, format_csv, lock
+from polarmask_tf.files import atomic_write, check_writable, format_csv, lock, write_new
 
 
 def _options(args, *names: str) -> dict:
@@ -71,7 +71,7 @@ def init(args):
         raise InputError(f"{args.out}: exists; remove it, or choose another --out")
     text = init_config.fit(args.data, args.val)
     if args.out:
-        atomic_write(args.out, text)
+        write_new(args.out, text)
         print(f"wrote {args.out}; next: polarmask train --config {args.out} --out runs/{args.out.stem}")
     else:
         print(text, end="")
@@ -126,7 +126,10 @@ def evaluate(args):
             raise InputError("--calibrate needs all detections: leave --score-threshold out")
         checkpoint = check_calibratable(Path(args.model))
     most = args.max_detections if args.max_detections != 100 else None
-    predictor = load_predictor(args.model, score_threshold=args.score_threshold, max_detections=most)
+    options = {**_options(args, "score_threshold", "accelerator"), "max_detections": most}
+    predictor = load_predictor(args.model, **options)
+    if args.accelerator:
+        print(predictor.runs_on, file=sys.stderr)
     predictor = _tiled(predictor, args)
     with lock(args.report, "evaluate") if args.report else contextlib.nullcontext():
         metrics = evaluate(predictor, data, **_options(args, "max_detections", "limit"))
@@ -174,7 +177,7 @@ def predict(args):
     from polarmask_tf.inference.predictor import load_predictor
 
     options = _options(args, "score_threshold", "truth", "limit", "results_only", "exif", "bit_depth")
-    options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model")
+    options |= _options(args, "save", "segmentation", "classes", "every", "resume", "model", "accelerator")
     predictor = load_predictor(args.model, accelerator=args.accelerator)
     if args.accelerator:
         print(predictor.runs_on, file=sys.stderr)
@@ -318,7 +321,12 @@ def main(argv: list[str] | None = None) -> int:
     with console.tolerant():
         args = parser().parse_args(argv)
         try:
-            return COMMANDS[args.command](args) or 0
+            # A training has its own way, and waits for other workers where Python cannot take a signal.
+            with contextlib.nullcontext() if args.command == "train" else signals.unwinding():
+                return COMMANDS[args.command](args) or 0
+        except signals.Ended as error:
+            print(f"polarmask: ended by {error.name}", file=sys.stderr)
+            raise
         except (Exception, KeyboardInterrupt) as error:
             if args.debug:
                 traceback.print_exc()

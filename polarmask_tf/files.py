@@ -6,6 +6,7 @@ import contextlib
 import csv
 import datetime
 import errno
+import glob
 import io
 import json
 import os
@@ -54,6 +55,21 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_new(path: Path, content: str) -> None:
+    """Writes a file that was not there; InputError if there is one, by whose hand and however late, or if it cannot."""
+    part = _beside(Path(path))
+    try:
+        part.write_text(content, encoding="utf-8")
+        os.link(part, path)  # which, unlike renaming, replaces nothing
+    except FileExistsError:
+        raise InputError(f"{path}: exists; remove it, or choose another --out") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def check_writable(path: Path) -> None:
     """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold."""
     part = _beside(_file(path))
@@ -82,14 +98,25 @@ def _beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
-    """The path of a checkpoint, or one that leads to the same files by a link: TensorFlow takes what it reads for a pattern."""
+    """The path of a checkpoint, or one that leads to the same files by a link: TensorFlow takes what it reads for a pattern.
+
+    InputError if a file of it is a pipe or a device, at which TensorFlow would wait for ever.
+    """
     path = os.path.abspath(path)
+    check_regular(Path(os.path.dirname(path)).glob(glob.escape(os.path.basename(path)) + "*"))
     if not any(character in path for character in "[]*?\\"):
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
         yield os.path.join(folder, "link", os.path.basename(path))
+
+
+def check_regular(paths: typing.Iterable[Path]) -> None:
+    """InputError if one of the paths is a pipe or a device; directories, and what is not there, pass."""
+    for path in paths:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: not a regular file, but a pipe or a device")
 
 
 def make_directory(path: Path) -> None:

@@ -42,6 +42,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "TGA"
 _T = Image.Transpose
 TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE}  # by EXIF orientation
 TURNS |= {6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
+_BACK = {**TURNS, 6: TURNS[8], 8: TURNS[6]}
 
 
 def one_line(text, most=300):
@@ -75,10 +76,11 @@ def oriented(image):
 def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
     """Path, bytes, binary file or PIL.Image -> uint8 [height, width, 3] RGB; no alpha, of several frames the first.
 
-    exif: "ignore", or "apply": turned as the EXIF orientation says, and coordinates are those of the turned image. A TIFF's
-    own orientation is no EXIF data; Pillow always applies it.
+    exif: "ignore", or "apply": turned as the EXIF orientation says (of a TIFF its own), and coordinates are those of the
+    turned image. A PIL.Image of a TIFF is taken as it is: Pillow has turned it.
     bit_depth: 8 to 16, the bits that gray pixels of 16 or 32 bits (integers or floats) use, of which the upper 8 are taken:
-    12 for values up to 4095 in 16-bit files. Default: 16, and floats are refused. Nothing changes for 8-bit images.
+    12 for values up to 4095 in 16-bit files. Default: 16, and floats are refused, as are those from 0 to 1 in any case. Nothing
+    changes for 8-bit images.
     notes: a list to which what is worth knowing is added, in the same words for all images of a kind.
     Raises ValueError, in one line.
     """
@@ -91,42 +93,48 @@ def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
             if is_path:
                 check_file(source, MAX_IMAGE_BYTES)
                 with open(source, "rb") as file:
-                    return _decode(_open(file), exif, bit_depth, notes)
-            if not isinstance(source, Image.Image):
-                source = _open(io.BytesIO(source) if isinstance(source, bytes) else source)
+                    return _decode(open_image(file), exif, bit_depth, notes)
+            if isinstance(source, Image.Image):
+                source.load()
+            else:
+                source = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
             return _decode(source, exif, bit_depth, notes)
     except Exception as error:  # broken files make Pillow's decoders raise nearly any type
         reason = f"cannot read the image: {one_line(error)}"
-        if isinstance(error, (UnidentifiedImageError, KeyError)):  # KeyError: a format that this Pillow does not know
+        if isinstance(error, Image.DecompressionBombError):  # whose text says less
+            reason = f"cannot read the image: more than {MAX_PIXELS:,} pixels"
+        elif isinstance(error, (UnidentifiedImageError, KeyError)):  # KeyError: a format that this Pillow does not know
             reason = f"not an image that can be read: none of {', '.join(FORMATS)}"
         raise ValueError(f"{one_line(source) if is_path else 'the image'}: {reason}") from None
 
 
-def _open(file):
-    """The PIL.Image of a binary file, of which only the header has been read."""
-    with contextlib.suppress(Image.DecompressionBombError):  # which says less
-        image = Image.open(file, formats=FORMATS)
-        if image.format in ("JPEG", "MPO"):
-            file.seek(0)
-            scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(2**20), b""))
-            if scans > MAX_SCANS:
-                raise ValueError(f"a JPEG of {scans} scans, and the limit is {MAX_SCANS}")
-        return image
-    raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+def open_image(file):
+    """The PIL.Image of a binary file, of which only the header has been read. Raises what Pillow raises, and ValueError."""
+    image = Image.open(file, formats=FORMATS)
+    if image.format in ("JPEG", "MPO"):
+        file.seek(0)
+        scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(2**20), b""))
+        if scans > MAX_SCANS:
+            raise ValueError(f"a JPEG of {scans} scans, and the limit is {MAX_SCANS}")
+    return image
 
 
 def _decode(image, exif, bit_depth, notes):
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, and the limit is {MAX_PIXELS:,} in all; cut it into tiles")
     gray = image.mode == "F" or image.mode.startswith("I")
-    if bit_depth not in (None, 16) and not gray and ";16" in str(image.tile):
+    deep_colors = not gray and ";16" in str(image.tile)
+    if bit_depth not in (None, 16) and deep_colors:
         raise ValueError("16-bit colors, and a bit depth is of gray alone; save it with 8 bits")
     if image.mode == "F" and bit_depth is None:
         raise ValueError("floating-point pixels; give the bits of their range as bit depth, or save it with 8 or 16 bits")
+    turn = orientation(image)
     image.load()
+    turned = turn > 1 and orientation(image) == 1  # by Pillow, which does so with a TIFF
     if exif == "apply":
-        image = oriented(image)
-    elif orientation(image) > 1:
+        image = image if turned else oriented(image)
+    elif turn > 1:
+        image = image.transpose(_BACK[turn]) if turned else image
         notes.append("EXIF orientation ignored")
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     rows, most = max(1, 2**22 // image.width), 0
@@ -140,9 +148,21 @@ def _decode(image, exif, bit_depth, notes):
             pixels[top : top + rows] = (values.astype(np.uint16) >> (bit_depth or 16) - 8)[..., np.newaxis]
         else:
             pixels[top : top + rows] = part if part.mode == "RGB" else part.convert("RGB")
-    if gray and bit_depth is None and most < 4096:
-        notes.append("gray of at most 12 bits in 16: few gray levels are left; --bit-depth 12 keeps more")
+    if image.mode == "F" and 0 < most <= 1:
+        raise ValueError("floating-point pixels from 0 to 1, where a bit depth is of whole numbers; save it with 8 or 16 bits")
+    notes += _few_levels(most if gray else 256 * int(pixels.max()) if deep_colors else 2**16, bit_depth or 16, gray)
     return pixels
+
+
+def _few_levels(most, bits, gray):
+    """A note where values up to `most`, of which 2**bits are possible, leave few of the 256 levels of a pixel, or none."""
+    if not gray:
+        return ["16-bit colors of at most 12 bits: few levels are left; save it with 8 bits"] if most < 4096 else []
+    if 0 < most < 2 ** (bits - 8):
+        advice = "--bit-depth 8 keeps it" if most < 256 else "a lower --bit-depth keeps it"
+        return [f"gray of at most {bits - 8} bits where {bits} are expected: all of it becomes black; {advice}"]
+    few = "gray of at most 12 bits in 16: few gray levels are left; --bit-depth 12 keeps more"
+    return [few] if bits == 16 and 0 < most < 4096 else []
 
 
 def check_image(image):
@@ -515,7 +535,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.score is not None and not 0 <= args.score <= MAX_SCORE:
         parser.error(f"--score {args.score:g}: a number from 0 to 1.5 is needed")
-    folder, status, model = os.path.isdir(args.image), 0, None
+    folder, status, model, said = os.path.isdir(args.image), 0, None, set()
     paths = sorted(args.image.glob("*")) if folder else [args.image]  # of what may not be read: none
     if not paths:
         parser.error(f"{one_line(args.image)}: no file in it")
@@ -525,11 +545,15 @@ def main(argv=None):
                 model = PolarMaskLite(args.model, accelerator=args.accelerator)
                 if args.accelerator:
                     print(model.runs_on, file=sys.stderr)
-            found = model(path, exif=args.exif, **({} if args.bit_depth is None else {"bit_depth": args.bit_depth}))
+            notes, depth = [], {} if args.bit_depth is None else {"bit_depth": args.bit_depth}
+            found = model(path, exif=args.exif, notes=notes, **depth)
         except (ImportError, ValueError) as error:  # of a folder the other images are read
             print(f"error: {error}", file=sys.stderr)
             status = 2
             continue
+        for note in sorted({*notes} - said):  # of a folder once
+            print(f"note: {one_line(path.name)}: {note}", file=sys.stderr)
+        said.update(notes)
         least = shown_scores(model.metadata) if args.score is None else [args.score] * len(model.labels)
         for score, label, box, polygon in zip(*(found[name] for name in FOUND), strict=True):
             if score >= least[label]:

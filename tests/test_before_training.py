@@ -266,6 +266,17 @@ def test_a_restart_that_is_killed_while_it_moves_things_loses_nothing(data, run,
     assert (aside / "metrics.csv").is_file() and not (run / "metrics.csv").exists() and not (run / "best").exists()
 
 
+def test_what_a_kill_left_goes_from_the_best_as_from_the_rest(data, run):
+    """A training whose best is never bettered would keep it for ever."""
+    shutil.copytree(run / "checkpoints", run / "best" / "checkpoints")
+    before = content(run)
+    for folder in (run, run / "best"):
+        (folder / "checkpoints" / runs.UNFINISHED / "0123").mkdir(parents=True)
+        (folder / "checkpoints" / "step-9.data-00000-of-00001").write_bytes(b"half")
+    directory.create_or_check(runs.read_run(run)[0], dataset.load(data / "train"), run, restart=False)
+    assert content(run).keys() == before.keys() and not list(run.rglob(runs.UNFINISHED))
+
+
 def test_a_start_without_a_checkpoint_says_so(data, run, capsys):
     shutil.rmtree(run / "checkpoints")
     assert train(data / "train", run) == 0

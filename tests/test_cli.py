@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
 
-from polarmask_tf import cli, config, console
+from polarmask_tf import cli, config, console, signals
 from polarmask_tf.errors import InputError, one_line
 
 COMMANDS = ("shapes", "convert", "train", "evaluate", "predict", "export")
@@ -166,6 +168,37 @@ def test_a_full_or_closed_output_fails_no_finished_command(tmp_path, redirect):
         assert done.stderr.endswith(b"polarmask: warning: stdout cannot be written: No space left on device\n")
     shard = next((tmp_path / "data").glob("*.tfrecord")).read_bytes()
     assert b"images/s" not in shard  # nothing was printed into a file that got the number of a closed stdout
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_half_written(tmp_path, name, request):
+    """In the process itself, and as a scheduler does it."""
+    before = signal.signal(signal.Signals[name], signal.SIG_DFL)  # where tests run under nohup, too
+    request.addfinalizer(lambda: signal.signal(signal.Signals[name], before))
+    with pytest.raises(signals.Ended) as error, signals.unwinding():
+        signal.raise_signal(signal.Signals[name])
+    assert error.value.code == 128 + signal.Signals[name] and signal.getsignal(signal.Signals[name]) is signal.SIG_DFL
+    process = subprocess.Popen(
+        [sys.executable, "-m", "polarmask_tf", "shapes", "out", "--train", "100000"], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    while not list(tmp_path.rglob("*.png")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.Signals[name])
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.Signals[name]
+    assert said.endswith(f"polarmask: ended by {name}\n".encode()) and b"Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.unwinding():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_reader_that_goes_away_fails_no_finished_command(tmp_path):

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
+from polarmask_tf import lite
 from polarmask_tf.data import convert, dataset, publish, records
 from polarmask_tf.errors import InputError
 
@@ -285,6 +288,40 @@ def test_an_exif_rotated_image_annotated_as_decoded_is_kept_unrotated(case):
     assert info.skipped == {} and info.notes["EXIF orientation ignored: annotations fit the image as stored"] == 1
     assert (2, (case.folder / "bad.jpg").read_bytes()) in list(records.iter_images(case.out))
     assert case.run(exif="apply").skipped["size mismatch (EXIF orientation)"] == 1
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_tiff_follows_the_rule_of_exif_too(case, orientation):
+    """Pillow turns one as it reads it, and says its size as turned."""
+    _, upright = turned(case, orientation, "bad.tif")
+    with Image.open(case.folder / "good.jpg") as image:
+        stored = np.asarray(image)
+    note = "does not tell" if orientation == 3 else "annotations fit the image as stored"
+    assert any(note in text for text in case.run().notes) and np.array_equal(pixels_of(case, 2), stored)
+    case.document["images"][1] |= {"height": upright.shape[0], "width": upright.shape[1]}
+    info = case.run(exif="apply")
+    assert info.skipped == {} and np.array_equal(pixels_of(case, 2), upright)
+    if orientation > 4:
+        assert case.run().skipped == {} and np.array_equal(pixels_of(case, 2), upright)
+        assert case.run(exif="ignore").skipped["size mismatch (EXIF orientation)"] == 1
+
+
+def deep_colors(most):
+    """A PNG of 24 x 16 pixels of 16 bits a channel, up to a value."""
+    rows = b"".join(b"\0" + np.linspace(0, most, 72).astype(">u2").tobytes() for _ in range(16))
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 24, 16, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_deep_colors_are_read_as_predict_reads_them(case):
+    (case.folder / "bad.png").write_bytes(deep_colors(65535))
+    case.document["images"][1:] = [{**case.document["images"][1], "file_name": "bad.png"}]
+    assert not any("bits" in text for text in case.run().notes)
+    assert np.array_equal(pixels_of(case, 2), lite.read_image(case.folder / "bad.png"))
+    assert any("--bit-depth" in text for text in case.run(bit_depth=12).skipped)
+    (case.folder / "bad.png").write_bytes(deep_colors(4095))
+    assert any("16-bit colors of at most 12 bits" in text for text in case.run().notes)
 
 
 def test_a_square_photo_turned_by_a_quarter_is_ambiguous(case):

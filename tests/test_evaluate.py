@@ -247,6 +247,18 @@ def test_a_json_that_cannot_be_written_is_said_before_the_work(records, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_the_accelerator_is_passed_on_and_what_runs_where_is_said(records, monkeypatch, capsys):
+    from polarmask_tf import cli
+    from polarmask_tf.inference import predictor as predictors
+
+    def load(source, *, accelerator, **_):
+        return dataclasses.replace(perfect_predictor(records), runs_on=f"network on the {accelerator}")
+
+    monkeypatch.setattr(predictors, "load_predictor", load)
+    assert cli.main(["evaluate", "model.tflite", "--data", "data", "--accelerator", "gpu"]) == 0
+    assert "network on the gpu\n" in capsys.readouterr().err
+
+
 def test_wrong_input_is_said_in_one_line():
     truth, results = row_of_squares(2)
 

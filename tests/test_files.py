@@ -167,6 +167,25 @@ def test_no_device_is_replaced_by_a_file_and_no_link_either(tmp_path):
     assert os.listdir(tmp_path / "far") == ["file"]
 
 
+def test_of_two_writers_of_a_new_file_the_second_is_refused(tmp_path):
+    files.write_new(tmp_path / "a", "one")
+    with pytest.raises(InputError, match="a: exists; remove it"):
+        files.write_new(tmp_path / "a", "two")
+    with pytest.raises(InputError, match="cannot be written: No such file"):
+        files.write_new(tmp_path / "none" / "a", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "one"
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+    (tmp_path / "step-1.index").write_text("")
+    with files.readable_by_tensorflow(tmp_path / "step-1") as path:
+        assert path == str(tmp_path / "step-1")
+    os.mkfifo(tmp_path / "step-1.data-00000-of-00001")
+    refused = pytest.raises(InputError, match=r"step-1.data-00000-of-00001: not a regular file")
+    with refused, files.readable_by_tensorflow(tmp_path / "step-1"):
+        pytest.fail("TensorFlow would wait")
+
+
 def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):
     (tmp_path / "file").write_bytes(b"123")
     (tmp_path / "link").symlink_to("file")

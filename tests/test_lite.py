@@ -153,7 +153,7 @@ def test_exif_rotation_is_not_applied(tmp_path):
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
 def test_exif_rotation_is_applied_on_request(tmp_path, value, name):
     exif = Image.Exif()
     exif[0x0112] = value
@@ -162,6 +162,7 @@ def test_exif_rotation_is_applied_on_request(tmp_path, value, name):
     notes = []
     as_stored = lite.read_image(tmp_path / name, notes=notes)
     assert as_stored.shape == (16, 24, 3) and notes == ["EXIF orientation ignored"] * (value > 1)
+    assert name == "a.jpg" or (as_stored == pixels).all()
     turned = lite.read_image(tmp_path / name, exif="apply", notes=(quiet := []))
     with Image.open(tmp_path / name) as image:
         np.testing.assert_array_equal(turned, np.asarray(ImageOps.exif_transpose(image)))
@@ -198,6 +199,26 @@ def test_deep_gray_reads_alike_however_it_is_stored(tmp_path, dtype):
         assert len(notes) == 1 and "12" in notes[0]
 
 
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
+@pytest.mark.parametrize(("most", "depth", "advice"), [(200, None, "--bit-depth 8 keeps it"), (15, 12, "--bit-depth 8")])
+def test_gray_of_which_nothing_but_black_is_left_is_told(tmp_path, dtype, most, depth, advice):
+    Image.fromarray(np.array([[0, most // 2], [most, 3]]).astype(dtype)).save(tmp_path / "a.tif")
+    notes = []
+    assert not lite.read_image(tmp_path / "a.tif", bit_depth=depth, notes=notes).any()
+    assert len(notes) == 1 and "all of it becomes black" in notes[0] and advice in notes[0]
+    assert lite.read_image(tmp_path / "a.tif", bit_depth=8, notes=(quiet := []))[..., 0].max() == most and not quiet
+    Image.fromarray(np.zeros((2, 2)).astype(dtype)).save(tmp_path / "a.tif")  # which was black before
+    lite.read_image(tmp_path / "a.tif", bit_depth=depth, notes=(quiet := []))
+    assert not quiet
+
+
+def test_floats_from_0_to_1_are_refused_whatever_the_bit_depth(tmp_path):
+    Image.fromarray(np.float32([[0, 0.5], [1, 0.25]])).save(tmp_path / "a.tif")
+    for depth in (8, 16):
+        with pytest.raises(ValueError, match="floating-point pixels from 0 to 1"):
+            lite.read_image(tmp_path / "a.tif", bit_depth=depth)
+
+
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1, float("nan"), float("inf")])
 def test_pixels_beyond_the_bit_depth_are_refused_not_clipped(tmp_path, value):
     pixels = np.full((3, 3), 7, np.float32 if isinstance(value, float) else np.int32)
@@ -215,7 +236,8 @@ def test_a_bit_depth_changes_nothing_for_eight_bits_and_is_refused_for_deep_colo
     parts = ((b"IHDR", struct.pack(">IIBBBBB", 3, 2, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     chunks = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in parts)
     content = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-    assert lite.read_image(content).shape == (2, 3, 3)
+    assert lite.read_image(content, notes=(notes := [])).shape == (2, 3, 3)
+    assert notes == ["16-bit colors of at most 12 bits: few levels are left; save it with 8 bits"]
     with pytest.raises(ValueError, match="the image: cannot read the image: 16-bit colors"):
         lite.read_image(content, bit_depth=12)
     for depth in (7, 17, 12.5, "12"):
@@ -550,6 +572,12 @@ def test_the_command_turns_images_and_reads_12_bits(tflite, tmp_path, capsys):
     shallow = capsys.readouterr().out
     assert lite.main([str(tflite), str(tmp_path / "d.png")]) == 0
     assert shallow == capsys.readouterr().out
+    (tmp_path / "many").mkdir()
+    for name in ("e.png", "f.png"):
+        Image.fromarray(dark).save(tmp_path / "many" / name)
+    assert lite.main([str(tflite), str(tmp_path / "many")]) == 0
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: e.png: gray of at most 8 bits where 16 are expected")
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tflite, tmp_path, capsys):
@@ -647,7 +675,7 @@ def test_a_raw_file_without_its_metadata_is_told_so():
 
 
 def test_the_file_is_short():
-    assert len(Path(lite.__file__).read_text().splitlines()) < 530
+    assert len(Path(lite.__file__).read_text().splitlines()) < 590
 
 
 def test_a_file_whose_input_stays_with_the_host_still_runs_on_the_gpu():

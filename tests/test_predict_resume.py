@@ -153,6 +153,7 @@ def test_another_command_is_refused_and_changes_nothing(source, tmp_path):
         ({"limit": 3}, "limit "),
         ({"segmentation": "polygon"}, "segmentation "),
         ({"exif": "apply"}, "exif "),
+        ({"accelerator": "gpu"}, r"accelerator \(default then, gpu now\)"),
     ):
         with pytest.raises(InputError, match=f"the interrupted run had other settings: .*{text}") as error:
             run(star_predictor(), source, out, resume=True, **{**options, **more})

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -125,6 +127,27 @@ def test_an_image_depends_on_seed_split_and_index_alone(made, tmp_path):
     assert less["annotations"] == document["annotations"][: len(less["annotations"])]
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    save, room = Image.Image.save, []
+
+    def full(*args, **options):
+        if len(room) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room.append(save(*args, **options))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match="No space left"):
+        make_shapes(tmp_path / "out", train=5, val=1, progress=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    make_shapes(tmp_path / "out", train=2, val=1, progress=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match="No space left"):
+        make_shapes(tmp_path / "out", train=5, val=1, seed=1, progress=False)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
 def test_the_default_kinds_look_as_they_did_before_there_were_others(made):
     """Recorded when these four were all there was: a data set of an earlier release can be made again."""
     _, document = made
@@ -194,7 +217,8 @@ def test_one_drawing_at_a_time_and_no_labels_beside_pictures_of_others(tmp_path,
     with files.lock(tmp_path, "shapes"), pytest.raises(InputError, match="in use by polarmask shapes"):
         make_shapes(tmp_path, train=2, val=1, seed=1, progress=False)
     assert (tmp_path / "train/annotations.json").is_file()
-    monkeypatch.setattr(shapes, "_draw_image", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    put = shapes.os.replace
+    monkeypatch.setattr(shapes.os, "replace", lambda a, b: 1 / 0 if "images" in str(a) else put(a, b))
+    with pytest.raises(ZeroDivisionError):  # where pictures take the places of those before
         make_shapes(tmp_path, train=2, val=1, seed=1, progress=False)
     assert not (tmp_path / "train/annotations.json").exists() and (tmp_path / "val/annotations.json").is_file()

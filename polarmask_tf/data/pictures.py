@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from polarmask_tf import lite
 from polarmask_tf.data.report import Report, Unusable
@@ -74,26 +74,32 @@ def stored(path: Path, size: tuple[int, int], options, report: Report, where: st
 def _stored(data, size, options, report, where):
     format, end, modes = _PLAIN.get(data[:2], (None, b"", ()))
     turn, notes = False, []
-    if format or data[:4] == b"RIFF":
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            # Of a PNG Pillow would decode all pixels, to look behind them as well.
-            told = format != "png" or "exif" in image.info or image.size != size
-            orientation = lite.orientation(image) if told else 1
-            turn = _turns(image.size, size, orientation, options.exif, report, where)
-            if format and image.mode in modes and not turn and not options.decoded:
-                # Some files carry padding or a second picture behind the end marker; then decoding has the last word.
-                if options.verify or not data.rstrip(b"\0\r\n ").endswith(end):
-                    image.load()
-                    if end not in data:
-                        raise Unusable(_CORRUPT)
-                return data, format
+    # What Pillow cannot open read_image refuses below, and says why.
+    with contextlib.suppress(UnidentifiedImageError), lite.open_image(io.BytesIO(data)) as image:
+        # Of a PNG Pillow would decode all pixels, to look behind them as well.
+        told = format != "png" or "exif" in image.info or image.size != size
+        orientation = lite.orientation(image) if told else 1
+        turn = _turns(stored_size(image, orientation), size, orientation, options.exif, report, where)
+        deep = ";16" in str(image.tile)  # of which lite.read_image has something to say
+        if format and image.mode in modes and not turn and not options.decoded and not deep:
+            # Some files carry padding or a second picture behind the end marker; then decoding has the last word.
+            if options.verify or not data.rstrip(b"\0\r\n ").endswith(end):
+                image.load()
+                if end not in data:
+                    raise Unusable(_CORRUPT)
+            return data, format
     pixels = lite.read_image(data, exif="apply" if turn else "ignore", bit_depth=options.bit_depth, notes=notes)
     if pixels.shape[:2] != size[::-1]:
         raise Unusable("size mismatch")
     for text in notes:
         if not text.startswith("EXIF"):  # of which _turns says more
-            report.note(f"{text} (see --bit-depth)", where)
+            report.note(text, where)
     return encode(pixels, "bmp" if options.decoded else "png")
+
+
+def stored_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    """(width, height) of the pixels in a file that has been opened and not read: of a TIFF Pillow says it as turned."""
+    return image.size[::-1] if image.format == "TIFF" and orientation > 4 else image.size
 
 
 def _turns(actual, wanted, orientation, exif, report, where) -> bool:

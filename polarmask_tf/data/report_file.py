@@ -85,12 +85,16 @@ def write(out: Path, sources: list[Source], sets: dict[str, WrittenSet], total: 
     atomic_write(out / "report.json", json.dumps(content(out, sources, sets, total), indent=1))
 
 
+def _count(number, noun, plural="s"):
+    return f"{number} {noun}{plural if number != 1 else ''}"
+
+
 def text(sets: dict[str, WrittenSet], total: Report, speed: float) -> str:
     lines = []
     for info, _, labels, areas in sets.values():
-        objects = f"{info.num_instances} instances ({info.num_crowd} crowd)"
-        rest = f"{len(info.classes)} classes, {len(info.shard_paths)} shards, {speed:.0f} images/s"
-        lines.append(f"{info.directory}: {info.num_images} images, {objects}, {rest}")
+        objects = f"{_count(info.num_instances, 'instance')} ({info.num_crowd} crowd)"
+        rest = f"{_count(len(info.classes), 'class', 'es')}, {_count(len(info.shard_paths), 'shard')}, {speed:.0f} images/s"
+        lines.append(f"{info.directory}: {_count(info.num_images, 'image')}, {objects}, {rest}")
         if not info.num_instances:
             lines.append("  note: no annotations: images of background alone, which `polarmask train` refuses")
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -84,6 +85,8 @@ def export_model(
     with lock(out, "export"):
         atomic_write(out / "lite.py", Path(lite.__file__).read_bytes())
         written = {name: _write(job, model, out / name) for name, job in jobs.items()}
+        for stale in out.glob(f"{graph.TEMPORARY}*"):  # of an export that was killed; it may hold the model before
+            shutil.rmtree(stale, ignore_errors=True)
     if fit != own.fit:
         what = "model.tflite fits every image into {} x {}: a portrait one gets smaller than in training"
         print(f"warning: {what.format(*model.input_size)}", file=sys.stderr)

@@ -17,6 +17,8 @@ from polarmask_tf.files import io_error_text
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops.placement import resize
 
+TEMPORARY = ".export-"  # how a directory begins that holds a SavedModel until it is whole
+
 
 def metadata(model: PolarMask, resize: str | None = None) -> dict:
     """What a user of an exported file needs to know, stored with it as metadata.json; `resize` defaults to data.fit."""
@@ -105,7 +107,7 @@ def saving(module: tf.Module, signatures: dict, description: dict, folder: Path)
     temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
         written = temporary / "model"  # with the permissions that are usual here, which the temporary directory has not
         tf.saved_model.save(module, str(written), signatures=signatures)
         (written / "assets.extra").mkdir()

@@ -37,6 +37,7 @@ def predict(
     bit_depth=None,
     resume=False,
     model=None,
+    accelerator=None,
     progress=True,
 ):
     """Run `predictor` over (the first `limit`) pictures, and write what it finds.
@@ -54,7 +55,8 @@ def predict(
     Files that are no images, and then images of `truth` that are not there, are named on stderr, counted and left out.
 
     What is finished is kept in out/unfinished.jsonl until all is. With `resume` an interrupted run goes on behind it; `model`
-    is the path or URL of the predictor's model, by whose content it knows whether it is the same. Memory is that of a picture.
+    is the path or URL of the predictor's model, by whose content it knows whether it is the same, and `accelerator` is what
+    load_predictor got. Memory is that of a picture.
 
     Returns {"images", "detections", "skipped": {name: reason}, "missing": [file name], "results": Path | None, "sheet": Path |
     None, "written": [Path]}. Raises InputError if no file is an image, if `out` is in use or cannot be written, and if
@@ -82,7 +84,7 @@ def predict(
         "inputs": plan.digest(),
         "truth": truth and digest_of_file(truth),
         **{"save": kinds, "segmentation": segmentation, "score_threshold": score_threshold, "classes": classes},
-        **{"every": every, "limit": limit, **exact},
+        **{"every": every, "limit": limit, **exact, "accelerator": accelerator or "default"},
         **{name: getattr(predictor, name, None) for name in ("tile", "overlap")},
     }
     draws_sheet = any(kind.startswith("overlays") for kind in kinds)

@@ -14,6 +14,7 @@ from polarmask_tf import config as configs
 from polarmask_tf import lite
 from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import check_regular
 from polarmask_tf.inference.results import Detections, read_image
 from polarmask_tf.weights import shipped
 
@@ -149,6 +150,7 @@ def _saved_model(path):
     import tensorflow as tf
 
     metadata = saved_model_metadata(path)
+    check_regular(path.rglob("*"))
 
     def detect(images):
         return lite.check_outputs(signature(images=tf.constant(images)), metadata, len(images))

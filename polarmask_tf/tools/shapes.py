@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import typing
 from pathlib import Path
 
@@ -27,6 +29,7 @@ CATEGORIES = {
 }
 DEFAULT_KINDS = ("circle", "rectangle", "triangle", "star")
 _SUPERSAMPLE = 4
+_DRAWN = ".drawn"  # in OUT, until all is drawn: a full disk leaves what was there
 _MARGIN = 2.0  # pixels kept free between a shape and the image border
 
 
@@ -58,15 +61,21 @@ def make_shapes(
             raise InputError(f"shapes: {name} is {value}; it must be {least} to {most}")
     try:
         with lock(out, "shapes"), tqdm(total=train + val, desc="shapes", unit="img", disable=not progress) as bar:
-            for split, (name, count) in enumerate((("train", train), ("val", val))):
-                _write_split(Path(out) / name, count, size, (seed, split), kinds, bar)
+            drawn = Path(out) / _DRAWN
+            try:
+                shutil.rmtree(drawn, ignore_errors=True)  # of one that was killed
+                for split, (name, count) in enumerate((("train", train), ("val", val))):
+                    _write_split(drawn / name, count, size, (seed, split), kinds, bar)
+                for name in ("train", "val"):
+                    _publish(drawn / name, Path(out) / name)
+            finally:
+                shutil.rmtree(drawn, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{out}: cannot write the shapes: {error.strerror or error}; choose another --out") from error
 
 
 def _write_split(folder, count, size, seeds, kinds, bar):
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "annotations.json").unlink(missing_ok=True)  # they are not those of the images to come
+    (folder / "images").mkdir(parents=True)
     images, annotations = [], []
     for i in range(count):
         pixels, shapes = _draw_image(np.random.default_rng([*seeds, i]), size, kinds)
@@ -79,6 +88,15 @@ def _write_split(folder, count, size, seeds, kinds, bar):
     categories = [{"id": i, "name": name, "supercategory": "shape"} for name, i in CATEGORIES.items() if name in kinds]
     document = {"images": images, "annotations": annotations, "categories": categories}
     atomic_write(folder / "annotations.json", json.dumps(document))
+
+
+def _publish(drawn, folder):
+    """Moves a drawn split to its place; what else lies there stays."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations.json").unlink(missing_ok=True)  # they are not those of the images to come
+    for path in (drawn / "images").iterdir():
+        os.replace(path, folder / "images" / path.name)
+    os.replace(drawn / "annotations.json", folder / "annotations.json")
 
 
 def _annotation(number, image_id, category_id, polygon):

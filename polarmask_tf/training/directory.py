@@ -83,7 +83,8 @@ def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
             "without interruption",
             file=sys.stderr,
         )
-    runs.tidy(run / "checkpoints", runs.checkpoints(run))
+    for each in (run, run / "best"):  # of what a kill left
+        runs.tidy(each / "checkpoints", runs.checkpoints(each))
     about = {"classes": info.classes, "name": info.name, "num_images": info.num_images, "id": info.id}
     runs.write_run(run, config, about)
 

@@ -14,7 +14,7 @@ import tf_keras
 
 from polarmask_tf.config import ModelConfig
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import readable_by_tensorflow
+from polarmask_tf.files import check_regular, readable_by_tensorflow
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.weights import imagenet
 from polarmask_tf.weights.state_dict import read_tensors, summarize
@@ -180,7 +180,9 @@ def shape_of_resnet(tensors: dict[str, np.ndarray]) -> dict:
 def _load_garden(backbone: tf_keras.Model, path: str, kind: str) -> None:
     is_folder = Path(path).is_dir()
     with readable_by_tensorflow(Path(path) / "checkpoint" if is_folder else path.removesuffix(".index")) as prefix:
-        prefix = tf.train.latest_checkpoint(Path(prefix).parent) if is_folder else prefix
+        if is_folder:
+            check_regular(Path(path).iterdir())
+            prefix = tf.train.latest_checkpoint(Path(prefix).parent)
         if not prefix or not Path(f"{prefix}.index").is_file():
             raise InputError(
                 f"{path}: no checkpoint of tf-models-official (a directory with one, or a prefix: FILE.index exists)"

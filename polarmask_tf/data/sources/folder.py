@@ -124,10 +124,10 @@ class Folder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(path, formats=lite.FORMATS) as image:
-                    size = image.size
                     # Of a PNG Pillow would decode all pixels, to look behind them as well.
                     told = image.format != "PNG" or "exif" in image.info
-                    turned = told and lite.orientation(image) > 4
+                    orientation = lite.orientation(image) if told else 1
+                    size, turned = pictures.stored_size(image, orientation), orientation > 4
         except MemoryError:
             raise
         except Image.DecompressionBombError:  # of more pixels than Pillow opens
