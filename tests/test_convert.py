@@ -19,7 +19,6 @@ from pycocotools.coco import COCO
 
 from polarmask_tf import files, lite
 from polarmask_tf.data import contours, convert, dataset, publish, records
-from polarmask_tf.data import options as conversion_options
 from polarmask_tf.errors import InputError
 
 
@@ -175,7 +174,7 @@ def raw_records(info):
 
 
 def test_several_processes_write_the_same_bytes_as_one(coco, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion_options.uuid, "uuid4", lambda: uuid.UUID(int=7))  # all that tells two conversions apart
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))  # all that tells two conversions apart
     one = run(coco, tmp_path / "one/set", shards=3, processes=1)
     two = run(coco, tmp_path / "two/set", shards=3, processes=2)
     for a, b in zip(one.shard_paths, two.shard_paths, strict=True):

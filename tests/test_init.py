@@ -22,7 +22,7 @@ from PIL import Image
 from polarmask_tf import cli, config
 from polarmask_tf.data import dataset, records
 from polarmask_tf.errors import InputError
-from polarmask_tf.tools import doctor, init_config
+from polarmask_tf.tools import doctor, init_config, upper_bound
 from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
 from polarmask_tf.training import log
 from polarmask_tf.weights import imagenet
@@ -34,8 +34,9 @@ def polarmask(*args):
     return cli.main([str(arg) for arg in args])
 
 
-def make(folder, *, images=4, size=(400, 300), side=40, color=True, classes=1):
-    """Converted data of noise pictures, width x height, with two square objects of `side` pixels each."""
+def make(folder, *, images=4, size=(400, 300), side=40, color=True, classes=1, bar=None):
+    """Converted data of noise pictures, width x height, with two square objects of `side` pixels each, or bars."""
+    wide, high = bar or (side, side)
     (folder / "images").mkdir(parents=True)
     random = np.random.default_rng(0)
     entries, annotations = [], []
@@ -44,10 +45,16 @@ def make(folder, *, images=4, size=(400, 300), side=40, color=True, classes=1):
         pixels = np.broadcast_to(random.integers(0, 256, shape, np.uint8), (*shape[:2], 3))
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
         entries.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
-        for left in (10, 20 + side):
-            box = [left, 5, left + side, 5, left + side, 5 + side, left, 5 + side]
-            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": 1 + i % classes, "iscrowd": 0, "area": side**2}
-            annotations.append({**entry, "segmentation": [box], "bbox": [left, 5, side, side]})
+        for left in (10, 20 + wide):
+            box = [left, 5, left + wide, 5, left + wide, 5 + high, left, 5 + high]
+            entry = {
+                "id": len(annotations) + 1,
+                "image_id": i,
+                "category_id": 1 + i % classes,
+                "iscrowd": 0,
+                "area": wide * high,
+            }
+            annotations.append({**entry, "segmentation": [box], "bbox": [left, 5, wide, high]})
     categories = [{"id": 1 + k, "name": f"kind {k}"} for k in range(classes)]
     document = {"images": entries, "annotations": annotations, "categories": categories}
     (folder / "coco.json").write_text(json.dumps(document))
@@ -102,6 +109,20 @@ def test_settings_follow_the_data(tmp_path, monkeypatch):
     assert tiny.data.size == (128, 128) and tiny.data.batch == 8 and "128 pixels" in text and tiny.targets.match == "static"
     # In pixels of the input: the default, for images of 800 pixels, puts all of a small image on its coarsest level.
     assert tiny.targets.ranges == (64.0,) and photos.targets.ranges == () == cells.targets.ranges
+
+
+def test_long_thin_objects_get_more_rays(tmp_path):
+    square, text = fitted(make(tmp_path / "squares"))
+    assert square.model.rays == 36 and "rays reach a mean IoU of 0.9" in text
+    # A bar of 200 x 8 pixels: rays 10 degrees apart miss its corners by far.
+    long, text = fitted(make(tmp_path / "bars", images=2, size=(640, 300), bar=(200, 8)))
+    assert long.model.rays == 72, text
+
+
+def test_the_ceilings_of_the_survey_are_those_of_upper_bound(tmp_path):
+    data = make(tmp_path, images=3, bar=(60, 10))
+    measured = upper_bound.upper_bound(data, (36, 72), ("mass",), progress=False).ious[:, 0].mean(axis=0)
+    np.testing.assert_allclose(init_config.survey(dataset.load(data)).ceilings, measured, rtol=1e-5)
 
 
 def test_without_the_weights_it_starts_from_scratch_and_says_how_to_get_them(tmp_path, monkeypatch):

@@ -747,6 +747,53 @@ def test_what_is_not_recognised_is_told(tmp_path):
         run(tmp_path / "s", tmp_path / "o", images=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("ds/ann/1.png.json", '{"objects": []}', "of a Supervisely project: export it there as COCO"),
+        ("1_seg.npy", "x", "1_seg.npy: of Cellpose, .* save the masks there as PNG"),
+        ("1.geojson", "{}", "QuPath, say: export label images there"),
+        ("via_export_csv.csv", "filename", "of the VGG Image Annotator: .*as json"),
+        (
+            "project.json",
+            '{"project": {}, "view": {}, "metadata": {}}',
+            "project.json: is a project of VIA 3: export it as COCO",
+        ),
+        ("export.zip", "PK", "export.zip: is an archive; unpack it, and give the folder"),
+        (
+            "labels/1.tif",
+            None,
+            "2 pictures and no annotations: .*put them in masks/ beside images/, or call them NAME_masks.png",
+        ),
+    ],
+)
+def test_folders_of_other_programs_are_told_what_to_export(tmp_path, name, content, said):
+    picture(tmp_path / "s/1.png", 60, 80)
+    if content is None:
+        picture(tmp_path / "s" / name, 60, 80)
+    else:
+        (tmp_path / "s" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "s" / name).write_text(content)
+    with pytest.raises(InputError, match=said):
+        run(tmp_path / "s", tmp_path / "o")
+
+
+def test_masks_of_classes_are_told_from_masks_of_objects(tmp_path):
+    square = np.zeros((60, 80), np.uint8)
+    square[5:15, 5:15], square[30:42, 30:42] = 1, 1
+    square[5:15, 40:52], square[45:55, 60:72] = 2, 2
+    apart = np.zeros((60, 80), np.uint8)  # four objects, of which one is in two parts
+    for number, (y, x) in enumerate([(5, 5), (30, 30), (5, 40), (45, 60)], 1):
+        apart[y : y + 10, x : x + 10] = number
+    apart[20:28, 5:13], apart[58, 78] = 1, 2  # and a stray pixel, which is no part
+    for name, mask in (("classes", square), ("objects", apart)):
+        picture(tmp_path / name / "images/1.png", 60, 80)
+        (tmp_path / name / "masks").mkdir()
+        Image.fromarray(mask).save(tmp_path / name / "masks/1.png")
+        info = only(tmp_path / name, tmp_path / f"o_{name}")
+        assert any("are they classes?" in note for note in info.notes) == (name == "classes"), info.notes
+
+
 def test_pictures_in_a_folder_of_their_own(tmp_path):
     document = make(tmp_path / "pictures")
     formats.labelme(document, tmp_path / "pictures", tmp_path / "s")

@@ -67,6 +67,11 @@ def test_fractions_go_to_val_and_test_by_seed(tmp_path):
     assert sorted(name for info in infos.values() for name in names_in(info)) == sorted(f"{n}.png" for n in range(20))
     for name, info in infos.items():
         assert dataset.load(tmp_path / "o" / name) == info and info.classes == infos["train"].classes
+    # Each set is a data set of its own: a training must not take its validation data for what it learns from.
+    assert len({info.id for info in infos.values()}) == 3
+    for info in infos.values():
+        stored = [features["image/dataset_id"].bytes_list.value[0].decode() for _, features in records.iter_records(info)]
+        assert {*stored} == {info.id}
     again = run(folder, out=tmp_path / "again", split=[0.2, 0.1])
     other = run(folder, out=tmp_path / "other", split=[0.2, 0.1], seed=1)
     assert names_in(again["val"]) == names_in(infos["val"]) != names_in(other["val"])

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 import typing
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -184,6 +185,7 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
 
 def _write_set(out, entries, classes, options, work, report) -> report_file.WrittenSet:
     """Writes the shards of one set under temporary names; what was skipped is in `report`, which the info has."""
+    options = options._replace(id=uuid.uuid4().hex)  # of each set: shards of val/ are none of train/
     count = min(work.shards or max(1, round(len(entries) / _IMAGES_PER_SHARD)), len(entries))
     objects = sum(len(entry["annotations"]) for entry in entries)
     processes = work.processes or ((os.cpu_count() or 1) if len(entries) + objects > 2000 else 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import typing
-import uuid
 
 from polarmask_tf.data import tiles
 from polarmask_tf.errors import InputError
@@ -22,9 +21,9 @@ class Options(typing.NamedTuple):
     exif: str = "auto"
     bit_depth: int | None = None
     min_area: float = 0
-    id: str = ""
     tile: int | None = None
     overlap: int | None = None
+    id: str = ""  # of each set that is written
 
 
 class Work(typing.NamedTuple):
@@ -68,5 +67,4 @@ def checked(
         raise InputError("overlap is of tiles: give tile as well")
     overlap = tiles.check(tile, overlap) if tile else None
     of_all = (masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, min_area)
-    options = Options(*of_all, uuid.uuid4().hex, tile, overlap)
-    return options, Work(shards, processes, crowd_as_instances, progress, time.monotonic())
+    return Options(*of_all, tile, overlap), Work(shards, processes, crowd_as_instances, progress, time.monotonic())

@@ -8,6 +8,7 @@ and holes.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import os
 import typing
@@ -82,6 +83,29 @@ def _of_records(info):
         for index, ring in zip(record["ring_instance"], rings, strict=True):
             rings_of[index].append(ring)
         yield image, [(a, a["segmentation"], rings_of[i]) for i, a in enumerate(of_image[image["id"]])]  # in one order
+
+
+def image_of(image: dict, features, most: int) -> dict:
+    """Up to `most` objects, evenly chosen, of a record as records.iter_records gives it: {"height", "width", "annotations":
+    [{"rings", "rle"}, ...]}, what `ceilings` needs of an image. Of a damaged record there are none."""
+    lengths, instance, crowd = (
+        np.array(features[f"image/object/{key}"].int64_list.value, np.int64)
+        for key in ("polygon/ring_lengths", "polygon/ring_instance", "is_crowd")
+    )
+    xy = np.array(features["image/object/polygon/xy"].float_list.value, np.float32)
+    counts = features["image/object/rle"].bytes_list.value
+    size = image["height"], image["width"]
+    found: dict = {"height": size[0], "width": size[1], "annotations": []}
+    if len(xy) != 2 * lengths.sum() or len(lengths) != len(instance) or (lengths < 1).any() or len(counts) != len(crowd):
+        return found
+    rings = np.split(xy.reshape(-1, 2), np.cumsum(lengths))[:-1]
+    chosen = np.flatnonzero((crowd == 0) & np.isin(np.arange(len(crowd)), instance))
+    for index in chosen[:: max(1, -(-len(chosen) // most))].tolist():
+        with contextlib.suppress(Unusable):
+            rle = segmentation.to_rle({"size": list(size), "counts": counts[index].decode(errors="replace")}, *size)
+            its = [ring for ring, of in zip(rings, instance, strict=True) if of == index]
+            found["annotations"].append({"id": index, "rings": its, "rle": rle})
+    return found
 
 
 def _usable(images, classes, report):

@@ -102,7 +102,8 @@ def look(info: DatasetInfo, config: Config, limit: int | None, pages: check_page
     """Goes through the images once."""
     found = Findings(info, config)
     count, _, images, max_edges, found.report = ceiling.read(info.directory, limit)
-    rebuild = ceiling.rebuilder((config.model.rays,), (config.targets.center,), max_edges)
+    rays = config.model.rays, 2 * config.model.rays
+    rebuild = ceiling.rebuilder(rays, (config.targets.center,), max_edges)
     locate = locator(config, max_edges, min(max(1, info.max_instances), _MOST))
     stored = records.iter_records(info)
     for image, (entry, features) in tqdm(zip(images, stored, strict=False), total=count, desc="check", unit="img"):
@@ -112,7 +113,9 @@ def look(info: DatasetInfo, config: Config, limit: int | None, pages: check_page
         before = len(found.small) + len(found.hidden)
         _objects(image, name, place, found)
         if len(found.ceilings) < CEILINGS:
-            found.ceilings += [(a["label"], float(its[0])) for a, its in ceiling.ceilings(image, rebuild, found.report)]
+            for annotation, its in ceiling.ceilings(image, rebuild, found.report):
+                found.ceilings.append((annotation["label"], float(its[0])))
+                found.finer.append(float(its[1]))
         if pixels is not None and pages.wants(found.images):
             lost = len(found.small) + len(found.hidden) - before
             pages.add(name, pixels, image, rebuild(image, Report())[1][0], place, lost)

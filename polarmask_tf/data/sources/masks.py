@@ -31,6 +31,7 @@ _MASKS = ("masks", "mask", "labels", "label", "instances", "instance_masks", "se
 _SUFFIX = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|instanceids|gt)$", re.IGNORECASE)
 _OWN_SUFFIX = re.compile(r"[_-](img|image|raw)$", re.IGNORECASE)
 _VOID = 255, (224, 224, 192)  # PASCAL VOC's number and color of "do not care"
+_MOST_CLASSES = 25  # numbers of a mask that may be one of classes
 _VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse")
 _VOC += ("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
@@ -186,14 +187,24 @@ def _objects(folder, picture, found, kind, report):
     if kind == "voc":
         ids[(ids == _VOID[0]) | (ids == packed(*_VOID[1]))] = 0
     objects = split_ids(ids)
-    if len(objects) == 1 and next(iter(objects)) in (1, 255):
-        parts = contours.trace(ids > 0)
-        if sum(contours.shoelace(ring) > 0 for ring in parts) > 1:
+    if len(objects) <= _MOST_CLASSES and (parted := sum(_has_parts(ids, number, rle) for number, rle in objects.items())):
+        if len(objects) == 1:
             what = "mask of one number with several parts, taken for one object (is it a binary mask, not one of instances?)"
+            report.note(what, found[0])
+        elif parted >= len(objects) / 2:
+            what = "mask of few numbers, most of which have several parts, each taken for one object (are they classes?)"
             report.note(what, found[0])
     if not objects:
         report.note("mask without an object: background", found[0])
     return size, objects
+
+
+def _has_parts(ids, number, rle):
+    """Whether what has a number is several things of a size."""
+    left, top, width, height = coco_mask.toBbox({**rle, "counts": rle["counts"].encode()}).astype(int).tolist()
+    rings = contours.trace(ids[top : top + height, left : left + width] == number)
+    areas = np.array([contours.shoelace(ring) for ring in rings])
+    return int((areas > 0.1 * areas.max()).sum()) > 1
 
 
 def _fitting(ids, stored, upright):

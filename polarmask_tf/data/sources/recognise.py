@@ -18,6 +18,14 @@ from polarmask_tf.errors import InputError
 from polarmask_tf.lite import MAX_PIXELS
 
 _MOST_SNIFFED = 200  # JSON files of a folder that are looked into
+# Names of files of other programs, and how these write what is read here.
+_FOREIGN = {
+    r"(^|/)ann/[^/]+\.json$": "of a Supervisely project: export it there as COCO, or as 'YOLOv8 segmentation'",
+    r"_seg\.npy$": "of Cellpose, and not read, since it may hold code: save the masks there as PNG, NAME_cp_masks.png",
+    r"\.geojson$": "GeoJSON, of QuPath, say: export label images there, and put masks/NAME.tif beside images/NAME.tif",
+    r"(^|/)via[^/]*\.csv$": "of the VGG Image Annotator: Annotation, Export Annotations (as json) there",
+    r"\.(zip|tar|t?gz|7z|rar)$": "is an archive; unpack it, and give the folder",
+}
 
 
 class _Options(typing.NamedTuple):
@@ -84,11 +92,7 @@ def read(
     if not sources:
         if os.path.isfile(path / "dataset.json") or os.path.isfile(path / "train" / "dataset.json"):
             raise InputError(f"{path}: is converted already; give the annotations and pictures that it was made from")
-        if (names := list(walk(path))) and all(map(is_picture, names)):
-            raise InputError(f"{path}: {len(names)} pictures and no annotations: outline the objects first, with labelme, say")
-        if names and not any(map(is_picture, names)):
-            raise InputError(f"{path}: holds no pictures ({_seen(path)}); give the folder that has them and the annotations")
-        raise InputError(f"{path}: no annotations recognised: {_seen(path)}; give --format ({', '.join(FORMATS)})")
+        raise InputError(f"{path}: {_why_not(path)}")
     if len({source.split for source in sources}) == 1:
         sources = [source._replace(split="") for source in sources]
     return sources
@@ -117,8 +121,9 @@ def kind_of(document) -> str:
 
 
 def _file(path, report, format, options, split="", document=None) -> list[Source]:
-    if path.suffix.lower() in (".zip", ".gz", ".tgz", ".tar", ".7z", ".rar"):
-        raise InputError(f"{path}: is an archive; unpack it, and give the folder")
+    foreign = (advice for pattern, advice in _FOREIGN.items() if re.search(pattern, path.name, re.IGNORECASE))
+    if advice := next(foreign, ""):
+        raise InputError(f"{path}: {advice}")
     if is_picture(path.name):
         raise InputError(f"{path}: is a picture; give the file, or the folder, with the annotations")
     format = format or {".xml": "cvat", ".yaml": "yolo", ".yml": "yolo"}.get(path.suffix.lower())
@@ -254,11 +259,23 @@ def _is_labelme(file):
         return False
 
 
-def _seen(path):
-    """What is there instead, in a few words."""
+def _why_not(path):
+    """What a folder in which nothing is recognised holds instead, and what to do."""
     if not os.path.isdir(path):
-        return "a file of another kind"
-    counts = collections.Counter(os.path.splitext(name)[1].lower() or "(no suffix)" for name in walk(path))
-    if not counts:
-        return "the folder is empty"
-    return "saw " + ", ".join(f"{number} {suffix}" for suffix, number in counts.most_common(5))
+        return f"no annotations recognised: a file of another kind; give --format ({', '.join(FORMATS)})"
+    names = list(walk(path))
+    counts = collections.Counter(os.path.splitext(name)[1].lower() or "(no suffix)" for name in names)
+    seen = (
+        "saw " + ", ".join(f"{number} {suffix}" for suffix, number in counts.most_common(5)) if names else "the folder is empty"
+    )
+    for pattern, advice in _FOREIGN.items():
+        if found := next((name for name in names if re.search(pattern, name, re.IGNORECASE)), None):
+            return f"{found[:200]}: {advice}"
+    if names and all(map(is_picture, names)):
+        masks_in = "if some are masks, put them in masks/ beside images/, or call them NAME_masks.png"
+        return f"{len(names)} pictures and no annotations: outline the objects first, with labelme, say; {masks_in}"
+    if names and not any(map(is_picture, names)):
+        return f"holds no pictures ({seen}); give the folder that has them and the annotations"
+    if len(files := _in(path, ".json")) == 1 and isinstance(document := load_json(files[0]), dict):
+        coco.check(files[0], document)  # which says what it is
+    return f"no annotations recognised: {seen}; give --format ({', '.join(FORMATS)})"
