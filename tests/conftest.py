@@ -1,6 +1,7 @@
 """Set before any test imports TensorFlow: quiet start-up, no GPU surprises. And what CI does not let pass."""
 
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -30,6 +31,11 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("garden") and importlib.util.find_spec("official") is None:
+        pytest.skip("needs the extra `garden`")
 
 
 def fail_instead_of_skip(report):

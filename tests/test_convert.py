@@ -182,6 +182,7 @@ def test_several_processes_write_the_same_bytes_as_one(coco, tmp_path, monkeypat
     assert (one.directory / "dataset.json").read_text() == (two.directory / "dataset.json").read_text()
 
 
+@pytest.mark.garden
 def test_model_garden_reads_the_shards(coco, tmp_path):
     from official.vision.dataloaders.tf_example_decoder import TfExampleDecoder
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from helpers.networks import instances_of, loss_and_gradients, random_images, random_scenes
+from helpers.networks import OURS, instances_of, loss_and_gradients, random_images, random_scenes
 from polarmask_tf.config import BackboneConfig, Config, FPNConfig, HeadConfig, ModelConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones import garden
@@ -19,8 +19,9 @@ from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import pretrained
 from polarmask_tf.weights.start import start_from
 
+pytestmark = pytest.mark.garden
+
 LEVELS = "2345"
-OURS = ("resnet", "EfficientNetLite0")
 TYPES = [kind for kind in typing.get_args(typing.get_type_hints(BackboneConfig)["type"]) if kind not in OURS]
 CLASSES = 3
 

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.edge_table import make, pictures
 from PIL import Image
 
+from helpers.networks import marked
 from helpers.vulkan import swiftshader
 from polarmask_tf import config, lite
 from polarmask_tf.export import flatbuffer, tflite
@@ -105,7 +106,7 @@ def assert_equal_logits(expected, found):
         np.testing.assert_allclose(found[name], value, rtol=0, atol=LOGITS, err_msg=name)
 
 
-@pytest.mark.parametrize("name", EDGE)
+@pytest.mark.parametrize("name", [marked(name, config.load(name)) for name in EDGE])
 def test_every_edge_config(name, both, tmp_path):
     model = make(name, SIZE, 60)
     for precision in ("fp32", "fp16"):

@@ -16,6 +16,7 @@ from polarmask_tf.inference.predictor import Detections
 from polarmask_tf.ops import geometry
 
 pytest.importorskip("tensorflow_serving.apis", reason="needs the extra `serving`")
+pytest.importorskip("official.vision", reason="needs the extra `garden`")
 import dataclasses
 
 import tensorflow as tf

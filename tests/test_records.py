@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from polarmask_tf.data import dataset, records
+from polarmask_tf.data import dataset, records, tfrecord
 from polarmask_tf.errors import InputError
 
 RLE = coco_mask.encode(np.asfortranarray(np.eye(10, 20, dtype=np.uint8)))["counts"]
@@ -156,7 +156,7 @@ def test_flipped_bits_missing_records_and_foreign_files_are_named(data):
         with open(shard, "wb") as file:
             length = struct.pack("<Q", len(content))
             records.write_record(file, content) if content else file.write(
-                length + struct.pack("<I", records._masked(google_crc32c.value(length))) + struct.pack("<I", 0xA282EAD8)
+                length + struct.pack("<I", tfrecord._masked(google_crc32c.value(length))) + struct.pack("<I", 0xA282EAD8)
             )
         with pytest.raises(InputError, match=f"toy-00001-of-00002.tfrecord: .*{message}"):
             list(records.iter_images(data))

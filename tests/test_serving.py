@@ -290,6 +290,9 @@ BAD = {
     "text": (b"<html>404</html>", "not an image; JPEG, PNG, GIF, BMP or WebP is expected"),
     "TIFF": (encoded(PICTURE, "TIFF"), "not an image"),
     "SVG": (b"<svg/>", "not an image"),
+    # From 2.21 on TensorFlow decodes it, and its size is not read here.
+    "JPEG XL": (b"\xff\x0a" + bytes(60), "not an image"),
+    "JPEG XL in boxes": (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60), "not an image"),
     "half a JPEG": (GOOD["JPEG"][: len(GOOD["JPEG"]) // 2], DAMAGED),
     "half a progressive JPEG": (GOOD["progressive JPEG"][:1000], DAMAGED),
     "the start of a JPEG": (b"\xff\xd8\xff", DAMAGED),

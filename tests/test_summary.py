@@ -130,6 +130,7 @@ def test_depthwise_convolutions_and_matrix_products():
         counted(graph_of(tf.function(lambda x: tf.nn.relu(x)), 3))
 
 
+@pytest.mark.garden
 def test_a_mobile_backbone_is_counted_too():
     settings = config.load("shapes", ["model.backbone.type=MobileNetV2", "model.backbone.multiplier=0.35"])
     rows = by_part(summary.summarize(settings, 4, (64, 64)))

@@ -1,25 +1,25 @@
 """The record schema, both ways: one tf.train.Example an image with Model Garden's key names, `dataset.json` beside.
 
 The writer needs no TensorFlow (importing it takes seconds in each process of `convert`): an Example is four nested
-protobuf messages and a TFRecord is a length, the bytes and two checksums. The readers import TensorFlow when called.
+protobuf messages; tfrecord.py puts them into files. The readers import TensorFlow when called.
 
-Source of the formats: tensorflow/core/example/example.proto, tensorflow/core/lib/io/record_writer.h (framing), RFC 3720
-appendix B.4 (CRC-32C); key names: official/vision/dataloaders/tf_example_decoder.py of Model Garden.
+Source of the format: tensorflow/core/example/example.proto; key names: official/vision/dataloaders/tf_example_decoder.py of
+Model Garden.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 
 from polarmask_tf.data import dataset, segmentation
 from polarmask_tf.data.dataset import DatasetInfo
+
+# write_record too: who writes records needs this module alone.
+from polarmask_tf.data.tfrecord import DamagedShard, count_records, read_shard, write_record  # noqa: F401
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text
 from polarmask_tf.lite import MAX_PIXELS
@@ -28,7 +28,6 @@ REPAIR_HINT = "run `polarmask convert` again, or go on without the rest of the s
 CONVERTED_SINCE = "a record of another conversion than dataset.json: converted again while it was in use, or files mixed"
 _AGAIN = "run `polarmask convert` again to rewrite the data set"
 _LACKS = "objects without label, area, mask or box"
-_MOST_BYTES = 2**31  # of a record: no protobuf message is larger
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 # The schema, as it is read: key -> type of the values, and whether there are many. What is not here is not needed to train.
 _FEATURES = {
@@ -46,10 +45,6 @@ _FEATURES = {
     "image/object/polygon/ring_lengths": (int, True),
     "image/object/polygon/ring_instance": (int, True),  # ascending
 }
-
-
-class DamagedShard(InputError):
-    """A shard has no further record that can be read; the message says how many could be."""
 
 
 class Instance(NamedTuple):
@@ -134,60 +129,6 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def write_record(file, data: bytes) -> None:
-    """Appends one TFRecord to a binary file."""
-    length = struct.pack("<Q", len(data))
-    file.write(length + struct.pack("<I", _masked(google_crc32c.value(length))))
-    file.write(data)
-    file.write(struct.pack("<I", _masked(google_crc32c.value(data))))
-
-
-def _masked(crc: int) -> int:
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def read_shard(path) -> Iterator[bytes]:
-    """Yields the records of one shard, whose checksums are compared. No TensorFlow.
-
-    Raises DamagedShard where no further record can be had: "PATH: damaged or cut short after N records (reason)".
-    """
-    count = 0
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            while header := file.read(12):
-                length = int.from_bytes(header[:8], "little")
-                if len(header) == 12 and not _is_whole(header[:8], header[8:]):
-                    raise ValueError("the checksum of a length is wrong")
-                if len(header) < 12 or file.tell() + length + 4 > size:
-                    raise ValueError("it ends within a record")
-                if length > _MOST_BYTES:
-                    raise ValueError(f"a record of {length:,} bytes")
-                data, checksum = file.read(length), file.read(4)
-                if not _is_whole(data, checksum):
-                    raise ValueError("the checksum of a record is wrong")
-                yield data
-                count += 1
-    except ValueError as error:
-        raise DamagedShard(f"{path}: damaged or cut short after {count} records ({error})") from None
-    except (OSError, MemoryError) as error:
-        reason = "not enough memory" if isinstance(error, MemoryError) else io_error_text(error)
-        raise DamagedShard(f"{path}: cannot be read after {count} records ({reason})") from None
-
-
-def count_records(path) -> int:
-    """How many records a shard holds up to its first damaged length: 12 bytes are read of each. OSError if it cannot be."""
-    count = end = 0
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        while len(header := os.pread(file.fileno(), 12, end)) == 12:
-            end += 16 + int.from_bytes(header[:8], "little")
-            if end > size or not _is_whole(header[:8], header[8:]):
-                break
-            count += 1
-    return count
-
-
 def check_complete(info: DatasetInfo) -> None:
     """InputError unless the shards hold as many records as dataset.json says, and the first of each is of its conversion."""
     try:
@@ -204,10 +145,6 @@ def check_complete(info: DatasetInfo) -> None:
 def _check_conversion(features, info, shard):
     if info.id and any(of != info.id.encode() for of in _values(features, "image/dataset_id", bytes)):
         raise InputError(f"{shard}: {CONVERTED_SINCE}; {_AGAIN}")
-
-
-def _is_whole(data: bytes, checksum: bytes) -> bool:
-    return _masked(google_crc32c.value(data)) == int.from_bytes(checksum, "little")
 
 
 def parse(serialized) -> dict:

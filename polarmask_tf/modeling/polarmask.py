@@ -12,13 +12,13 @@ import tf_keras
 from polarmask_tf import config as configs
 from polarmask_tf.config import CONVENTIONS, Config
 from polarmask_tf.errors import InputError
-from polarmask_tf.modeling import step
+from polarmask_tf.modeling import step, terms
 from polarmask_tf.modeling.backbones import efficientnet_lite, garden
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.layers import PACKAGE
-from polarmask_tf.ops import geometry, losses, overlap, postprocess, targets
+from polarmask_tf.ops import postprocess, targets
 
 # Nothing in the network and its losses branches on tensors, and AutoGraph would take seconds to find that out.
 _no_autograph = tf.autograph.experimental.do_not_convert
@@ -213,7 +213,7 @@ class PolarMask(tf_keras.Model):
         if sample_weight is not None:
             raise InputError("sample_weight: there is no such weight in the losses; leave it out")
         prepared = y if isinstance(y, step.Prepared) else step.prepare(self, x, y)
-        prepared.losses = self._loss_terms(y_pred, prepared.targets, prepared.normalizers)
+        prepared.losses = terms.losses_of(self, y_pred, prepared.targets, prepared.normalizers)
         if prepared is not y:
             self._update_metrics(prepared.losses)
         total = self._weighted_sum(prepared.losses)
@@ -229,54 +229,6 @@ class PolarMask(tf_keras.Model):
         for metric, value in zip(self.loss_metrics, (self._weighted_sum(values), *values), strict=True):
             # Mean metrics average over replicas, and each replica holds only its share of the sum.
             metric.update_state(value * replicas)
-
-    def _loss_terms(self, outputs, encoded, normalizers):
-        """Those of self.loss_names: sums over this replica's (part's) images, divided by counts over all replicas.
-
-        Rows of `encoded` with a negative centerness are padding.
-        """
-        config, at = self.config.loss, encoded.positives
-        focal = {"gamma": config.focal_gamma, "alpha": config.focal_alpha}
-        units = [
-            tf.fill([tf.reduce_prod(tf.shape(maps["ray_logits"])[1:3])], self.ray_units[level])
-            for level, maps in sorted(outputs.items())
-        ]
-        units = tf.gather(tf.concat(units, 0), at[:, 1])[:, tf.newaxis]
-
-        def lengths(name):
-            return geometry.rays_from_logits(tf.gather_nd(_flat(outputs, name), at), units)
-
-        class_logits, rays = _flat(outputs, "class_logits"), lengths("ray_logits")
-        ray_losses = losses.RAY_LOSSES[config.ray](rays, encoded.rays)
-        if self.needs_mask_iou:
-            boxes = rays.shape[1] == 4
-            areas = overlap.box_areas(rays, encoded.rays) if boxes else overlap.areas(rays, encoded.crossings, encoded.border)
-            mask_losses = overlap.dice_loss(areas)
-        if self.config.targets.match == "cost":
-            classes = tf.maximum(tf.gather_nd(encoded.labels, at), 0)[:, tf.newaxis]  # 0: of padding
-            of_class = tf.gather_nd(class_logits, tf.concat([at, classes], axis=1))
-            cost = losses.focal_cost(of_class, **focal) + ray_losses + mask_losses
-            encoded = targets.choose(encoded, tf.stop_gradient(cost))
-        real = tf.cast(encoded.centerness >= 0, tf.float32)
-        centerness = weight = tf.maximum(encoded.centerness, 0.0)
-        if self.needs_mask_iou:
-            iou = tf.stop_gradient(overlap.iou(areas)) * real
-            centerness = centerness * iou if self.config.targets.centerness == "iou" else centerness
-            weight = iou if config.weight_by == "iou" else centerness
-        sums = {"class": losses.focal_loss(class_logits, encoded.labels, **focal), "ray": tf.reduce_sum(ray_losses * weight)}
-        predicted = tf.gather_nd(_flat(outputs, "centerness_logits"), at)[:, 0]
-        sums["centerness"] = tf.reduce_sum(losses.centerness_loss(predicted, centerness) * real)
-        if "box" in self.loss_names:
-            each = losses.iou_loss(lengths("ltrb_logits"), encoded.ltrb, pixel=float(self.conventions.whole_pixels))
-            sums["box"] = tf.reduce_sum(each * weight)
-        if "mask" in self.loss_names:
-            sums["mask"] = tf.reduce_sum(mask_losses * weight)
-        # Without positives on any replica the sums over positives are zero too; their counts only must not be.
-        least = {"class": 1.0, "centerness": 1.0}
-        return [
-            sums[name] / tf.maximum(count, least.get(name, 1e-3))
-            for name, count in zip(self.loss_names, normalizers, strict=True)
-        ]
 
     def compute_metrics(self, x, y, y_pred, sample_weight):
         return self.get_metrics_result()
@@ -360,9 +312,3 @@ def _levels(backbone, size) -> list[int]:
     if not levels or ranks != {4}:
         raise InputError(f"backbone gives {type(features).__name__}: {{level: [B, h, w, c]}} is needed, level l of stride 2**l")
     return levels
-
-
-def _flat(outputs: dict, name: str) -> tf.Tensor:
-    """One output of all levels as [B, L, channels], in the order of targets.assign."""
-    maps = [outputs[level][name] for level in sorted(outputs)]
-    return tf.concat([tf.reshape(m, [tf.shape(m)[0], -1, m.shape[3]]) for m in maps], axis=1)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import tensorflow as tf
 import tf_keras
 
@@ -12,6 +13,12 @@ from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.polarmask import PolarMask
 
 CLASSES, ROWS, EDGES = 3, 4, 24
+OURS = ("resnet", "EfficientNetLite0")  # backbones; the others are tf-models-official's
+
+
+def marked(name: str, settings: Config):
+    """A test's parameter, marked where the backbone of its settings needs the extra `garden`."""
+    return pytest.param(name, marks=[pytest.mark.garden] * (settings.model.backbone.type not in OURS))
 
 
 def tiny_config(levels=(3, 4, 5), rays=8, **backbone):

@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 from polarmask_tf import config as configs
-from polarmask_tf.data import pipeline, records
+from polarmask_tf.data import dataset, pipeline, records
 
 # (height, width) of image i, which is filled with the gray 20 * (i + 1): 7 lie, 4 stand.
 SIZES = [(40, 60), (60, 40), (64, 64), (30, 90), (90, 30), (64, 96), (50, 50), (100, 70), (70, 100), (33, 47), (128, 20)]
@@ -41,6 +41,13 @@ def write(folder, sizes, shards=3):
     return records.DatasetInfo(
         folder, "train", len(sizes), len(sizes), 0, [{"name": "blob", "category_id": 1}], 1, 3, paths, {}
     )
+
+
+def converted(folder, sizes=SIZES):
+    """`write` with its dataset.json."""
+    info = write(folder, sizes)
+    (folder / "dataset.json").write_text(dataset.dump(info))
+    return info
 
 
 def config_of(**data):
