@@ -238,6 +238,8 @@ def test_malformed_overrides_are_refused(override):
         ("model.rays=3", "model.rays"),
         ("model.backbone.groups=8", "block: bottleneck"),
         ("model.backbone.stem_width=8", "stem: 3x3"),
+        ("model.backbone.widths=[16, 32, 64]", "model.backbone.widths"),
+        ("model.backbone.widths=[16, 32, 64, 0]", "model.backbone.widths"),
         ("model.backbone.multiplier=0.5", "model.backbone.width"),
         ("model.backbone.freeze_at=6", "0 to 5"),
         ("conventions=released", "model.head.box: true"),

@@ -24,7 +24,7 @@ from helpers import training
 from polarmask_tf import cli, lite
 from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
-from polarmask_tf.export import flatbuffer, graph, quantize, tflite
+from polarmask_tf.export import flatbuffer, graph, pixels, quantize, tflite
 from polarmask_tf.export.export import export_model
 from polarmask_tf.files import lock
 from polarmask_tf.inference import evaluate
@@ -227,7 +227,7 @@ def own_stem(size, stride):
     return PolarMask(config, 3, backbone=tf_keras.Model(image, levels))
 
 
-@pytest.mark.parametrize("size_and_stride", [(5, 2), (4, 4), None])
+@pytest.mark.parametrize("size_and_stride", [(5, 2), (4, 4), (6, 4), (3, 1), None])
 def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
     """Of an int8 file, which pads pixels with the mean where Keras pads what is normalised with zeros."""
     contents = [files[precision, True].read_bytes() for precision in ("fp32", "int8")]
@@ -243,6 +243,28 @@ def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
         expected = np.clip(expected, found.min(), found.max())  # 8 bits end where the calibration images did
         assert np.abs(found - expected).max() < 4 * step  # black around the image, not the mean, makes that dozens
         assert np.abs(found - expected).mean() < 0.6 * step
+
+
+@pytest.mark.parametrize(
+    ("stem", "kernel", "padded"), [("3x3", (3, 2), (65, 98)), ("6x6", (6, 3), (66, 98)), ("7x7", (7, 4), (69, 102))]
+)
+def test_pairs_of_pixels_change_no_number(stem, kernel, padded, monkeypatch):
+    """The first convolution of an int8 file, as of 6 channels, gives the very bytes that it gives of 3."""
+    model, contents = make_model(f"model.backbone.stem={stem}", "model.backbone.stem_width=0"), []
+    for _ in range(2):
+        contents.append(tflite.convert(model, "int8", raw=True, images=lambda: images(4, 64, 96)))
+        monkeypatch.setattr(pixels, "_pairs", lambda start, columns, width: (start.pads, False))
+    shapes = []
+    for content in contents:
+        tensors = {d["index"]: d["shape"] for d in Interpreter(model_content=content).get_tensor_details()}
+        inputs = next(inputs for kind, inputs, *_ in flatbuffer.operations(content) if kind == "CONV_2D")
+        shapes.append([tuple(map(int, tensors[i])) for i in inputs[:2]])
+    (image, weights), (as_it_is, _) = shapes
+    assert weights[1:] == (*kernel, 6) and image == (1, padded[0], padded[1] // 2, 6) and as_it_is[3] == 3
+    for image in images(2, 64, 96, seed=5):
+        (found, step), (expected, _) = (first_convolution(content, image[None]) for content in contents)
+        assert step > 0 and np.ptp(found) > 50 * step
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_detections_at_the_border_in_8_bits(files):

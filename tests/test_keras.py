@@ -33,6 +33,10 @@ FAMILIES = {
     "shapes, box branch": ("shapes", (*NARROW, "model.head.box=true")),
     "shapes, head without norm": ("shapes", (*NARROW, "model.head.norm=none", "model.head.convs=2")),
     "edge": ("edge", (*NARROW, "model.head.convs=2")),
+    "edge, 6x6 stem": (
+        "edge",
+        (*SMALL, "model.backbone.stem=6x6", "model.backbone.stem_width=0", "model.backbone.widths=[16,16,32,48]"),
+    ),
     "edge, box branch": ("edge", (*NARROW, "model.head.box=true", "model.head.conv=separable", "model.fpn.conv=separable")),
     "nuclei": ("nuclei", (*NARROW, "data.crop=[]")),
     "paper": ("paper_1x", PAPER),

@@ -33,6 +33,20 @@ def test_a_strided_1x1_convolution_takes_every_other_pixel(channels, size):
     np.testing.assert_allclose(found[1][0, 0], np.einsum("bijc,bijf->cf", picked, slope), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "around"), [(6, 4, 1), (4, 2, 1), (8, 4, 2), (7, 2, 3), (3, 2, 1), (4, 4, 0)])
+def test_how_a_strided_convolution_is_padded(kernel, stride, around):
+    """By a loop over its windows: an even one reaches as far to the left of its stride x stride pixels as to the right."""
+    rng = np.random.default_rng(kernel)
+    layer, x = Conv(2, kernel, stride), rng.normal(size=(1, 16, 24, 3))
+    y = layer(tf.constant(x, tf.float32)).numpy()
+    if kernel % 2 == 0:
+        assert stride - (kernel - around) == -around and y.shape == (1, 16 // stride, 24 // stride, 2)
+    weights, padded = layer.conv.kernel.numpy(), np.pad(x, [(0, 0), (around, around), (around, around), (0, 0)])
+    for row, column in np.ndindex(*y.shape[1:3]):
+        window = padded[0, row * stride :, column * stride :][:kernel, :kernel]
+        np.testing.assert_allclose(y[0, row, column], np.einsum("ijc,ijcf->f", window, weights), atol=1e-5)
+
+
 MANY = """
 import tensorflow as tf
 from polarmask_tf.modeling.layers import Conv

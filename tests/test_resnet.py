@@ -225,16 +225,30 @@ def test_groups_have_the_widths_of_the_config():
             assert block.convs[2].conv.kernel.shape == (1, 1, 12 * 2**stage, 32 * 2**stage)
 
 
+@pytest.mark.parametrize(("block", "expansion"), [("basic", 1), ("bottleneck", 4)])
+def test_a_width_for_each_stage(block, expansion):
+    model = ResNet(BackboneConfig(block=block, stem="6x6", blocks=(1, 2, 1, 1), widths=(16, 16, 48, 32), width=99))
+    features = model(images())
+    assert [features[n].shape[-1] for n in LEVELS] == [expansion * n for n in (16, 16, 48, 32)]
+    assert [features[n].shape[1] for n in LEVELS] == [images().shape[1] // 2**n for n in (2, 3, 4, 5)]
+    assert model.stem.conv.kernel.shape == (6, 6, 3, 16) and len(model.stages[1]) == 2
+    as_before = ResNet(BackboneConfig(block=block, width=12, widths=(12, 24, 48, 96)))
+    shapes = [
+        [w.shape for w in (m(images()), m)[1].weights] for m in (as_before, ResNet(BackboneConfig(block=block, width=12)))
+    ]
+    assert shapes[0] == shapes[1]
+
+
 # ---- what is frozen
 
 
 def parts(model):
     """Variables of the stem, C2, C3, C4 and C5."""
-    stem = [model.stem, model.stem_norm, *([] if model.config.stem == "7x7" else [model.stem2, model.stem2_norm])]
+    stem = [model.stem, model.stem_norm, *([model.stem2, model.stem2_norm] if model.config.stem == "3x3" else [])]
     return [[v for layer in part for v in layer.variables] for part in (stem, *model.stages)]
 
 
-@pytest.mark.parametrize("stem", ["7x7", "3x3"])
+@pytest.mark.parametrize("stem", ["7x7", "3x3", "6x6"])
 @pytest.mark.parametrize("freeze_at", range(6))
 def test_frozen_parts_do_not_change(freeze_at, stem):
     model, x = ResNet(BackboneConfig(width=8, stem=stem, freeze_at=freeze_at, norm="batch")), images(4)

@@ -62,13 +62,17 @@ class BackboneConfig(Section):
         "EfficientNetB0",
     ] = "resnet"
     multiplier: float = _within(1.0, 0.01, 100)  # times the channels of a MobileNet
-    stem: typing.Literal["7x7", "3x3"] = "7x7"  # 7x7 convolution and max pooling, or two 3x3 convolutions, which cost less
-    stem_width: int = _within(0, 0, 1024)  # channels between these two; 0: as many as after them, `width`
+    # How an image becomes a quarter as high and wide: 7x7 convolution and max pooling; two 3x3 convolutions, which cost less;
+    # or one 6x6 convolution of stride 4, which costs least.
+    stem: typing.Literal["7x7", "3x3", "6x6"] = "7x7"
+    stem_width: int = _within(0, 0, 1024)  # channels between the two 3x3 convolutions; 0: as many as after them, `width`
     block: typing.Literal["basic", "bottleneck"] = "basic"  # residual blocks of two 3x3 convolutions, or of 1x1, 3x3 and 1x1
     # Residual blocks in stages C2..C5; ResNet-50 is (3, 4, 6, 3).
     blocks: tuple[int, int, int, int] = _each((1, 1, 1, 1), 1, 200)
     # Channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64. Below 16 see layers.Conv.
     width: int = _within(24, 1, 1024)
+    # Channels of C2's to C5's in place of `width` and its doubles, or () for these.
+    widths: tuple[int, ...] = _each((), 1, 8192)
     stride_in: typing.Literal["3x3", "1x1"] = "3x3"  # "pytorch" or "caffe" placement of a bottleneck's stride
     groups: int = _within(1, 1, 1024)  # ResNeXt: groups of a bottleneck's 3x3 convolution ...
     group_width: int = _within(4, 1, 1024)  # ... and channels of each in C2, doubled at every stage; ResNeXt-101 64x4d: 64, 4
@@ -87,6 +91,12 @@ class BackboneConfig(Section):
             yield f"model.backbone.blocks is {list(self.blocks)}: at most 300 blocks together"
         if self.stem_width and self.stem != "3x3":
             yield "model.backbone.stem_width needs model.backbone.stem: 3x3"
+        if len(self.widths) not in (0, 4):
+            yield f"model.backbone.widths is {list(self.widths)}: four numbers are needed, of C2 to C5, or none"
+
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels of the 3x3 convolutions in C2 to C5."""
+        return self.widths or tuple(self.width * 2**stage for stage in range(4))
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class ModelConfig(Section):
     def contradictions(self):
         """Widths and depths that are right one by one can make a network that no machine holds."""
         backbone, head = self.backbone, self.head
-        stages = sum(count * (backbone.width * 2**stage) ** 2 for stage, count in enumerate(backbone.blocks))
+        stages = sum(count * width**2 for count, width in zip(backbone.blocks, backbone.stage_widths(), strict=False))
         about = 18 * stages + 9 * (len(self.fpn.levels) * self.fpn.channels**2 + 3 * (head.convs + 1) * head.channels**2)
         if about > 2 * 10**9:
             yield f"model: about {about:,} weights; at most 2 billion: lower width, channels, blocks or convs"

@@ -40,6 +40,8 @@ def fold(content: bytes, exact: bytes) -> bytes:
     height, width = graph.tensors[image].shape[1:3]
     weights, bias = (_data(source, i) for i in original.conv.inputs[1:3])
     weights = weights * original.factor
+    pads, pairs = _pairs(start, weights.shape[2], width)
+    weights = np.pad(weights, [(0, 0), (0, 0), (0, weights.shape[2] % 2 if pairs else 0), (0, 0)])
     scales = np.maximum(np.abs(weights).max(axis=(1, 2, 3)), 1e-12) / 127
     rounded = np.round(weights / scales[:, None, None, None])
     # With the weights as they are rounded, so that an image of the mean still gives the bias alone.
@@ -51,7 +53,7 @@ def fold(content: bytes, exact: bytes) -> bytes:
     made = _tensor(model, "pixels_8_bits", [1, height, width, 3], quantized=True)
     reads.append(_operation(model, "QUANTIZE", 1, [pixels], made))
     shape = np.array([height, width])
-    for axis, (first, last) in enumerate(start.pads):
+    for axis, (first, last) in enumerate(pads):
         sides = []
         for rows in (first, last):
             size = shape.copy()
@@ -65,6 +67,14 @@ def fold(content: bytes, exact: bytes) -> bytes:
             options.axis, options.fusedActivationFunction = 1 + axis, 0
             reads.append(_operation(model, "CONCATENATION", 2, [*sides[0], made, *sides[1]], wider, options))
             made = wider
+    if pairs:
+        options, dimensions = schema.ReshapeOptionsT(), np.array([1, shape[0], shape[1] // 2, 6], np.int32)
+        options.newShape = dimensions
+        by_two = _tensor(model, "pairs_of_pixels", dimensions, quantized=True)
+        described = _tensor(model, "pairs_shape", [4], schema.TensorType.INT32, dimensions)
+        reads.append(_operation(model, "RESHAPE", 1, [made, described], by_two, options))
+        made, rounded = by_two, rounded.reshape(*rounded.shape[:2], -1, 6)
+        conv.builtinOptions.strideW //= 2
     conv.inputs = np.array(
         [
             made,
@@ -77,6 +87,19 @@ def fold(content: bytes, exact: bytes) -> bytes:
     graph.operators = [*reads, *(op for op in graph.operators if not any(op is each for each in start.before))]
     flatbuffer.prune(model)
     return flatbuffer.pack(model)
+
+
+def _pairs(start: _Start, columns: int, width: int) -> tuple[list[tuple[int, int]], bool]:
+    """start.pads, and whether the convolution, so many columns wide, is to be one of pairs of pixels, 6 channels instead of 3,
+    which LiteRT fills up to 8; the pads are then enough to make the padded width even, and with the kernel's."""
+    options, (first, last) = start.conv.builtinOptions, start.pads[1]
+    wide = columns + columns % 2
+    made = (first + width + last - columns) // options.strideW + 1
+    total = max(first + width + last, (made - 1) * options.strideW + wide)
+    total += total % 2
+    if options.strideW % 2 or options.dilationWFactor > 1 or (total - wide) // options.strideW + 1 != made:
+        return start.pads, False
+    return [start.pads[0], (first, total - first - width)], True
 
 
 def _start(model: schema.ModelT) -> _Start | None:
@@ -174,5 +197,6 @@ def _operation(model, kind: str, version: int, inputs: list[int], output: int, o
     op.opcodeIndex = len(model.operatorCodes) - 1
     op.inputs, op.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
     if options is not None:
-        op.builtinOptions, op.builtinOptionsType = options, schema.BuiltinOptions.ConcatenationOptions
+        op.builtinOptions = options
+        op.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
     return op

@@ -12,8 +12,9 @@ PACKAGE = "polarmask_tf"  # under which Keras' own files know our layers and mod
 class Conv(tf_keras.layers.Layer):
     """k x k convolution padded symmetrically by k // 2, whatever the stride, as the released models are.
 
-    TensorFlow's own SAME padding puts the odd pixel of a strided convolution on the other side. With `groups`, output
-    channels are in as many equal runs, each of which sees its run of the input channels alone; the kernel is
+    TensorFlow's own SAME padding puts the odd pixel of a strided convolution on the other side. An even k is padded by half of
+    what it exceeds an even stride by, so that it looks as far to either side of its stride x stride pixels. With `groups`,
+    output channels are in as many equal runs, each of which sees its run of the input channels alone; the kernel is
     [k, k, input channels / groups, filters].
     """
 
@@ -31,7 +32,8 @@ class Conv(tf_keras.layers.Layer):
         super().__init__(**kwargs)
         pad = stride > 1 and kernel > 1
         self.stride = stride
-        self.pad = tf_keras.layers.ZeroPadding2D(kernel // 2) if pad else None
+        around = kernel // 2 if kernel % 2 else (kernel - stride) // 2
+        self.pad = tf_keras.layers.ZeroPadding2D(around) if pad else None
         make = tf_keras.layers.Conv2D if groups == 1 else GroupedConv2D
         self.conv = make(
             filters,

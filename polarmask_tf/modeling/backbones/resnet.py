@@ -8,6 +8,8 @@ import tf_keras
 from polarmask_tf.config import BackboneConfig, from_dict, to_dict
 from polarmask_tf.modeling.layers import PACKAGE, Conv, norm
 
+STEMS = {"7x7": (7, 2), "3x3": (3, 2), "6x6": (6, 4)}  # kernel and stride of the first convolution
+
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
 class Block(tf_keras.layers.Layer):
@@ -21,7 +23,7 @@ class Block(tf_keras.layers.Layer):
         self.config, self.stage, self.stride = config, stage, stride
         policy = self.dtype_policy
         basic = config.block == "basic"
-        width = config.width * 2**stage
+        width = config.stage_widths()[stage]
         out = width if basic else 4 * width
         inner = width if config.groups == 1 else config.groups * config.group_width * 2**stage
         early = config.stride_in == "1x1"
@@ -67,22 +69,23 @@ class ResNet(tf_keras.Model):
     def __init__(self, config: BackboneConfig, **kwargs):
         super().__init__(**kwargs)
         self.config, policy = config, self.dtype_policy
-        large = config.stem == "7x7"
-        first = config.stem_width or config.width
-        self.stem = Conv(first, 7 if large else 3, 2, dtype=policy, name="stem")
+        widths = config.stage_widths()
+        first = config.stem_width or widths[0]
+        kernel, stride = STEMS[config.stem]
+        self.stem = Conv(first, kernel, stride, dtype=policy, name="stem")
         self.stem_norm = norm(config.norm, first, dtype=policy, name="stem_norm")
         stem = [self.stem, self.stem_norm]
-        if large:
+        if config.stem == "7x7":
             # Padding with zeros, which never exceed the ReLU's output, is as good as padding with -inf.
             self.pool = tf_keras.Sequential([tf_keras.layers.ZeroPadding2D(1), tf_keras.layers.MaxPool2D(3, 2)], name="pool")
-        else:
-            self.stem2 = Conv(config.width, 3, 2, dtype=policy, name="stem2")
-            self.stem2_norm = norm(config.norm, config.width, dtype=policy, name="stem2_norm")
+        elif config.stem == "3x3":
+            self.stem2 = Conv(widths[0], 3, 2, dtype=policy, name="stem2")
+            self.stem2_norm = norm(config.norm, widths[0], dtype=policy, name="stem2_norm")
             stem += [self.stem2, self.stem2_norm]
         expansion = 1 if config.block == "basic" else 4
-        stages, channels = [], config.width
+        stages, channels = [], widths[0]
         for stage, blocks in enumerate(config.blocks):
-            out = config.width * 2**stage * expansion
+            out = widths[stage] * expansion
             layers = []
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
@@ -104,8 +107,10 @@ class ResNet(tf_keras.Model):
 
     def call(self, images, training=False):
         x = tf.nn.relu(self.stem_norm(self.stem(images), training=training))
-        large = self.config.stem == "7x7"
-        x = self.pool(x) if large else tf.nn.relu(self.stem2_norm(self.stem2(x), training=training))
+        if self.config.stem == "7x7":
+            x = self.pool(x)
+        elif self.config.stem == "3x3":
+            x = tf.nn.relu(self.stem2_norm(self.stem2(x), training=training))
         features = {}
         for stage, blocks in enumerate(self.stages):
             for block in blocks:
