@@ -33,20 +33,17 @@ FAMILIES = {
     "shapes, box branch": ("shapes", (*NARROW, "model.head.box=true")),
     "shapes, head without norm": ("shapes", (*NARROW, "model.head.norm=none", "model.head.convs=2")),
     "edge": ("edge", (*NARROW, "model.head.convs=2")),
-    "edge, 6x6 stem": (
-        "edge",
-        (*SMALL, "model.backbone.stem=6x6", "model.backbone.stem_width=0", "model.backbone.widths=[16,16,32,48]"),
-    ),
     "edge, box branch": ("edge", (*NARROW, "model.head.box=true", "model.head.conv=separable", "model.fpn.conv=separable")),
+    "edge_fast": ("edge_fast", (*SMALL, "model.backbone.widths=[16,16,32,48]")),
     "nuclei": ("nuclei", (*NARROW, "data.crop=[]")),
     "paper": ("paper_1x", PAPER),
     "released": ("released_r50_1x", (*PAPER, "model.head.convs=2")),
     "ResNeXt": ("table1e_x101", (*PAPER, "model.backbone.groups=4", "model.backbone.group_width=4")),
     "GroupNorm, sync": ("shapes", (*NARROW, "model.backbone.norm=group", "model.normalization=image")),
     "EfficientNetLite0": ("edge", (*SMALL, "model.backbone.type=EfficientNetLite0")),
-    "MobileNetV2": ("edge_mobilenetv2", (*SMALL, "model.backbone.multiplier=0.35")),
+    "MobileNetV2": ("edge_mobilenetv4", (*SMALL, "model.backbone.type=MobileNetV2", "model.backbone.multiplier=0.35")),
     "MobileNetV4": ("edge_mobilenetv4", SMALL),
-    "EfficientNet": ("edge_efficientnet", SMALL),
+    "EfficientNet": ("edge_mobilenetv4", (*SMALL, "model.backbone.type=EfficientNetB0")),
 }
 CLASSES = ["a", "b", "c"]
 

@@ -413,6 +413,7 @@ def test_torch_files_of_other_networks(small, tmp_path):
     for options, said in (
         ({"blocks": (3, 1, 1, 1)}, "'model.backbone.blocks=[2,1,1,1]'"),
         ({"width": 4}, "model.backbone.width=8"),
+        ({"widths": (8, 16, 32, 32)}, "'model.backbone.widths=[]'"),
         ({"groups": 4, "group_width": 2}, "model.backbone.groups=1"),
         ({"block": "basic"}, "model.backbone.block=bottleneck"),
         ({"stem": "3x3", "stem_width": 4}, "model.backbone.stem=7x7 --set model.backbone.stem_width=0"),

@@ -24,6 +24,7 @@ RESNET_NEEDS = {
     "model.backbone.stem_width": 0,
     "model.backbone.block": "bottleneck",
     "model.backbone.width": 64,
+    "model.backbone.widths": (),
     "model.backbone.groups": 1,
     "model.backbone.stride_in": "1x1",
     "model.normalization": "fixed",

@@ -93,7 +93,7 @@ def _setting(config: ModelConfig, key: str):
 
 
 def _agrees(given, wanted, tolerance: float) -> bool:
-    if isinstance(wanted, tuple) and isinstance(wanted[0], float):
+    if isinstance(wanted, tuple) and any(isinstance(value, float) for value in wanted):
         return np.allclose(given, wanted, rtol=0, atol=tolerance)
     return given == wanted
 
@@ -169,7 +169,7 @@ def shape_of_resnet(tensors: dict[str, np.ndarray]) -> dict:
         return {}  # of something else, which is said by the names of what is missing
     bottleneck = any(name.startswith("layer1.0.conv3.") for name in tensors)
     shape = {"stem": "7x7", "stem_width": 0, "block": "bottleneck" if bottleneck else "basic", "blocks": blocks}
-    shape["width"] = int(tensors["conv1.weight"].shape[-1])
+    shape |= {"width": int(tensors["conv1.weight"].shape[-1]), "widths": ()}
     grouped = tensors.get("layer1.0.conv2.weight")
     if bottleneck and grouped is not None and grouped.ndim == 4 and grouped.shape[2]:
         _, _, each, out = grouped.shape  # input channels of a group, output channels of all

@@ -22,7 +22,8 @@ from polarmask_tf.tools import benchmark
 
 # What one would build without polar masks: MobileNetV2, FPN-lite and a separable head of 4 x 128 channels, boxes alone.
 BOXES = (
-    "edge_mobilenetv2",
+    "edge_mobilenetv4",
+    "model.backbone.type=MobileNetV2",
     "model.rays=4",
     "model.fpn.channels=128",
     "model.fpn.conv=separable",
