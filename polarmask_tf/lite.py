@@ -128,9 +128,10 @@ def _decode(image, exif, bit_depth, notes):
         raise ValueError("16-bit colors, and a bit depth is of gray alone; save it with 8 bits")
     if image.mode == "F" and bit_depth is None:
         raise ValueError("floating-point pixels; give the bits of their range as bit depth, or save it with 8 or 16 bits")
-    turn = orientation(image)
-    image.load()
-    turned = turn > 1 and orientation(image) == 1  # by Pillow, which does so with a TIFF
+    turn = orientation(image) if image.format == "TIFF" else 1  # which Pillow turns when it loads it
+    image.load()  # before a PNG is asked: that loads it too, and no error comes of loading it a second time
+    turned = turn > 1 and orientation(image) == 1
+    turn = turn if turned else orientation(image)
     if exif == "apply":
         image = image if turned else oriented(image)
     elif turn > 1:

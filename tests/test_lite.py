@@ -693,3 +693,15 @@ def test_a_file_whose_input_stays_with_the_host_still_runs_on_the_gpu():
     assert lite._place_of(Model(), said) == "network on the GPU (Some GPU): 205 of 240 operations, the others on the CPU"
     with pytest.raises(lite.NoAccelerator, match="No adapters found"):
         lite._place_of(Model(), "No adapters found")
+
+
+def test_a_png_of_nonsense_between_its_header_and_its_end_is_refused():
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 99, 200)).save(file, "PNG")
+    content = file.getvalue()
+    at = content.index(b"IDAT")
+    length = int.from_bytes(content[at - 4 : at], "big")
+    junk = b"IDAT" + bytes(length)
+    broken = content[:at] + junk + zlib.crc32(junk).to_bytes(4, "big") + content[at + 8 + length :]
+    with pytest.raises(ValueError, match="^the image: cannot read the image: "):
+        lite.read_image(broken)
