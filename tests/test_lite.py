@@ -703,5 +703,5 @@ def test_a_png_of_nonsense_between_its_header_and_its_end_is_refused():
     length = int.from_bytes(content[at - 4 : at], "big")
     junk = b"IDAT" + bytes(length)
     broken = content[:at] + junk + zlib.crc32(junk).to_bytes(4, "big") + content[at + 8 + length :]
-    with pytest.raises(ValueError, match="^the image: cannot read the image: "):
+    with pytest.raises(ValueError, match=r"^the image: cannot read the image: "):
         lite.read_image(broken)
