@@ -123,7 +123,7 @@ def _decode(image, exif, bit_depth, notes):
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, and the limit is {MAX_PIXELS:,} in all; cut it into tiles")
     gray = image.mode == "F" or image.mode.startswith("I")
-    deep_colors = not gray and ";16" in str(image.tile)
+    deep_colors = not gray and ";16" in str(getattr(image, "tile", ""))
     if bit_depth not in (None, 16) and deep_colors:
         raise ValueError("16-bit colors, and a bit depth is of gray alone; save it with 8 bits")
     if image.mode == "F" and bit_depth is None:

@@ -321,7 +321,8 @@ def test_the_report_is_the_same_on_the_terminal_and_in_the_file(tmp_path, capsys
     ]
     assert "skipped 1 x polygon with fewer than 3 points (first: image 1, 0.png, annotation 1)" in output
     for name, each in sets.items():
-        line = f"{tmp_path / 'o' / name}: {each['images']} images, {each['instances']} instances (0 crowd), 2 classes"
+        images = "1 image" if each["images"] == 1 else f"{each['images']} images"
+        line = f"{tmp_path / 'o' / name}: {images}, {each['instances']} instances (0 crowd), 2 classes"
         assert line in output
     assert "  sizes (square root of the area, in pixels): 8-16: " in output
 
