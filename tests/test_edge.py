@@ -704,7 +704,7 @@ def test_the_operations_of_a_file(model, files, tmp_path, capsys):
         assert abs(sum(float(row["share"]) for row in found.values()) - 1) < 0.01
         convolutions = [name for name in found if name.startswith(("Convolution", "Fully Connected"))]
         assert convolutions and all((" QC8" in name or "QS8" in name) == bool(number) for name in convolutions)
-    # Independent of what is in the file: the TensorFlow graph's. Of float, since 8 bits read pairs of pixels, with zeros between.
+    # Independent of what is in the file: the TensorFlow graph's. Of float: 8 bits read pairs of pixels, zeros between.
     counted = sum(
         summary.multiply_adds(op)
         for op in tf.function(model).get_concrete_function(tf.TensorSpec([1, 64, 96, 3])).graph.get_operations()
