@@ -226,7 +226,7 @@ class PostprocessConfig(Section):
     # Scores are sigmoid(logit(score) / temperature + score_bias), see `evaluate --calibrate`.
     temperature: float = _within(1.0, 0.01, 100)
     score_bias: float = _within(0.0, -50, 50)  # see temperature
-    # Polygons whose boxes overlap a detection's more are averaged with it, by score (polygon voting); 0: none. 0.75 is good.
+    # Polygons whose boxes overlap a detection's more are averaged with it, by score (polygon voting); 0: none. 0.7 is good.
     voting_iou_threshold: float = _within(0.0, 0, 1)
 
 

