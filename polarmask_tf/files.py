@@ -57,17 +57,22 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 def write_new(path: Path, content: str) -> None:
     """Writes a file that was not there; InputError if there is one, by whose hand and however late, or if it cannot."""
-    part = _beside(Path(path))
+    path = Path(path)
     try:
-        part.write_text(content, encoding="utf-8")
-        os.link(part, path)  # which, unlike renaming, replaces nothing
+        file = path.open("x", encoding="utf-8")  # not a link to a temporary file, which not every file system can make
     except FileExistsError:
         raise InputError(f"{path}: exists; remove it, or choose another --out") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
-    finally:
+    try:
+        with file:
+            file.write(content)
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            part.unlink()
+            path.unlink()
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
+        raise
 
 
 def check_writable(path: Path) -> None:
