@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,6 +128,29 @@ def test_focal_cost_is_the_difference_of_two_losses():
     for logit in (-3.0, 0.0, 2.5):
         as_class, as_background = (losses.focal_loss(tf.constant([[logit]]), tf.constant([label])) for label in (0, -1))
         assert float(losses.focal_cost(tf.constant([logit]))[0]) == pytest.approx(float(as_class - as_background), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [2.0, 1.0, 0.5])
+def test_quality_focal_loss_equals_torch(gamma):
+    quality = np.array([0.0, 0.2, 0.5, 0.9, 1.0, 0.5], np.float32)
+    logits = np.array([-4.0, 1.0, 0.5, 3.0, -30.0, 0.0], np.float32)  # the last one is right
+    leaf = torch.tensor(logits, requires_grad=True)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(leaf, torch.tensor(quality), reduction="none")
+    expected = 0.75 * (torch.tensor(quality) - leaf.sigmoid()).abs() ** gamma * entropy
+    expected[:-1].sum().backward()  # torch's gradient of the last is not a number if gamma < 1
+    variable = tf.Variable(logits)
+    with tf.GradientTape() as tape:
+        found = losses.quality_focal_loss(variable, tf.constant(quality), gamma=gamma)
+    np.testing.assert_allclose(found[:-1], expected.detach()[:-1], rtol=2e-5)
+    gradient = tape.gradient(found, variable).numpy()
+    np.testing.assert_allclose(gradient[:-1], leaf.grad[:-1], rtol=1e-4)
+    assert abs(gradient[-1]) < 1e-3 and float(found[-1]) < 1e-2
+
+
+def test_quality_focal_loss_is_background_where_the_quality_is_zero():
+    logits = tf.constant([-2.0, 0.0, 3.0])
+    background = [float(losses.focal_loss(logits[i : i + 1, tf.newaxis], tf.constant([BACKGROUND]))) for i in range(3)]
+    np.testing.assert_allclose(losses.quality_focal_loss(logits, tf.zeros(3)), background, rtol=1e-5)
 
 
 def test_ignored_locations_neither_count_nor_learn():

@@ -195,6 +195,8 @@ class TargetConfig(Section):
     center: typing.Literal["mass", "box"] = "mass"  # what center sampling is around (figure 7)
     # Equation 3; FCOS's (table 1c); or the IoU of the polygon that the network predicts there with the true one.
     centerness: typing.Literal["polar", "cartesian", "iou"] = "polar"
+    # What the class score of a location that learns an instance becomes: 1, or that IoU (quality focal loss).
+    classification: typing.Literal["label", "iou"] = "label"
     parts: typing.Literal["largest", "all"] = "largest"  # which polygons of an instance give center and rays
     # Which of the locations around an instance's center learn it. static: all on the level of its size. cost: of those of
     # all levels the 9 that come closest to it so far, by class, ray and mask loss (PolarNeXt).
@@ -333,7 +335,8 @@ class Config(Section):
 def needs_mask_iou(config: Config) -> bool:
     """Whether training compares the predicted polygons with the true ones."""
     targets, loss = config.targets, config.loss
-    return targets.centerness == "iou" or targets.match == "cost" or loss.weight_by == "iou" or loss.mask_weight > 0
+    by_iou = "iou" in (targets.centerness, targets.classification, loss.weight_by)
+    return by_iou or targets.match == "cost" or loss.mask_weight > 0
 
 
 def input_size(data: DataConfig) -> tuple[int, int]:

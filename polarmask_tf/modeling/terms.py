@@ -29,9 +29,9 @@ def losses_of(model, outputs: dict, encoded: targets.Targets, normalizers: list)
         boxes = rays.shape[1] == 4
         areas = overlap.box_areas(rays, encoded.rays) if boxes else overlap.areas(rays, encoded.crossings, encoded.border)
         mask_losses = overlap.dice_loss(areas)
-    if model.config.targets.match == "cost":
         classes = tf.maximum(tf.gather_nd(encoded.labels, at), 0)[:, tf.newaxis]  # 0: of padding
         of_class = tf.gather_nd(class_logits, tf.concat([at, classes], axis=1))
+    if model.config.targets.match == "cost":
         cost = losses.focal_cost(of_class, **focal) + ray_losses + mask_losses
         encoded = targets.choose(encoded, tf.stop_gradient(cost))
     real = tf.cast(encoded.centerness >= 0, tf.float32)
@@ -41,6 +41,9 @@ def losses_of(model, outputs: dict, encoded: targets.Targets, normalizers: list)
         centerness = centerness * iou if model.config.targets.centerness == "iou" else centerness
         weight = iou if config.weight_by == "iou" else centerness
     sums = {"class": losses.focal_loss(class_logits, encoded.labels, **focal), "ray": tf.reduce_sum(ray_losses * weight)}
+    if model.config.targets.classification == "iou":
+        change = losses.quality_focal_loss(of_class, iou, **focal) - losses.positive_focal_loss(of_class, **focal)
+        sums["class"] += tf.reduce_sum(change * real)
     predicted = tf.gather_nd(_flat(outputs, "centerness_logits"), at)[:, 0]
     sums["centerness"] = tf.reduce_sum(losses.centerness_loss(predicted, centerness) * real)
     if "box" in model.loss_names:

@@ -27,11 +27,28 @@ def focal_loss(logits: tf.Tensor, labels: tf.Tensor, *, gamma: float = 2.0, alph
     return tf.reduce_sum(tf.reduce_sum(loss, axis=-1) * counts)
 
 
+def positive_focal_loss(logits: tf.Tensor, *, gamma: float = 2.0, alpha: float = 0.25) -> tf.Tensor:
+    """What focal_loss counts for locations of these logits [P] of their own class, elementwise."""
+    logits = tf.cast(logits, tf.float32)
+    return alpha * tf.exp(-gamma * tf.nn.softplus(logits)) * tf.nn.softplus(-logits)
+
+
 def focal_cost(logits: tf.Tensor, *, gamma: float = 2.0, alpha: float = 0.25) -> tf.Tensor:
     """How much focal loss [P] a location of these logits [P] of its class costs more as a positive than as background."""
+    background = positive_focal_loss(-logits, gamma=gamma, alpha=1 - alpha)
+    return positive_focal_loss(logits, gamma=gamma, alpha=alpha) - background
+
+
+def quality_focal_loss(logits: tf.Tensor, quality: tf.Tensor, *, gamma: float = 2.0, alpha: float = 0.25) -> tf.Tensor:
+    """In place of positive_focal_loss where a score is to be a quality [P] in 0..1: (1 - alpha) |q - p|^gamma times the cross
+    entropy of p with q, which is focal_loss' background at q = 0.
+
+    Source: Li et al., "Generalized Focal Loss", equation 2, in the weight that background has.
+    """
     logits = tf.cast(logits, tf.float32)
-    log_p, log_not = -tf.nn.softplus(-logits), -tf.nn.softplus(logits)
-    return -alpha * tf.exp(gamma * log_not) * log_p + (1 - alpha) * tf.exp(gamma * log_p) * log_not
+    cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(labels=quality, logits=logits)
+    error = tf.maximum(tf.abs(quality - tf.sigmoid(logits)), 1e-6)  # a power of 0 has no gradient where gamma < 1
+    return (1 - alpha) * error**gamma * cross_entropy
 
 
 def polar_iou_loss(predicted: tf.Tensor, target: tf.Tensor) -> tf.Tensor:

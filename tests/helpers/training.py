@@ -30,6 +30,7 @@ TINY = [
 QUALITY = (
     "model.head.centerness_tower=ray",
     "targets.centerness=iou",
+    "targets.classification=iou",
     "targets.match=cost",
     "targets.ranges=[]",
     "loss.weight_by=iou",
