@@ -19,7 +19,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow.python.distribute.cluster_resolver.slurm_cluster_resolver import expand_hostlist, expand_tasks_per_node
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
-from tensorflow.python.eager import context  # no public name for collectives' health and abort; TensorFlow is pinned to 2.20
+from tensorflow.python.eager import context  # no public name for collectives' health and abort; 2.20 and 2.21 have both
 
 from polarmask_tf.errors import InputError
 from polarmask_tf.training.watchdog import worker_watchdog
