@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     # since the other takes 2 CPU seconds of every command.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # of retracing and slow callbacks
-    with console.tolerant():
+    with console.tolerant(), console.quiet_tensorflow():
         args = parser().parse_args(argv)
         try:
             # A training has its own way, and waits for other workers where Python cannot take a signal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import sys
@@ -66,3 +67,46 @@ def tolerant() -> typing.Iterator[None]:
                 print(f"polarmask: warning: stdout cannot be written: {out.error.strerror}", file=err)
             err.flush()
             sys.stdout, sys.stderr = before
+
+
+class _QuietTensorFlow:
+    """A finder of sys.meta_path: what TensorFlow writes to stderr while it is imported comes after it, without its noise."""
+
+    # Lines of information, which 2.21 writes whatever TF_CPP_MIN_LOG_LEVEL says.
+    NOISE = re.compile(rb"WARNING: All log messages before absl::InitializeLog|I\d{4} ")
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "tensorflow":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec and spec.loader and hasattr(os, "memfd_create"):  # Linux
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: self._load(load, module)
+        return spec
+
+    def _load(self, load, module):
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        with open(os.memfd_create("stderr"), "w+b") as log:
+            os.dup2(log.fileno(), 2)
+            try:
+                load(module)
+            finally:
+                os.dup2(stderr, 2)
+                os.close(stderr)
+                log.seek(0)
+                with contextlib.suppress(OSError):
+                    os.write(2, b"".join(line for line in log if not self.NOISE.match(line)))
+
+
+@contextlib.contextmanager
+def quiet_tensorflow() -> typing.Iterator[None]:
+    """Within it the first import of TensorFlow says nothing but what is wrong."""
+    finder = _QuietTensorFlow()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)

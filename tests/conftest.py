@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# torch.optim imports it, and with TensorFlow 2.21 in the same process that is a segmentation fault. Nothing here needs it.
+sys.modules["triton"] = None
 # A shell that starts this in the background makes it ignore Ctrl-C, and with it the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -44,6 +44,19 @@ def test_start_up_noise_does_not_reach_the_user():
     assert done.stdout == ""
 
 
+def test_what_tensorflow_writes_on_import_loses_its_noise_alone(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os, sys\nerr = sys.stderr\n"
+        "os.write(2, b'WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\\n')\n"
+        "os.write(2, b'I0000 00:00:1795704030.863750   27930 port.cc:153] oneDNN custom operations are on.\\n')\n"
+        "os.write(2, b'E0000 00:00:1795704030.863750   27930 gpu.cc:1] no driver\\n')\n"
+    )
+    code = "from polarmask_tf import console\nwith console.quiet_tensorflow():\n    import tensorflow as t\nt.err.write('on')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr == "E0000 00:00:1795704030.863750   27930 gpu.cc:1] no driver\non"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
