@@ -107,6 +107,7 @@ def train(args):
 
 def evaluate(args):
     from polarmask_tf import swapped
+    from polarmask_tf.data import dataset
     from polarmask_tf.inference import thresholds
     from polarmask_tf.inference.coco_metrics import format_table
     from polarmask_tf.inference.evaluate import default_data, evaluate
@@ -115,7 +116,7 @@ def evaluate(args):
     swapped.check_one("evaluate", args.model, "--data", args.data)
     if args.json:
         check_writable(args.json)
-    data = args.data or default_data(args.model)
+    data = dataset.load(args.data or default_data(args.model))  # once: all below is of one conversion
     # Only of the whole: else predict would go by a few pictures, or by what was left of the detections.
     subject = thresholds.subject(args.model) if args.limit is None and args.score_threshold is None else None
     checkpoint = ""
@@ -136,7 +137,7 @@ def evaluate(args):
         found = {**metrics.to_dict(), "best_f1": thresholds.rows(metrics)}
         print(format_table(metrics), thresholds.format_table(metrics, args.per_class or None), sep="\n")
         if subject:
-            print(f" {thresholds.store(subject, metrics, data)}")
+            print(f" {thresholds.store(subject, metrics, data.directory)}")
         if args.report:
             from polarmask_tf.inference import report
 

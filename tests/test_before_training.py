@@ -434,6 +434,25 @@ def test_data_that_was_converted_again_is_said(data, run, tmp_path, capsys):
     assert f"warning: {run}: {again} was converted again since" in capsys.readouterr().err
 
 
+def test_validation_data_that_are_converted_again_end_a_training(data, tmp_path, capsys, monkeypatch):
+    """Else `best` would be chosen by AP of two sets of pictures, and nobody would know."""
+    val = changed_copy(data / "val", tmp_path / "val", lambda values: None)
+    run, settings, draw = tmp_path / "run", (f"data.val={val}", "train.evaluate_every=1"), callbacks.Evaluation._draw
+    source = (data.parent / "shapes/data/val/annotations.json", data.parent / "shapes/data/val/images")
+
+    def draw_and_convert(*given):
+        draw(*given)
+        assert polarmask("convert", *source, val, "--processes", 1) == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Evaluation, "_draw", draw_and_convert)
+        assert train(data / "train", run, *settings) == 2
+    assert one_line(capsys).startswith(f"polarmask: error: {val}: was converted again while it was in use")
+    assert [row["step"] for row in log.read_metrics(run) if "AP" in row] == [1] and runs.steps(run) == {1, 2}
+    assert train(data / "train", run, *settings) == 0
+    assert f"warning: {run}: {val} was converted again since: AP is of other pictures" in capsys.readouterr().err
+
+
 # ---- paths that TensorFlow takes for patterns
 
 

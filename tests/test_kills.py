@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from helpers import kills, training
 from polarmask_tf import config as configs
+from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
 from polarmask_tf.training import callbacks, train
 from polarmask_tf.weights import runs
@@ -321,7 +322,7 @@ def test_the_best_ap_is_the_same_after_an_interruption(config, tmp_path, monkeyp
         log.set_model(model)
         log.on_train_begin()
         evaluation = callbacks.Evaluation(tmp_path, step - 10, tf.distribute.get_strategy(), log)
-        evaluation.model, evaluation.predictor = model, None
+        evaluation.model, evaluation.predictor, evaluation.data = model, None, dataset.load(config.data.val)
         evaluation.on_step(step, None)
         log.close()
         assert log.rows == callbacks.read_metrics(tmp_path)

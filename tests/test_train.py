@@ -290,6 +290,7 @@ def test_the_pictures_show_truth_beside_prediction(straight, data, tmp_path):
         log = logs.Log(tmp_path / str(score), 0, 9, chief=True)
         evaluation = callbacks.Evaluation(tmp_path, 0, tf.distribute.get_strategy(), log)
         evaluation.model, evaluation.predictor = SimpleNamespace(config=settings, classes=classes), found(score)
+        evaluation.data = dataset.load(settings.data.val)
         evaluation._draw(3)
         log.close()
         pictures.append(tf.io.decode_png(events(tmp_path / str(score))["validation"][3][2]).numpy().astype(int))

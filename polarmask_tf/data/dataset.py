@@ -45,10 +45,12 @@ class DatasetInfo:
 
 
 def load(path) -> DatasetInfo:
-    """Reads `dataset.json` of a converted data set (a directory).
+    """Reads `dataset.json` of a converted data set (a directory); what has been loaded is returned as it is.
 
     Raises InputError for a missing directory, a missing or broken dataset.json, a missing shard.
     """
+    if isinstance(path, DatasetInfo):
+        return path
     directory = Path(path).resolve()
     file = directory / "dataset.json"
     again = "run `polarmask convert` to make it"
@@ -145,6 +147,16 @@ def _counts(content, key, is_key=lambda text: True):
 
 def _shown(value):
     return one_line(repr(value), 80) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+def converted_again(info: DatasetInfo) -> str:
+    """A line that says that the directory holds another conversion than `info`,; "" otherwise."""
+    try:
+        same = load(info.directory).id == info.id
+    except InputError:
+        return ""
+    again = "was converted again while it was in use; start anew, or convert into another directory"
+    return "" if same else f"{info.directory}: {again}"
 
 
 def dump(info: DatasetInfo) -> str:

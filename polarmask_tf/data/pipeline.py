@@ -225,16 +225,7 @@ def explain(
         found = _find_unusable(info, config, seed, step, worker, workers)
     elif isinstance(error, _UNREADABLE):
         found = _find_damaged(info)
-    if found and _converted_again(info):
-        found = f"{info.directory}: was converted again while it was in use; start anew, or convert into another directory"
-    return InputError(found) if found else None
-
-
-def _converted_again(info):
-    try:
-        return dataset.load(info.directory).id != info.id
-    except InputError:
-        return False
+    return InputError(dataset.converted_again(info) or found) if found else None
 
 
 def _find_damaged(info):

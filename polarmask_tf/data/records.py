@@ -207,7 +207,7 @@ def fault(record: dict, info: DatasetInfo, image=None):
 
 
 def iter_images(path) -> Iterator[tuple[int, bytes]]:
-    """Yields (COCO image id, bytes of the image file) of every image of a converted data set."""
+    """Yields (COCO image id, bytes of the image file) of every image of a converted data set, see dataset.load."""
     for image, features in iter_records(dataset.load(path)):
         yield image["id"], _values(features, "image/encoded", bytes)[0]
 
@@ -255,6 +255,13 @@ def _annotations(features, image, info):
 def iter_records(info: DatasetInfo):
     """Yields ({"id", "file_name", "height", "width"}, features) of each record; InputError for a shard that is cut short,
     damaged, of another conversion or not ours."""
+    try:
+        yield from _records(info)
+    except InputError as error:
+        raise InputError(dataset.converted_again(info) or str(error)) from None
+
+
+def _records(info):
     count = 0
     for shard in info.shard_paths:
         for features in _features(shard, read_shard(shard)):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset, records
 from polarmask_tf.data.report import Report
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
@@ -74,8 +74,9 @@ def evaluate(
     worker=(0, 1),
     gather=None,
 ):
-    """Run `predictor` over a converted data directory and measure its polygons against the original masks -> Metrics.
+    """Run `predictor` over converted data and measure its polygons against the original masks -> Metrics.
 
+    `data` is the directory, or what dataset.load has told of it: of a later conversion nothing is taken.
     `limit` takes the first images only; `annotations` is a COCO JSON to measure against in place of the records' own
     annotations (its other images count as missed, unless there is a limit). Of several workers, each calls this with its
     `worker` (index, number) and looks at its share of the images; gather(list) then returns the workers' lists joined.
@@ -83,14 +84,16 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, must be at least 1")
-    truth = records.read_ground_truth(data) if annotations is None else read_coco(annotations)
+    info = dataset.load(data)  # once: pictures and truth are of one conversion
+    data = info.directory
+    truth = records.read_ground_truth(info) if annotations is None else read_coco(annotations)
     _check_classes(predictor.classes, truth["categories"], annotations or data)
     known = {image["id"] for image in truth["images"]}
     results, seen = [], set()
     index, workers = worker
     total = len(range(index, min(len(known), limit or len(known)), workers))
     with tqdm(total=total, desc="evaluate", unit="image", disable=not progress, leave=gather is None) as bar:
-        for batch in _batches(itertools.islice(records.iter_images(data), index, limit, workers), predictor.batch_size):
+        for batch in _batches(itertools.islice(records.iter_images(info), index, limit, workers), predictor.batch_size):
             images = []
             for image_id, encoded in batch:
                 if image_id not in known:

@@ -10,7 +10,8 @@ import typing
 import numpy as np
 
 from polarmask_tf import files
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset, records
+from polarmask_tf.errors import InputError
 from polarmask_tf.inference import ceiling, html, thresholds
 from polarmask_tf.inference.coco_metrics import BINS, Metrics, format_table
 from polarmask_tf.inference.predictor import Predictor
@@ -97,12 +98,16 @@ def worst_images(metrics: Metrics) -> list[dict]:
 def write(path, predictor: Predictor, data, metrics: Metrics, *, model, limit: int | None = None) -> dict:
     """Writes the page and returns what it says beyond Metrics, for json.dump: {"rays", "by_size", "by_ceiling", "worst"}.
 
-    `limit` is what the metrics were measured with. The worst images are predicted again, for their pictures.
+    `data` is what dataset.load has told, `limit` what the metrics were measured with. The worst images are predicted again,
+    for their pictures. InputError where the data have been converted again since.
     """
     rays = predictor.rays or _RAYS
-    by = groups(metrics, ceilings(data, metrics, rays, limit))
+    by = groups(metrics, ceilings(data.directory, metrics, rays, limit))
     found = {"rays": rays, "by_size": by["size"], "by_ceiling": by["ceiling"], "worst": worst_images(metrics)}
-    files.atomic_write(path, _page(predictor, data, metrics, found, str(model)))
+    page = _page(predictor, data, metrics, found, str(model))
+    if again := dataset.converted_again(data):
+        raise InputError(again)
+    files.atomic_write(path, page)
     return found
 
 
@@ -112,7 +117,7 @@ def _page(predictor, data, metrics, found, model) -> str:
     rows = [best, *classes] if len(classes) > 1 else [best]
     body = [
         f"<h1>{html.text(model)}</h1>",
-        f"<p class=quiet>{metrics.images} images of {html.text(data)}, {len(metrics.objects)} objects to find, up to "
+        f"<p class=quiet>{metrics.images} images of {html.text(data.directory)}, {len(metrics.objects)} objects to find, up to "
         f"{metrics.max_detections} detections an image. Masks by pycocotools.</p>",
         html.table(head, map(thresholds.shown_row, rows)),
         "<p>Precision: how much of what is shown is right, at mask IoU 0.5. Recall: how many of the objects are found. F1 "

@@ -14,7 +14,8 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from polarmask_tf.config import Config
-from polarmask_tf.data import records
+from polarmask_tf.data import dataset, records
+from polarmask_tf.errors import InputError
 from polarmask_tf.files import atomic_write
 from polarmask_tf.inference import thresholds, visualize
 from polarmask_tf.inference.evaluate import evaluate
@@ -98,6 +99,7 @@ class Evaluation(Stepwise):
         if model is self.model:
             return
         super().set_model(model)
+        self.data = dataset.load(val) if (val := model.config.data.val) else None
         _, workers = replicas.worker(self.strategy)
         devices = self.strategy.num_replicas_in_sync // workers
         predictor = run_predictor(model, strategy=self.strategy, devices=devices)
@@ -117,10 +119,12 @@ class Evaluation(Stepwise):
         """Measures the model as it stands after `step`, which has been saved."""
         config = self.model.config
         before = ap_history(self.log.rows)
+        if again := dataset.converted_again(self.data):  # AP of other pictures is not to choose the best model by
+            raise InputError(f"{again}; step {step} is saved")
         with averaged(self.model):
             metrics = evaluate(
                 self.predictor,
-                config.data.val,
+                self.data,
                 progress=self.chief,
                 worker=replicas.worker(self.strategy),
                 gather=lambda results: replicas.all_gather(self.strategy, results),
@@ -154,12 +158,11 @@ class Evaluation(Stepwise):
 
     def _draw(self, step):
         """The first validation images, truth beside prediction, for TensorBoard."""
-        data = self.model.config.data.val
         if self.truth is None:
-            self.truth = records.read_ground_truth(data)
+            self.truth = records.read_ground_truth(self.data)
             self.pictures = [
                 (image_id, read_image(io.BytesIO(encoded)))
-                for image_id, encoded in itertools.islice(records.iter_images(data), PICTURES)
+                for image_id, encoded in itertools.islice(records.iter_images(self.data), PICTURES)
             ]
         found = self.predictor([image for _, image in self.pictures])
         cells = [

@@ -14,6 +14,7 @@ import yaml
 
 from polarmask_tf import config as configs
 from polarmask_tf.config import Config
+from polarmask_tf.data import dataset
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import atomic_write, check_writable, io_error_text, make_directory, readable_by_tensorflow
 from polarmask_tf.weights import runs
@@ -77,21 +78,23 @@ def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
             _set_aside(run)
         except OSError as e:
             raise InputError(f"{run}: cannot be set aside for --restart: {io_error_text(e)}") from None
-    elif runs.checkpoints(run) and info.id and _conversion(run) not in ("", info.id):
-        print(
-            f"warning: {run}: {config.data.train} was converted again since: batches are other ones than those of a training "
-            "without interruption",
-            file=sys.stderr,
-        )
+    val = dataset.load(config.data.val).id if config.data.val else ""
+    if not restart and runs.checkpoints(run):
+        _tell_of_other_conversions(config, info.id, val, run)
     for each in (run, run / "best"):  # of what a kill left
         runs.tidy(each / "checkpoints", runs.checkpoints(each))
-    about = {"classes": info.classes, "name": info.name, "num_images": info.num_images, "id": info.id}
+    about = {"classes": info.classes, "name": info.name, "num_images": info.num_images, "id": info.id, "val_id": val}
     runs.write_run(run, config, about)
 
 
-def _conversion(run: Path) -> str:
-    """The id of the data set that a run was trained on, or ""."""
-    return json.loads((run / "dataset.json").read_bytes()).get("id", "")
+def _tell_of_other_conversions(config: Config, train_id: str, val_id: str, run: Path) -> None:
+    """A line on stderr for each data set that is not of the id that the run was trained with; "" is of no known one."""
+    before = json.loads((run / "dataset.json").read_bytes())
+    what = "batches are other ones than those of a training without interruption"
+    best = "AP is of other pictures than before, and best/ is chosen by both"
+    for path, now, key, follows in ((config.data.train, train_id, "id", what), (config.data.val, val_id, "val_id", best)):
+        if now and before.get(key, "") not in ("", now):
+            print(f"warning: {run}: {path} was converted again since: {follows}", file=sys.stderr)
 
 
 def _set_aside(run: Path) -> None:
