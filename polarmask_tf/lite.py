@@ -28,11 +28,15 @@ SHOWN = 0.3  # least score of what is printed and drawn, of a model that does no
 MAX_SCORE = 1.5  # the most that a model with the released code's scores gives
 FITS = ("letterbox", "stretch", "short_side")  # see fit_sizes
 ACCELERATORS = ("cpu", "gpu")  # of LiteRT's CompiledModel
+_JPEG, _PNG = b"\xff\xd8", b"\x89P"  # how files begin
 
 # Bounds that no real data meets. What is beyond them is refused in one line, before it costs memory or time.
 MAX_PIXELS = 120_000_000  # of an image, which is decoded whole
 MAX_IMAGE_BYTES = 2**29  # of an image file
 MAX_SCANS = 100  # of a progressive JPEG, each of which takes about as long as a whole picture
+MAX_SLOW_PIXELS = 10_000_000  # of an image that Pillow decodes in Python: QOI, PPM with text or few levels, ...
+MAX_SEGMENTS, MAX_CHUNKS = 500, 100_000  # of a JPEG before its pixels, of a PNG: Pillow goes through them in Python, ...
+MAX_HEADER_BYTES = 2**16  # ... and through a PPM's header byte by byte
 MAX_MODEL_BYTES = 2**31  # of a .tflite file
 MAX_METADATA_BYTES = 2**20
 MAX_CLASSES, MAX_RAYS, MAX_DETECTIONS = 100_000, 3600, 100_000
@@ -110,13 +114,45 @@ def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
 
 def open_image(file):
     """The PIL.Image of a binary file, of which only the header has been read. Raises what Pillow raises, and ValueError."""
-    image = Image.open(file, formats=FORMATS)
+    if not getattr(file, "seekable", lambda: True)():
+        file = io.BytesIO(file.read(MAX_IMAGE_BYTES))
+    image = Image.open(check_blocks(file), formats=FORMATS)
+    pixels = image.width * image.height
+    if pixels > MAX_SLOW_PIXELS and any(part[0] in Image.DECODERS for part in image.tile):
+        limit = f"the limit of this slow kind is {MAX_SLOW_PIXELS:,}"
+        raise ValueError(f"{image.format} of {pixels:,} pixels, and {limit}; save it as PNG")
     if image.format in ("JPEG", "MPO"):
         file.seek(0)
         scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(2**20), b""))
         if scans > MAX_SCANS:
             raise ValueError(f"a JPEG of {scans} scans, and the limit is {MAX_SCANS}")
     return image
+
+
+def check_blocks(file):
+    """The binary file, to be opened; ValueError, or what Pillow raises, for so much beside its pixels that it takes minutes."""
+    file.seek(0)
+    head, count = file.read(2), 0
+    if head[:1] == b"P" and head[1:] in b"0123456fy":
+        Image.open(io.BytesIO(head + file.read(MAX_HEADER_BYTES)), formats=("PPM",))
+    kinds = {_JPEG: (2, "segments before its pixels", MAX_SEGMENTS), _PNG: (8, "chunks", MAX_CHUNKS)}
+    at, what, most = kinds.get(head, (0, "", 0))
+    while at:
+        file.seek(at)
+        block = file.read(4)
+        if len(block) < 4 or (head == _JPEG and (block[0] != 0xFF or block[1] == 0xDA)):
+            break
+        count += 1
+        if count > most:
+            raise ValueError(f"more than {most:,} {what}")
+        if head == _PNG:
+            at += 12 + int.from_bytes(block, "big")
+        elif block[1] in (0, 0xFF):  # filling
+            at += 1
+        else:
+            at += 2 if block[1] == 1 or 0xD0 <= block[1] < 0xDA else 2 + int.from_bytes(block[2:], "big")
+    file.seek(0)
+    return file
 
 
 def _decode(image, exif, bit_depth, notes):

@@ -527,6 +527,8 @@ FATAL = {
     b"[" * 200000: "not valid JSON",
     b"[]": "holds a list; expected a COCO file",
     b"3": "holds a int; expected a COCO file",
+    b'{"images": [], "annotations": [{"id": 1}], "categories": [], "annotations": []}': "key 'annotations' stands twice",
+    b'{"images": [{"id": 1, "file_name": "a.jpg", "file_name": "b.jpg"}]}': "not valid JSON.*'file_name' stands twice",
     b"{}": "has no key 'images'; expected a COCO file",
     b'{"images": [], "annotations": []}': "has no key 'categories'",
     b'{"images": {}, "annotations": [], "categories": []}': "'images' is a dict; expected",

@@ -353,6 +353,28 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused():
     refused(content[:start] + content[start:-2] * 101 + content[-2:], "scans, and the limit is 100")
 
 
+def test_what_pillow_goes_through_in_python_is_bounded():
+    """Each would take minutes, or grow with the square of its size."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    for format, block, most, what in (
+        ("JPEG", b"\xff\xe1\0\x0aExif\0\0MM", lite.MAX_SEGMENTS, "segments before its pixels"),
+        ("JPEG", b"\xff", lite.MAX_SEGMENTS, "segments before its pixels"),
+        ("PNG", chunk(b"tEXt", b"key\0value"), lite.MAX_CHUNKS, "chunks"),
+    ):
+        content = io.BytesIO()
+        Image.fromarray(GRADIENT).save(content, format)
+        content, at = content.getvalue(), 2 if format == "JPEG" else 33
+        assert lite.read_image(content[:at] + block * 20 + content[at:]).shape == (3, 4, 3)
+        refused(content[:at] + block * most + content[at:], f"more than {most:,} {what}")
+    assert lite.read_image(b"P5 #a comment\n4 3 255\n" + bytes(12)).shape == (3, 4, 3)
+    refused(b"P5 #" + b"-" * lite.MAX_HEADER_BYTES + b"\n4 3 255\n" + bytes(12), "EOF while reading header")
+    refused(b"P6 4000 4000 1000\n" + bytes(100), "PPM of 16,000,000 pixels, and the limit of this slow kind is 10,000,000")
+    refused(b"qoif" + struct.pack(">IIBB", 4000, 4000, 3, 0), "QOI of 16,000,000 pixels")
+
+
 def test_no_program_is_run_for_postscript(tmp_path, monkeypatch):
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
     (tmp_path / "gs").chmod(0o755)

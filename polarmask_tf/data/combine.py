@@ -104,14 +104,14 @@ def edit_classes(images: list[dict], classes: list[dict], edits: list[str], repo
     united_names = {new for old, new in becomes.items() if new != old}
     kept: list[dict] = []
     label_of: list[int | None] = []
+    first: dict[str, int] = {}  # label of the first kept class of a name
     for entry, name in zip(classes, target, strict=True):
-        same = [label for label, other in enumerate(kept) if other["name"] == name]
-        united = same and name in united_names
         if name is None:
             label_of.append(None)
-        elif united:
-            label_of.append(same[0])
+        elif name in first and name in united_names:
+            label_of.append(first[name])
         else:
+            first.setdefault(name, len(kept))
             label_of.append(len(kept))
             kept.append({"name": name, "category_id": entry["category_id"]})
     if not kept:

@@ -54,7 +54,7 @@ def content(out: Path, sources: list[Source], sets: dict[str, WrittenSet], total
                 "images": each.info.num_images,
                 "instances": each.info.num_instances,
                 "crowd": each.info.num_crowd,
-                "instances_per_class": {_key(each.info, label): each.labels[label] for label in range(len(each.info.classes))},
+                "instances_per_class": {name: each.labels[label] for label, name in enumerate(_keys(each.info))},
                 "sizes": {_span(least): each.areas[least] for least in SIDES},
                 "max_instances": each.info.max_instances,
             }
@@ -65,11 +65,10 @@ def content(out: Path, sources: list[Source], sets: dict[str, WrittenSet], total
     }
 
 
-def _key(info, label):
-    """The name of a class, with its id where it is not the only one of its name."""
-    entry = info.classes[label]
-    alike = sum(other["name"] == entry["name"] for other in info.classes)
-    return entry["name"] if alike == 1 else f"{entry['name']} ({entry['category_id']})"
+def _keys(info):
+    """The names of the classes, with their ids where it is not the only one of its name."""
+    alike = Counter(entry["name"] for entry in info.classes)
+    return [e["name"] if alike[e["name"]] == 1 else f"{e['name']} ({e['category_id']})" for e in info.classes]
 
 
 def _span(least):
@@ -99,7 +98,8 @@ def text(sets: dict[str, WrittenSet], total: Report, speed: float) -> str:
             lines.append("  note: no annotations: images of background alone, which `polarmask train` refuses")
             continue
         counts = sorted(range(len(info.classes)), key=lambda label: -labels[label])
-        shown = [f"{one_line(_key(info, label), 40)} {labels[label]}" for label in counts[:_MOST_CLASSES]]
+        keys = _keys(info)
+        shown = [f"{one_line(keys[label], 40)} {labels[label]}" for label in counts[:_MOST_CLASSES]]
         more = f", and {len(counts) - _MOST_CLASSES} more in report.json" if len(counts) > _MOST_CLASSES else ""
         lines.append(f"  classes: {', '.join(shown)}{more}")
         sizes = ", ".join(f"{_span(least)}: {areas[least]}" for least in SIDES if areas[least])

@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import lite
+from polarmask_tf.data.sources.source import each_key_once
 from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.inference import visualize
 from polarmask_tf.inference.coco_metrics import annotation_rle
@@ -35,7 +36,7 @@ def read(path):
 def _read(path):
     try:
         lite.check_file(path, MAX_JSON_BYTES)
-        document = json.loads(Path(path).read_bytes())
+        document = json.loads(Path(path).read_bytes(), object_pairs_hook=each_key_once)
     except (OSError, ValueError, RecursionError):
         return read_coco(path)  # which says what is wrong with it
     if not isinstance(document, dict) or not isinstance(document.get("images"), list) or document.get("annotations"):

@@ -123,7 +123,7 @@ class Folder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with Image.open(path, formats=lite.FORMATS) as image:
+                with open(path, "rb") as file, Image.open(lite.check_blocks(file), formats=lite.FORMATS) as image:
                     # Of a PNG Pillow would decode all pixels, to look behind them as well.
                     told = image.format != "PNG" or "exif" in image.info
                     orientation = lite.orientation(image) if told else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -29,12 +30,13 @@ def ids_of(folder: Folder, name: str, report: Report) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lite.check_file(path, lite.MAX_IMAGE_BYTES)
-            with Image.open(path, formats=FORMATS) as image:
+            with open(path, "rb") as file, Image.open(lite.check_blocks(file), formats=FORMATS) as image:
                 if image.width * image.height > lite.MAX_PIXELS:
                     raise Unusable(f"image of more than {lite.MAX_PIXELS // 10**6} megapixels")
-                if getattr(image, "n_frames", 1) > 1:
-                    report.note("mask of several frames, of which the first is taken", name)
                 values = _numbers(image)
+                with contextlib.suppress(Exception):  # n_frames would go through all
+                    image.seek(1)
+                    report.note("mask of several frames, of which the first is taken", name)
     except (Unusable, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers fail in every way there is

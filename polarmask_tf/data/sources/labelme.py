@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from polarmask_tf import lite
 from polarmask_tf.data import segmentation
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import outlines
@@ -134,7 +135,7 @@ def _mask(text, points, image):
     height, width = image["height"], image["width"]
     data = base64.b64decode(text)
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        with Image.open(lite.check_blocks(io.BytesIO(data)), formats=("PNG",)) as picture:
             fits = picture.width <= width + 1 and picture.height <= height + 1
             part = np.asarray(picture.convert("L")) > 0 if fits else None
     except Exception:  # Pillow's parsers fail in every way there is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import collections
 import contextlib
 import json
 import os
@@ -113,7 +114,7 @@ def load_json(path: Path, give: str = "give the file, or the folder, with the an
     if os.path.isdir(path):
         raise InputError(f"{path}: is a directory; {give}")
     try:
-        return json.loads(read_file(path, MOST_BYTES))
+        return json.loads(read_file(path, MOST_BYTES), object_pairs_hook=each_key_once)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {give}") from None
     except OSError as error:
@@ -122,6 +123,15 @@ def load_json(path: Path, give: str = "give the file, or the folder, with the an
         raise InputError(f"{path}: not valid JSON ({error}); {give}") from None
     except MemoryError:
         raise InputError(f"{path}: does not fit into memory; split it") from None
+
+
+def each_key_once(pairs: list[tuple]) -> dict:
+    """An object of a JSON file, for json.loads: of a key that stands twice Python would lose the first value, unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands twice in one object")
+    return found
 
 
 def skip_image(report: Report, reason: Unusable, where: str, annotations: int) -> None:
