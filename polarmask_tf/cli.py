@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polarmask_tf import console, signals
 from polarmask_tf.arguments import parser
-from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.errors import InputError, counted, one_line
 from polarmask_tf.files import atomic_write, check_writable, format_csv, lock, write_new
 
 
@@ -186,7 +186,8 @@ def predict(args):
     done = predict(predictor, args.images, args.out, **options)
     if not done["detections"] and args.score_threshold is None:
         print("nothing found; --score-threshold 0.05 also takes what the model is less sure of", file=sys.stderr)
-    print(f"{done['detections']} detections in {done['images']} images; written: {', '.join(map(str, done['written']))}")
+    found = f"{counted(done['detections'], 'detection')} in {counted(done['images'], 'image')}"
+    print(f"{found}; written: {', '.join(map(str, done['written']))}")
 
 
 def export(args):

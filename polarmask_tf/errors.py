@@ -20,6 +20,11 @@ def nfc(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Like "1 image", "2,000 images", "3 classes" (plural="classes")."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def did_you_mean(word: str, known) -> str:
     """ "; did you mean 'this'?" of the one of `known` that is spelled most alike; "" if none is."""
     plain = {name.lower(): name for name in reversed(list(known))}

@@ -547,6 +547,13 @@ def test_an_unusable_annotation_file_is_fatal(case, text):
     assert not case.out.exists()
 
 
+def test_more_classes_than_a_model_may_have_are_fatal(case):
+    case.document["categories"] = [{"id": number, "name": str(number)} for number in range(lite.MAX_CLASSES + 1)]
+    with pytest.raises(InputError, match="100,001 classes, and the limit is 100,000; keep some with --classes"):
+        case.run()
+    assert not case.out.exists()
+
+
 def test_missing_files_are_fatal(case):
     with pytest.raises(InputError, match="no such file"):
         convert.convert(case.base / "none.json", case.folder, case.out)

@@ -69,7 +69,7 @@ def test_it_ends_as_if_it_had_not_been_interrupted(source, tmp_path, at, capsys)
     out, seen = tmp_path / "other" / "out", []
     with pytest.raises(RuntimeError):
         run(stopping(at), source, out, save=save)
-    assert f"{at} images are finished; the same command with --resume goes on" in capsys.readouterr().err
+    assert f"finished: {at} image{'s' * (at != 1)}; the same command with --resume goes on" in capsys.readouterr().err
     assert not (out / "results.json").exists() and not (out / "gallery.html").exists()
     done = run(stopping(99, seen), source, out, save=save, resume=True)
     assert content(out) == content(tmp_path / "one" / "out") and (out / "sheet.png").is_file()

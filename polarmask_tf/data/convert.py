@@ -144,6 +144,8 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
         raise InputError("; ".join([f"{of}: empty data set: it names no usable image", *report.lines()]))
     given = sum(len(entry["annotations"]) for entry in entries)
     classes = edit_classes(entries, classes, edits, report)
+    if len(classes) > lite.MAX_CLASSES:
+        raise InputError(f"{of}: {len(classes):,} classes, and the limit is {lite.MAX_CLASSES:,}; keep some with --classes")
     if work.crowd_as_instances:
         for annotation in (a for entry in entries for a in entry["annotations"] if a["iscrowd"]):
             annotation["iscrowd"] = 0

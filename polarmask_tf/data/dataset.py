@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.errors import InputError, counted, one_line
 from polarmask_tf.files import io_error_text, read_file
+from polarmask_tf.lite import MAX_CLASSES
 
 FORMAT = "polarmask_tf/1"
 _MOST_BYTES = 100 * 2**20
@@ -109,6 +110,8 @@ def parse_classes(value) -> list[dict]:
     """Checked classes out of JSON: [{"name", "category_id"}, ...] with different ids. ValueError names what is wrong."""
     if not isinstance(value, list) or not value:
         raise ValueError('\'classes\' is not a list of {"name", "category_id"}')
+    if len(value) > MAX_CLASSES:
+        raise ValueError(f"{len(value):,} classes, and the limit is {MAX_CLASSES:,}")
     for entry in value:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
             raise ValueError("a class has no 'name'")
@@ -173,7 +176,7 @@ def require_objects(info: DatasetInfo) -> None:
         return
     what = "only crowd regions, which training ignores" if info.num_crowd else "no object at all"
     see = "see what `polarmask convert` says of the annotations (single objects marked as crowds: --crowd-as-instances)"
-    raise InputError(f"{info.directory}: {info.num_images} images with {what}: nothing to train on; {see}")
+    raise InputError(f"{info.directory}: {counted(info.num_images, 'image')} with {what}: nothing to train on; {see}")
 
 
 def surplus(info: DatasetInfo, max_instances: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.report import Report
 from polarmask_tf.data.sources.source import Source
-from polarmask_tf.errors import one_line
+from polarmask_tf.errors import counted, one_line
 from polarmask_tf.files import atomic_write
 
 FORMAT = "polarmask_tf report/1"
@@ -84,16 +84,12 @@ def write(out: Path, sources: list[Source], sets: dict[str, WrittenSet], total: 
     atomic_write(out / "report.json", json.dumps(content(out, sources, sets, total), indent=1))
 
 
-def _count(number, noun, plural="s"):
-    return f"{number} {noun}{plural if number != 1 else ''}"
-
-
 def text(sets: dict[str, WrittenSet], total: Report, speed: float) -> str:
     lines = []
     for info, _, labels, areas in sets.values():
-        objects = f"{_count(info.num_instances, 'instance')} ({info.num_crowd} crowd)"
-        rest = f"{_count(len(info.classes), 'class', 'es')}, {_count(len(info.shard_paths), 'shard')}, {speed:.0f} images/s"
-        lines.append(f"{info.directory}: {_count(info.num_images, 'image')}, {objects}, {rest}")
+        objects = f"{counted(info.num_instances, 'instance')} ({info.num_crowd} crowd)"
+        rest = f"{counted(len(info.classes), 'class', 'classes')}, {counted(len(info.shard_paths), 'shard')}"
+        lines.append(f"{info.directory}: {counted(info.num_images, 'image')}, {objects}, {rest}, {speed:.0f} images/s")
         if not info.num_instances:
             lines.append("  note: no annotations: images of background alone, which `polarmask train` refuses")
             continue

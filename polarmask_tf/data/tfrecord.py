@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import google_crc32c
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.files import io_error_text
 
 _MOST_BYTES = 2**31  # of a record: no protobuf message is larger
@@ -56,10 +56,10 @@ def read_shard(path) -> Iterator[bytes]:
                 yield data
                 count += 1
     except ValueError as error:
-        raise DamagedShard(f"{path}: damaged or cut short after {count} records ({error})") from None
+        raise DamagedShard(f"{path}: damaged or cut short after {counted(count, 'record')} ({error})") from None
     except (OSError, MemoryError) as error:
         reason = "not enough memory" if isinstance(error, MemoryError) else io_error_text(error)
-        raise DamagedShard(f"{path}: cannot be read after {count} records ({reason})") from None
+        raise DamagedShard(f"{path}: cannot be read after {counted(count, 'record')} ({reason})") from None
 
 
 def count_records(path) -> int:

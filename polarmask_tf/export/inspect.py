@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from polarmask_tf import lite
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.export import flatbuffer
 from polarmask_tf.inference.predictor import saved_model_metadata
 
@@ -42,4 +42,4 @@ def describe(path: Path) -> str:
 def _known(metadata: dict) -> list[str]:
     names = [entry["name"] for entry in metadata["classes"]]
     rest = {key: value for key, value in metadata.items() if key != "classes"}
-    return [f"{len(names)} classes: {', '.join(names)}", "metadata.json:", json.dumps(rest, indent=1)]
+    return [f"{counted(len(names), 'class', 'classes')}: {', '.join(names)}", "metadata.json:", json.dumps(rest, indent=1)]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import polarmask_tf
 from polarmask_tf import files, lite
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.inference import inputs, outputs, visualize
 from polarmask_tf.inference import truth as ground_truth
 from polarmask_tf.inference.journal import NAME, Journal, digest, digest_of_file, digest_of_model
@@ -215,7 +215,8 @@ def _journal(out, settings, resume, kinds, tally):
         if not tally.images and not record.count_before:
             record.remove()
         else:
-            print(f"{tally.images} images are finished; the same command with --resume goes on from there", file=sys.stderr)
+            finished = f"finished: {counted(tally.images, 'image')}"
+            print(f"{finished}; the same command with --resume goes on from there", file=sys.stderr)
         raise
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from polarmask_tf import files
 from polarmask_tf.data import dataset, records
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.inference import ceiling, html, thresholds
 from polarmask_tf.inference.coco_metrics import BINS, Metrics, format_table
 from polarmask_tf.inference.predictor import Predictor
@@ -117,8 +117,9 @@ def _page(predictor, data, metrics, found, model) -> str:
     rows = [best, *classes] if len(classes) > 1 else [best]
     body = [
         f"<h1>{html.text(model)}</h1>",
-        f"<p class=quiet>{metrics.images} images of {html.text(data.directory)}, {len(metrics.objects)} objects to find, up to "
-        f"{metrics.max_detections} detections an image. Masks by pycocotools.</p>",
+        f"<p class=quiet>{counted(metrics.images, 'image')} of {html.text(data.directory)}, "
+        f"{counted(len(metrics.objects), 'object')} to find, "
+        f"up to {counted(metrics.max_detections, 'detection')} an image. Masks by pycocotools.</p>",
         html.table(head, map(thresholds.shown_row, rows)),
         "<p>Precision: how much of what is shown is right, at mask IoU 0.5. Recall: how many of the objects are found. F1 "
         "counts both alike; <code>predict</code> shows what scores at least where it is best. AP averages over all scores, and "

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from polarmask_tf import lite
 from polarmask_tf.data import pictures, windows
-from polarmask_tf.errors import InputError, did_you_mean, nfc
+from polarmask_tf.errors import InputError, counted, did_you_mean, nfc
 from polarmask_tf.inference import coco_metrics, formats, visualize
 
 
@@ -38,7 +38,7 @@ class Detections:
             return "no detections"
         kinds = ", ".join(f"{count} {lite.one_line(name, 40)}" for name, count in Counter(self.names).most_common(5))
         more = ", ..." if len({*self.names}) > 5 else ""
-        return f"{len(self)} detection{'s' * (len(self) > 1)}: {kinds}{more}; best {float(self.scores.max()):.2f}"
+        return f"{counted(len(self), 'detection')}: {kinds}{more}; best {float(self.scores.max()):.2f}"
 
     @property
     def names(self) -> list[str]:

@@ -12,7 +12,7 @@ from polarmask_tf import config as configs
 from polarmask_tf.config import Config
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.report import Report
-from polarmask_tf.errors import one_line
+from polarmask_tf.errors import counted, one_line
 from polarmask_tf.files import format_table
 from polarmask_tf.ops import targets
 
@@ -119,7 +119,8 @@ def _larger(found, stride) -> str:
 def format_findings(found: Findings, warnings: list[str]) -> str:
     """The printed report."""
     info, objects = found.info, len(found.shorter)
-    lines = [f"{found.images} images, {objects:,} objects to learn, {len(info.classes)} classes"]
+    classes = counted(len(info.classes), "class", "classes")
+    lines = [f"{counted(found.images, 'image')}, {counted(objects, 'object')} to learn, {classes}"]
     if objects:
         shorter, longest, labels = (np.array(values) for values in (found.shorter, found.longest, found.labels))
         rows = []
@@ -131,12 +132,12 @@ def format_findings(found: Findings, warnings: list[str]) -> str:
             rows.append({**row, "ceiling": f"{np.mean(mine):.3f}" if mine else "-"})
         lines += ["", format_table(rows, {"class": "", "objects": ",", "images": ",", "median px": "", "ceiling": ""})]
         if len(info.classes) > len(rows):
-            lines.append(f"  and {len(info.classes) - len(rows)} classes with fewer objects")
+            lines.append(f"  and {counted(len(info.classes) - len(rows), 'class', 'classes')} with fewer objects")
         every, rays = [iou for _, iou in found.ceilings], found.config.model.rays
         lines += [
             "",
             f"Ceiling: perfect polygons of {rays} rays reach a mean IoU of {np.mean(every):.3f} with the masks, "
-            f"of {2 * rays} rays {np.mean(found.finer):.3f} ({len(every):,} objects).",
+            f"of {2 * rays} rays {np.mean(found.finer):.3f} ({counted(len(every), 'object')}).",
             "",
             "Shorter side of the objects' boxes, by the longer side of the network's input:",
         ]

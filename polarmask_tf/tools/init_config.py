@@ -15,7 +15,7 @@ from polarmask_tf import lite
 from polarmask_tf.data import dataset, records
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.report import Report
-from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.errors import InputError, counted, one_line
 from polarmask_tf.inference import ceiling
 
 PRETRAINED, SCRATCH = "own.yaml", "small.yaml"
@@ -114,8 +114,8 @@ def fit(data: Path, val: Path | None = None) -> str:
     sections = _sections(info, seen, base == PRETRAINED, judged)
     sections["data"] = [("train", str(train), ""), *([("val", str(val), "")] if val else []), *sections["data"]]
     objects = info.num_instances - info.num_crowd
-    counts = ((info.num_images, "image", "images"), (objects, "object", "objects"), (len(info.classes), "class", "classes"))
-    about = ", ".join(_count(*count) for count in counts)
+    classes = counted(len(info.classes), "class", "classes")
+    about = ", ".join((counted(info.num_images, "image"), counted(objects, "object"), classes))
     bases = [base, *(["quality.yaml"] if judged else [])]
     lines = [
         f"# For {one_line(train)}: {about}. Written by `polarmask init`; change what you know better.",
@@ -209,7 +209,3 @@ def _input_side(seen: Survey, pretrained: bool) -> int:
 def _yaml(value) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"

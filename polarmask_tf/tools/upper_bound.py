@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from polarmask_tf import files
 from polarmask_tf.data.report import Report
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.files import lock
 from polarmask_tf.inference.ceiling import SIZES, ceilings, read, rebuilder
 
@@ -125,7 +125,8 @@ def format_table(result: UpperBound, at: int = 36, worst: int = 10) -> str:
     columns = {"center": "", "rays": "", "mean IoU": ".3f", **dict.fromkeys(shares, ""), "recall": ".3f"}
     overall, *classes = (row for row in every if (row["center"], row["rays"]) == (first, at) and row["group"] != "size")
     lines = [
-        f"{len(result.ious)} instances in {result.images} images, measured in {result.seconds:.0f} s ({', '.join(counts)})",
+        f"{counted(len(result.ious), 'instance')} in {counted(result.images, 'image')}, "
+        f"measured in {result.seconds:.0f} s ({', '.join(counts)})",
         *(f"  {line}" for line in result.report.lines()),
         "",
         files.format_table(table, columns | dict.fromkeys(SIZES, "")),

@@ -21,7 +21,7 @@ from tensorflow.python.distribute.cluster_resolver.slurm_cluster_resolver import
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 from tensorflow.python.eager import context  # no public name for collectives' health and abort; 2.20 and 2.21 have both
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.training.watchdog import worker_watchdog
 
 EXAMPLE = '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
@@ -62,7 +62,7 @@ def make(name: str = "auto", *, devices: int = 0, timeout: float = 600) -> tf.di
     if not gpus and devices > MOST_CPU_DEVICES:
         raise InputError(f"devices={devices}: without GPUs the CPU is split into {MOST_CPU_DEVICES} devices at most")
     if gpus and devices > len(gpus):
-        raise InputError(f"devices={devices}, but this process has {len(gpus)} GPU{'s' * (len(gpus) > 1)}")
+        raise InputError(f"devices={devices}, but this process has {counted(len(gpus), 'GPU')}")
     if gpus:
         gpus = gpus[: 1 if name == "none" else devices or None]
         if gpus != tf.config.get_visible_devices("GPU"):  # the others' memory is not ours to take

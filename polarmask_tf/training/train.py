@@ -14,7 +14,7 @@ import tf_keras
 
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 from polarmask_tf.files import lock
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.training import checks, directory, optimizers, replicas
@@ -133,7 +133,8 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
     missing = replicas.all_gather(strategy, [is_evaluation_missing(config, done, run)])[0]  # as the chief reads it
     if done >= steps and not missing:
         if chief:
-            print(f"{run}: already trained for {done} steps; --restart to train anew, or --set train.steps=N to go on")
+            trained = f"{run}: already trained for {counted(done, 'step')}"
+            print(f"{trained}; --restart to train anew, or --set train.steps=N to go on")
         return 0, done
     if done and chief:
         print(f"{run}: going on after step {done}")
@@ -194,11 +195,11 @@ def _fit(model: PolarMask, info, run: Path, done: int, strategy, profile) -> tup
 def _announce(model: PolarMask, info, done: int, devices: int) -> None:
     config, objects = model.config, info.num_instances - info.num_crowd
     batch, steps = config.data.batch, config.train.steps
-    kinds = len(info.classes)
+    classes = counted(len(info.classes), "class", "classes")
     print(
-        f"{info.num_images:,} images, {objects:,} objects, {kinds} class{'es' * (kinds > 1)}; "
-        f"{model.count_params() / 1e6:.1f} M parameters; {steps - done:,} steps of {batch} images on {devices} "
-        f"device{'s' * (devices > 1)}, {(steps - done) * batch / info.num_images:.1f} epochs\n"
+        f"{counted(info.num_images, 'image')}, {counted(objects, 'object')}, {classes}; "
+        f"{model.count_params() / 1e6:.1f} M parameters; {counted(steps - done, 'step')} of {counted(batch, 'image')} on "
+        f"{counted(devices, 'device')}, {(steps - done) * batch / info.num_images:.1f} epochs\n"
         "the first step may take a minute: TensorFlow prepares it",
         flush=True,
     )

@@ -261,17 +261,19 @@ def restore(model: PolarMask, run: Path, *, training: bool = False) -> str | Non
     `training` takes the optimizer's state too, and all or nothing; else the weights alone, which with train.ema are the
     averages. A newer one that is damaged is skipped with a line on stderr. Raises InputError if none is left.
     """
-    paths = checkpoints(run)
+    paths, skipped = checkpoints(run), []
     for path in paths:
         try:
             with readable_by_tensorflow(path) as readable:
                 _restore(model, run, readable, training)
+            for line in skipped:
+                print(line, file=sys.stderr)
             return path
         except UNREADABLE as e:
             reason = one_line(e, 200)
             if path == paths[-1]:
                 raise InputError(f"{path}: {_why_unreadable(e)} ({reason})") from None
-            print(f"warning: {path} cannot be read, the checkpoint before it is used ({reason})", file=sys.stderr)
+            skipped.append(f"warning: {path} cannot be read, the checkpoint before it is used ({reason})")
     return None
 
 
