@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--allow-outside", action="store_true", help="also image files outside the directory (.., links)")
     text = "orientation of photos (default: applied only where the JSON has the size of the turned photo)"
     add("--exif", choices=("apply", "ignore"), help=text)
-    add("--bit-depth", type=int, metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
+    add("--bit-depth", type=int, choices=range(8, 17), metavar="N", help="bits that 16-bit images use, like 12 (default: all)")
     add("--tile", type=_positive, metavar="N", help="cut large images into tiles of N x N pixels (docs/large.md)")
     add("--overlap", type=_count, metavar="N", help="pixels that neighbouring tiles share (default: a quarter of the tile)")
 
@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     add("--results-only", action="store_true", help="results.json alone, of the images of --truth: for a server")
     add("--exif", choices=("ignore", "apply"), default="ignore", help="apply: turn images as their EXIF orientation says first")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
-    add("--bit-depth", type=int, metavar="BITS", help=text)
+    add("--bit-depth", type=int, choices=range(8, 17), metavar="BITS", help=text)
     _add_accelerator(add)
     add("--resume", action="store_true", help="go on where the same command was interrupted")
 

@@ -320,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     # since the other takes 2 CPU seconds of every command.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # of retracing and slow callbacks
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a HOME that cannot be written
     with console.tolerant(), console.quiet_tensorflow():
         args = parser().parse_args(argv)
         try:

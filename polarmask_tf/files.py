@@ -120,7 +120,7 @@ def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
 def check_regular(paths: typing.Iterable[Path]) -> None:
     """InputError if one of the paths is a pipe or a device; directories, and what is not there, pass."""
     for path in paths:
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise InputError(f"{path}: not a regular file, but a pipe or a device")
 
 
@@ -166,7 +166,7 @@ def _locked_file(directory, purpose):
     while True:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            file = _opened_lock(path)
         except OSError as error:
             raise InputError(f"{directory}: cannot be written: {io_error_text(error)}; choose another --out") from None
         try:
@@ -186,6 +186,16 @@ def _locked_file(directory, purpose):
                 raise InputError(f"{path}: cannot be written: {io_error_text(error)}; choose another --out") from None
             raise
         os.close(file)
+
+
+def _opened_lock(path):
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_RDWR, 0o666)
+    except PermissionError:  # another user's: it can be locked, or its holder be named, all the same
+        if not os.access(path.parent, os.W_OK):
+            raise
+        return os.open(path, flags & ~os.O_CREAT)
 
 
 def _take(file, directory):

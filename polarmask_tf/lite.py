@@ -566,7 +566,7 @@ def main(argv=None):
     parser.add_argument("--score", type=float, help=f"least score to print (default: the model's own, or {SHOWN})")
     parser.add_argument("--exif", choices=("ignore", "apply"), default="ignore", help="turn images as their EXIF data say")
     text = "that 16-bit gray images use, 8 to 16 (default: the model's, or 16)"
-    parser.add_argument("--bit-depth", type=int, metavar="BITS", help=text)
+    parser.add_argument("--bit-depth", type=int, choices=range(8, 17), metavar="BITS", help=text)
     text = "run by LiteRT's CompiledModel there, and say which part ran where (default: by its Interpreter, on the CPU)"
     parser.add_argument("--accelerator", choices=ACCELERATORS, help=text)
     args = parser.parse_args(argv)

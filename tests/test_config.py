@@ -435,7 +435,9 @@ def test_an_override_is_held_to_the_same():
 
 def test_what_is_no_regular_file_is_refused_unread(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    for path in (tmp_path / "pipe.yaml", tmp_path, "/dev/zero", "a" * 5000, f"{tmp_path}/{'b' * 300}.yaml"):
+    for path in (tmp_path / "pipe.yaml", "/dev/zero"):
+        assert refusal(path) == f"{path}: not a regular file, but a pipe or a device"
+    for path in (tmp_path, "a" * 5000, f"{tmp_path}/{'b' * 300}.yaml"):
         assert "no config file" in refusal(path)
     os.mkfifo(tmp_path / "pipe2.yaml")
     (tmp_path / "mine.yaml").write_text("base: pipe2.yaml")

@@ -116,6 +116,27 @@ def test_what_the_file_says_is_not_trusted(tmp_path, text, monkeypatch):
         assert str(error.value).isprintable()
 
 
+def test_a_lock_file_of_another_user_locks_too(tmp_path, monkeypatch):
+    """Who may write the directory and not that file is told who holds it, and takes what a killed process left."""
+    real = os.open
+
+    def read_only(path, flags, *mode):
+        if str(path).endswith(files.LOCK) and flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *mode)
+
+    with files.lock(tmp_path, "train"), monkeypatch.context() as patch:
+        patch.setattr(files.os, "open", read_only)
+        refused = pytest.raises(InputError, match=rf"in use by polarmask train \(process {os.getpid()} on")
+        with refused, files.lock(tmp_path, "convert"):
+            pytest.fail("two hold it")
+    (tmp_path / files.LOCK).touch()
+    monkeypatch.setattr(files.os, "open", read_only)
+    with files.lock(tmp_path, "convert"):
+        pass
+    assert not (tmp_path / files.LOCK).exists()
+
+
 def test_on_a_full_disk_it_is_locked_all_the_same(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

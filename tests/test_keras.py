@@ -181,6 +181,21 @@ def test_a_run_that_was_made_before_keras_files_is_read(tmp_path):
                 pm.load_model(path, **values)
 
 
+def test_no_code_of_a_keras_file_is_run(tmp_path):
+    """Neither of one as Keras writes it now, nor of the HDF5 of earlier times, which it reads under any name."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    layers = [tf_keras.layers.Input((4,)), tf_keras.layers.Lambda(eval(f"lambda x: [{code}, x][1]"))]
+    model = tf_keras.Sequential(layers)
+    model.save(tmp_path / "m.keras")
+    model.save(tmp_path / "m.h5")
+    (tmp_path / "m.h5").rename(tmp_path / "h5.keras")
+    (tmp_path / "ran").unlink()  # when it was built
+    for name in ("m", "h5"):
+        with pytest.raises(InputError, match=f"{name}.keras: damaged, or not a .keras file that PolarMask.save wrote"):
+            pm.load_model(tmp_path / f"{name}.keras")
+        assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 and then nothing"])
 def test_a_file_that_is_no_keras_file_is_refused(tmp_path, content):
     (tmp_path / "m.keras").write_bytes(content)

@@ -18,6 +18,7 @@ import yaml
 
 from polarmask_tf.config.schema import Config, check
 from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.files import check_regular
 
 # Names of settings that stand in a file of another name: most are rows of the paper's tables that equal another row.
 SAME_SETTINGS = {
@@ -59,6 +60,7 @@ def find(name: str | os.PathLike) -> Path:
     """A config file by path, or a shipped one by name ("shapes" or "shapes.yaml"). InputError if there is none."""
     found = _find(Path(name), Path())
     if found is None:
+        check_regular([Path(name)])
         known = ", ".join(sorted(p.stem for p in configs_dir().glob("*.yaml")))
         raise InputError(f"no config file {_shown.repr(str(name))}; give a path, or one of: {known}")
     return found

@@ -92,8 +92,6 @@ def predict(
     tally, cells = _Tally(), {}
     read = getattr(predictor, "read", read_image)  # of tiles.py, which opens large pictures
     with files.lock(out, "predict"), _journal(out, settings, resume, kinds, tally) as record:
-        if said:  # now that nothing is refused any more
-            tqdm.write(said, file=sys.stderr)
         pictures = itertools.islice(inputs.pictures(plan.inputs, plan.ids, read=read, every=every, **exact), limit)
         for number, picture in enumerate(tqdm(pictures, "predict", plan.number(), unit="image", disable=not progress)):
             is_done, is_shown = number < record.count_before, picture.input in shown and picture.input not in cells
@@ -103,9 +101,13 @@ def predict(
                 image = picture.read()
             except InputError as error:
                 if not is_done:
-                    tqdm.write(f"skipped {error}", file=sys.stderr)
+                    if plan.number() != 1:  # the last line tells of one alone
+                        tqdm.write(f"skipped {error}", file=sys.stderr)
                     record.append(tally.add({"name": picture.name, "skipped": str(error)}))
                 continue
+            if said:  # now that nothing is refused any more
+                tqdm.write(said, file=sys.stderr)
+                said = ""
             found = predictor(image).above(score_threshold)
             found = found if classes is None else found.only(classes)
             if not is_done:

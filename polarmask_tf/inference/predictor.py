@@ -101,6 +101,7 @@ def load_predictor(source, *, score_threshold=None, max_detections=None, acceler
 
         return run_predictor(load_model(path), **options)
     else:
+        check_regular([path, path / "config.yaml", path / "saved_model.pb"])
         what = "is none of these" if os.path.exists(path) else "does not exist"
         kinds = "a run directory (config.yaml), a SavedModel directory (saved_model.pb), a .tflite or .keras file, a URL"
         kinds += f", a model that comes with polarmask_tf ({', '.join(shipped.names())})" if shipped.names() else ""

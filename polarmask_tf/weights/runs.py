@@ -13,6 +13,7 @@ import sys
 import tempfile
 import typing
 import uuid
+import zipfile
 from pathlib import Path
 
 import tensorflow as tf
@@ -64,8 +65,10 @@ def load_model(path: str | os.PathLike, **overrides) -> PolarMask:
         return load_run(path, **overrides)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):  # of HDF5 by that name Keras would run the code of Lambda layers
+        raise InputError(f"{path}: damaged, or not a .keras file that PolarMask.save wrote (it is no zip archive)")
     try:
-        model = tf_keras.models.load_model(path)
+        model = tf_keras.models.load_model(path, safe_mode=True)
     except Exception as error:  # zip, HDF5, JSON and Keras errors are of a dozen classes
         reason = one_line(error, 200)
         raise InputError(f"{path}: damaged, or not a .keras file that PolarMask.save wrote ({reason})") from None
