@@ -345,4 +345,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", 2
     if isinstance(error, OSError):
         return f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":  # the latter of TensorFlow
+        said = getattr(error, "message", str(error)).splitlines()[:1]
+        return f"error: not enough memory{''.join(f' ({one_line(text, 200)})' for text in said)}", 2
+    if isinstance(error, ImportError):
+        return f"error: a library cannot be loaded: {error}; too little memory, or install polarmask_tf again", 2
     return f"error: unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", 1

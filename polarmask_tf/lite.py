@@ -569,6 +569,7 @@ def main(argv=None):
     parser.add_argument("--bit-depth", type=int, choices=range(8, 17), metavar="BITS", help=text)
     text = "run by LiteRT's CompiledModel there, and say which part ran where (default: by its Interpreter, on the CPU)"
     parser.add_argument("--accelerator", choices=ACCELERATORS, help=text)
+    parser.print_usage = lambda *_: None  # an error is one line
     args = parser.parse_args(argv)
     if args.score is not None and not 0 <= args.score <= MAX_SCORE:
         parser.error(f"--score {args.score:g}: a number from 0 to 1.5 is needed")

@@ -106,6 +106,24 @@ def test_what_the_library_does_not_know_is_one_line_too_and_debug_shows_where(mo
     assert lines[-1].startswith("polarmask: error: unexpected RuntimeError")
 
 
+def test_too_little_memory_is_no_unknown_error(monkeypatch, capsys, tmp_path):
+    class ResourceExhaustedError(Exception):  # as TensorFlow's, which is not loaded for it
+        message = "OOM when allocating tensor with shape[8,64]\n\nmore lines"
+
+    for error, said in (
+        (MemoryError(), "not enough memory"),
+        (ResourceExhaustedError(), "not enough memory (OOM when allocating tensor with shape[8,64])"),
+        (ImportError("libtensorflow_cc.so.2: failed to map segment"), "a library cannot be loaded: libtensorflow_cc.so.2"),
+    ):
+
+        def broken(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr("polarmask_tf.tools.shapes.make_shapes", broken)
+        assert cli.main(["shapes", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith(f"polarmask: error: {said}")
+
+
 def test_the_exit_codes_are_documented(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -83,8 +83,8 @@ def export_model(
         job = functools.partial(tflite.export_tflite, precision=precision, raw=ends, images=prepared)
         jobs[tflite.file_name(precision, ends)] = job
     with lock(out, "export"):
-        atomic_write(out / "lite.py", Path(lite.__file__).read_bytes())
         written = {name: _write(job, model, out / name) for name, job in jobs.items()}
+        atomic_write(out / "lite.py", Path(lite.__file__).read_bytes())
         for stale in out.glob(f"{graph.TEMPORARY}*"):  # of an export that was killed; it may hold the model before
             shutil.rmtree(stale, ignore_errors=True)
     if fit != own.fit:
