@@ -30,10 +30,13 @@ def _settings(args, name: str, data: str | None = None):
 def _training_settings(args):
     """The config of `train`: the one named, else that of the run that is there, else one that fits the data."""
     from polarmask_tf import config
+    from polarmask_tf.data import dataset
     from polarmask_tf.tools import init_config
 
     config.check_overrides(args.set)  # what is mistyped, before data are looked at
     data, val = init_config.locate(args.data) if args.data else (None, None)
+    if data:
+        dataset.load(data)  # else the settings would be found wrong for want of what is not there
     places = [f"data.{name}={json.dumps(str(path))}" for name, path in (("train", data), ("val", val)) if path]
     if args.config is None and (args.out / "config.yaml").is_file():
         return config.load_saved(args.out / "config.yaml", [*places, *args.set])

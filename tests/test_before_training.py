@@ -182,6 +182,11 @@ def test_places_that_no_run_can_be_written_to(data, tmp_path, capsys):
     assert os.listdir(tmp_path / "mine") == ["notes.txt"] and (tmp_path / "file").read_text() == "mine"
 
 
+def test_data_that_are_not_there_are_said_to_be_so(tmp_path, capsys):
+    assert train(tmp_path / "nowhere", tmp_path / "run", "train.evaluate_every=3") == 2  # and not that data.val is missing
+    assert one_line(capsys).startswith(f"polarmask: error: {tmp_path / 'nowhere'}: no such directory")
+
+
 def test_a_place_that_cannot_be_written(data, capsys):
     assert train(data / "train", "/proc/run") == 2  # nor by root
     assert "/proc/run: cannot be written: " in one_line(capsys)
