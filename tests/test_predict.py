@@ -391,6 +391,7 @@ def test_the_sheet_takes_a_dozen_spread_over_all(tmp_path, monkeypatch):
     square = {"id": 1, "image_id": 3, "category_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5, 1, 5]], "area": 16, "iscrowd": 0}
     for image in images:
         Image.new("RGB", (8, 8)).save(tmp_path / image["file_name"])
+        (tmp_path / image["file_name"]).with_suffix(".json").write_text("{}")  # of labelme: none of them takes a place
     truth = tmp_path / "truth" / "truth.json"
     truth.parent.mkdir()
     truth.write_text(json.dumps({"images": images, "annotations": [square], "categories": [{"id": 1, "name": "a"}]}))
@@ -403,6 +404,9 @@ def test_the_sheet_takes_a_dozen_spread_over_all(tmp_path, monkeypatch):
     )
     predict.predict(predictor, tmp_path, tmp_path / "out", truth=truth, progress=False)
     assert len(captions) == 12 and captions[0].startswith("00.png: 0 true, 0 found") and captions[-1].startswith("29.png")
+    captions.clear()
+    predict.predict(predictor, tmp_path, tmp_path / "out", progress=False)
+    assert len(captions) == 12 and captions[0].startswith("00.png: 0 found") and captions[-1].startswith("29.png")
 
 
 def test_truth_that_cannot_be_drawn_is_named_and_left_out(exports, folder, tmp_path, capsys):

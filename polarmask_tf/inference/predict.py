@@ -151,7 +151,8 @@ class _Plan:
         return None if any(entry.is_video for entry in self.inputs) else len(self.inputs)
 
     def can_be_shown(self):
-        return [entry for entry in self.inputs if not self.has_annotations or entry in self.known]
+        likely = [entry for entry in self.inputs if not entry.name.lower().endswith(inputs.NO_PICTURES)]
+        return [entry for entry in likely if not self.has_annotations or entry in self.known]
 
     def shapes(self, picture, image):
         """The truth of a picture, None without any."""
