@@ -37,7 +37,8 @@ def _training_settings(args):
     data, val = init_config.locate(args.data) if args.data else (None, None)
     if data:
         dataset.load(data)  # else the settings would be found wrong for want of what is not there
-    places = [f"data.{name}={json.dumps(str(path))}" for name, path in (("train", data), ("val", val)) if path]
+    # Absolute, for what reads the run's config later, perhaps from another working directory.
+    places = [f"data.{name}={json.dumps(os.path.abspath(path))}" for name, path in (("train", data), ("val", val)) if path]
     if args.config is None and (args.out / "config.yaml").is_file():
         return config.load_saved(args.out / "config.yaml", [*places, *args.set])
     if args.config in (None, "own"):

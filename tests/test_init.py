@@ -171,7 +171,15 @@ def test_init_writes_a_file_that_train_takes_and_replaces_none(tmp_path, capsys)
     assert polarmask("init", tmp_path, "--out", tmp_path / "x.yaml") == 2 and not (tmp_path / "x.yaml").exists()
 
 
-def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys):
+def test_places_are_right_from_another_working_directory(tmp_path, monkeypatch):
+    make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert polarmask("init", "data", "--val", "./data", "--out", "mine.yaml") == 0
+    settings = config.load("mine.yaml")
+    assert settings.data.train == settings.data.val == str(tmp_path / "data")
+
+
+def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys, monkeypatch):
     make(tmp_path / "a", size=(64, 64), side=20), make(tmp_path / "b", size=(64, 64), side=20)
     (tmp_path / "both").mkdir()
     (tmp_path / "a" / "data").rename(tmp_path / "both" / "train")
@@ -188,7 +196,9 @@ def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys
     assert "is the run directory of a training" in capsys.readouterr().err and not (tmp_path / "other").exists()
     settings = config.load_saved(run / "config.yaml")
     assert settings.data.val == str(tmp_path / "both" / "val") and settings.model.backbone.width == 8
-    assert polarmask("train", "--out", run, "--set", "train.steps=6") == 0  # without repeating the others
+    monkeypatch.chdir(tmp_path)
+    same = ("--set", "data.train=both/train", "--set", "data.val=./both/val")  # the same folders, by other names
+    assert polarmask("train", "--out", run, *same, "--set", "train.steps=6") == 0  # without repeating the others
     assert config.load_saved(run / "config.yaml").train.steps == 6
     rows = [row for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()) if row["AP"]]
     assert [row["step"] for row in rows] == ["4", "6"]

@@ -54,6 +54,9 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
             "choose another --out, or --restart"
         )
     old, new = (_flatten(configs.to_dict(c)) for c in (before, config))
+    for key in ("data.train", "data.val"):  # one folder may be named in several ways
+        if old[key] and new[key] and os.path.realpath(old[key]) == os.path.realpath(new[key]):
+            old[key] = new[key]
     changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
     if changed:
         key = changed[0]
