@@ -44,8 +44,9 @@ def _training_settings(args):
     if args.config in (None, "own"):
         if not args.data:
             raise InputError(f"{args.out}: no run to go on with, and no data: give --data DIR, made by `polarmask convert`")
+        settings = config.loads(init_config.fit(data, val), f"polarmask init {args.data}", args.set)
         print(f"settings fitted to {data}; to read or change them: polarmask init {args.data} --out my.yaml")
-        return config.loads(init_config.fit(data, val), f"polarmask init {args.data}", args.set)
+        return settings
     return config.load(args.config, [*places, *args.set])
 
 
