@@ -171,12 +171,15 @@ def test_init_writes_a_file_that_train_takes_and_replaces_none(tmp_path, capsys)
     assert polarmask("init", tmp_path, "--out", tmp_path / "x.yaml") == 2 and not (tmp_path / "x.yaml").exists()
 
 
-def test_places_are_right_from_another_working_directory(tmp_path, monkeypatch):
+def test_places_are_right_from_another_working_directory(tmp_path, monkeypatch, capsys):
     make(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert polarmask("init", "data", "--val", "./data", "--out", "mine.yaml") == 0
-    settings = config.load("mine.yaml")
+    assert polarmask("init", "data", "--val", "./data", "--out", "my own.yaml") == 0
+    settings = config.load("my own.yaml")
     assert settings.data.train == settings.data.val == str(tmp_path / "data")
+    assert capsys.readouterr().out.endswith(
+        "next: polarmask train --config 'my own.yaml' --out 'runs/my own'\n"
+    )
 
 
 def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys, monkeypatch):
