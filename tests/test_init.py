@@ -177,9 +177,7 @@ def test_places_are_right_from_another_working_directory(tmp_path, monkeypatch, 
     assert polarmask("init", "data", "--val", "./data", "--out", "my own.yaml") == 0
     settings = config.load("my own.yaml")
     assert settings.data.train == settings.data.val == str(tmp_path / "data")
-    assert capsys.readouterr().out.endswith(
-        "next: polarmask train --config 'my own.yaml' --out 'runs/my own'\n"
-    )
+    assert capsys.readouterr().out.endswith("next: polarmask train --config 'my own.yaml' --out 'runs/my own'\n")
 
 
 def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys, monkeypatch):
