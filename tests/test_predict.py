@@ -409,6 +409,22 @@ def test_the_sheet_takes_a_dozen_spread_over_all(tmp_path, monkeypatch):
     assert len(captions) == 12 and captions[0].startswith("00.png: 0 found") and captions[-1].startswith("29.png")
 
 
+@pytest.mark.parametrize(("side", "object_side", "is_said"), [(64, 24, True), (64, 40, False), (24, 8, False)])
+def test_objects_that_the_network_hardly_sees_are_said_to_need_tiles(tmp_path, capsys, side, object_side, is_said):
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+    box = np.float32([[0, 0, object_side, object_side]])
+    rows = {
+        "scores": np.ones(1),
+        "classes": np.zeros(1, int),
+        "boxes": box,
+        "polygons": box[:, [[0, 1], [2, 1], [2, 3], [0, 3]]],
+    }
+    predictor = Predictor("run", [{"name": "a", "category_id": 1}], (16, 16), 1, lambda images: [rows for _ in images])
+    predict.predict(predictor, tmp_path / "a.png", tmp_path / "out", progress=False)
+    said = "1 of 1 images: a quarter of the objects is under 8 pixels once the image is shrunk to the network's input; --tile N"
+    assert (said in capsys.readouterr().err) == is_said
+
+
 def test_truth_that_cannot_be_drawn_is_named_and_left_out(exports, folder, tmp_path, capsys):
     content = truth_of(tmp_path / "truth.json")
     content["annotations"][0]["segmentation"] = [[1, 1, 2, 2]]
