@@ -115,7 +115,7 @@ def predict(
                 said = ""
             found = predictor(image).above(score_threshold)
             found = found if classes is None else found.only(classes)
-            if not settings["tile"] and _is_too_small(found, predictor.input_size) and _TOO_SMALL not in picture.notes:
+            if _is_too_small(found, predictor) and _TOO_SMALL not in picture.notes:
                 picture.notes.append(_TOO_SMALL)
             if not is_done:
                 truths = plan.shapes(picture, image) if "gallery" in kinds else None
@@ -134,9 +134,12 @@ def predict(
     return {**counts, **paths, "written": outputs.written(kinds, out, bool(cells))}
 
 
-def _is_too_small(found, input_size):
+def _is_too_small(found, predictor):
     """Whether the image is shrunk to a half or less for the network, and then shows it hardly anything of what is there."""
-    scale = min(np.divide(input_size, found.image_size))
+    size, tile = (getattr(predictor, name, None) for name in ("input_size", "tile"))
+    if tile or not size or None in size:  # not every server tells its size
+        return False
+    scale = min(np.divide(size, found.image_size))
     sides = np.sqrt((found.boxes[:, 2:] - found.boxes[:, :2]).clip(0).prod(axis=1)) * scale
     return scale <= 0.5 and len(sides) > 0 and np.percentile(sides, 25) < SMALL
 
