@@ -54,8 +54,8 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
             "choose another --out, or --restart"
         )
     old, new = (_flatten(configs.to_dict(c)) for c in (before, config))
-    for key in ("data.train", "data.val"):  # one folder may be named in several ways
-        if old[key] and new[key] and os.path.realpath(old[key]) == os.path.realpath(new[key]):
+    for key in ("data.train", "data.val"):
+        if _may_be_moved(key, old[key], new[key]) or (key == "data.train" and info.id and info.id == _conversion(run)):
             old[key] = new[key]
     changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
     if changed:
@@ -66,6 +66,12 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
         )
     with contextlib.suppress(*runs.UNREADABLE), readable_by_tensorflow(runs.checkpoints(run)[0]) as path:
         runs.check_resumable(run, tf.train.load_checkpoint(path).get_variable_to_shape_map())
+
+
+def _may_be_moved(key: str, old: str, new: str) -> bool:
+    """Whether two paths are one folder; or of validation data, from which nothing is learned, the old one is of nothing."""
+    is_one = bool(old and new) and os.path.realpath(old) == os.path.realpath(new)
+    return is_one or (key == "data.val" and not (old and os.path.exists(old)))
 
 
 def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
