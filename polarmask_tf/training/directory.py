@@ -54,8 +54,9 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
             "choose another --out, or --restart"
         )
     old, new = (_flatten(configs.to_dict(c)) for c in (before, config))
+    is_moved = info.id and info.id == json.loads((run / "dataset.json").read_bytes()).get("id")
     for key in ("data.train", "data.val"):
-        if _may_be_moved(key, old[key], new[key]) or (key == "data.train" and info.id and info.id == _conversion(run)):
+        if _may_be_moved(key, old[key], new[key]) or (key == "data.train" and is_moved):
             old[key] = new[key]
     changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
     if changed:
