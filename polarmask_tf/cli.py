@@ -37,14 +37,16 @@ def _training_settings(args):
     data, val = init_config.locate(args.data) if args.data else (None, None)
     if data:
         dataset.load(data)  # else the settings would be found wrong for want of what is not there
-    places = [f"data.{name}={json.dumps(str(path))}" for name, path in (("train", data), ("val", val)) if path]
+    # Absolute, for what reads the run's config later, perhaps from another working directory.
+    places = [f"data.{name}={json.dumps(os.path.abspath(path))}" for name, path in (("train", data), ("val", val)) if path]
     if args.config is None and (args.out / "config.yaml").is_file():
         return config.load_saved(args.out / "config.yaml", [*places, *args.set])
     if args.config in (None, "own"):
         if not args.data:
             raise InputError(f"{args.out}: no run to go on with, and no data: give --data DIR, made by `polarmask convert`")
-        print(f"settings fitted to {data}; to read or change them: polarmask init {args.data} --out my.yaml")
-        return config.loads(init_config.fit(data, val), f"polarmask init {args.data}", args.set)
+        settings = config.loads(init_config.fit(data, val), f"polarmask init {args.data}", args.set)
+        print(f"settings fitted to {data}; to read or change them: {console.command('init', args.data, '--out', 'my.yaml')}")
+        return settings
     return config.load(args.config, [*places, *args.set])
 
 
@@ -75,7 +77,7 @@ def init(args):
     text = init_config.fit(args.data, args.val)
     if args.out:
         write_new(args.out, text)
-        print(f"wrote {args.out}; next: polarmask train --config {args.out} --out runs/{args.out.stem}")
+        print(f"wrote {args.out}; next: {console.command('train', '--config', args.out, '--out', f'runs/{args.out.stem}')}")
     else:
         print(text, end="")
 
@@ -104,8 +106,9 @@ def train(args):
 
         if measured := summarize(args.out):
             print(measured)
-        following = f"predict {args.out} IMAGES --out predictions" if measured else f"evaluate {args.out} --data DATA"
-        print(f"trained model in {args.out}; next: polarmask {following}")
+        following = ("IMAGES", "--out", "predictions") if measured else ("--data", "DATA")
+        following = console.command("predict" if measured else "evaluate", args.out, *following)
+        print(f"trained model in {args.out}; next: {following}")
 
 
 def evaluate(args):
@@ -211,7 +214,7 @@ def import_weights(args):
     from polarmask_tf.weights.released import import_weights
 
     import_weights(args.checkpoint, settings, args.out, data=args.data or "")
-    print(f"imported into {args.out}; next: polarmask predict {args.out} IMAGES --out predictions")
+    print(f"imported into {args.out}; next: {console.command('predict', args.out, 'IMAGES', '--out', 'predictions')}")
 
 
 def upper_bound(args):

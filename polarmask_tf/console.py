@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import shlex
 import sys
 import typing
 
@@ -14,6 +15,11 @@ _MOVES = re.compile(r"(?:[\r\n\b]|\x1b\[A)*")
 # C0 and C1 without line end and tab, and what changes the direction of writing.
 _CONTROLS = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS if chr(code) not in "\n\t"}
+
+
+def command(*words) -> str:
+    """A polarmask command as a shell takes it, whatever blanks and quotes its words have."""
+    return shlex.join(["polarmask", *map(str, words)])
 
 
 class _Stream:

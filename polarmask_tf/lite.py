@@ -32,6 +32,7 @@ _JPEG, _PNG = b"\xff\xd8", b"\x89P"  # how files begin
 
 # Bounds that no real data meets. What is beyond them is refused in one line, before it costs memory or time.
 MAX_PIXELS = 120_000_000  # of an image, which is decoded whole
+_CUT = "cut it into tiles, as `polarmask predict --tile 512` does by itself with TIFF files"
 MAX_IMAGE_BYTES = 2**29  # of an image file
 MAX_SCANS = 100  # of a progressive JPEG, each of which takes about as long as a whole picture
 MAX_SLOW_PIXELS = 10_000_000  # of an image that Pillow decodes in Python: QOI, PPM with text or few levels, ...
@@ -106,7 +107,7 @@ def read_image(source, *, exif="ignore", bit_depth=None, notes=None):
     except Exception as error:  # broken files make Pillow's decoders raise nearly any type
         reason = f"cannot read the image: {one_line(error)}"
         if isinstance(error, Image.DecompressionBombError):  # whose text says less
-            reason = f"cannot read the image: more than {MAX_PIXELS:,} pixels"
+            reason = f"cannot read the image: more than {MAX_PIXELS:,} pixels; {_CUT}"
         elif isinstance(error, (UnidentifiedImageError, KeyError)):  # KeyError: a format that this Pillow does not know
             reason = f"not an image that can be read: none of {', '.join(FORMATS)}"
         raise ValueError(f"{one_line(source) if is_path else 'the image'}: {reason}") from None
@@ -157,7 +158,7 @@ def check_blocks(file):
 
 def _decode(image, exif, bit_depth, notes):
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, and the limit is {MAX_PIXELS:,} in all; cut it into tiles")
+        raise ValueError(f"{image.width} x {image.height} pixels, and the limit is {MAX_PIXELS:,} in all; {_CUT}")
     gray = image.mode == "F" or image.mode.startswith("I")
     deep_colors = not gray and ";16" in str(getattr(image, "tile", ""))
     if bit_depth not in (None, 16) and deep_colors:

@@ -197,7 +197,7 @@ def test_the_tutorials_first_steps_take_a_coco_file_too(tmp_path, monkeypatch):
         if words[0] in ("convert", "init"):
             assert cli.main(words) == 0, words
     config = yaml.safe_load(Path("mine.yaml").read_text())
-    assert (config["data"]["train"], config["data"]["val"]) == ("data/train", "data/val")
+    assert (config["data"]["train"], config["data"]["val"]) == (str(tmp_path / "data/train"), str(tmp_path / "data/val"))
 
 
 @pytest.mark.parametrize("block", [1, 2])

@@ -56,6 +56,7 @@ def test_every_config_has_a_line_with_its_costs(capsys):
     for name in names:
         (line,) = (line for line in out.splitlines() if line.split()[:1] == [name])
         assert costs[name]["gmac"] in line and costs[name]["parameters_m"] in line
+        assert line.endswith(catalogue.headers()[name][0])  # whole, where there is no terminal to fit
 
 
 @pytest.mark.parametrize("name", ["shapes", "edge"])

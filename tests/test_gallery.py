@@ -140,6 +140,7 @@ def test_filters_and_order(page, made):
     assert len(few["cards"]) == 6 and "3 found" in few["cards"][0]["says"]
     assert [len(card["found"]) for card in choose(page, "#classes label:first-child input", False)["cards"]] == [2] * 6
     assert {title for card in state(page)["cards"] for title, _ in card["found"]} == {"star 0.79", f"{EVIL} 0.59"}
+    assert [card["says"] for card in state(page)["cards"] if card["name"] == "a2.png"] == ["2 found, 1 true"]  # of the chosen
     assert len(choose(page, "#score", "0.9")["cards"]) == 6
     only = choose(page, "#only", True)
     assert only["cards"] == [] and only["title"] == "out: 0 of 6 pictures"

@@ -24,7 +24,7 @@ from polarmask_tf.data import dataset, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.tools import doctor, init_config, upper_bound
 from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
-from polarmask_tf.training import log
+from polarmask_tf.training import directory, log
 from polarmask_tf.weights import imagenet
 
 TINY = ("model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "train.steps=4", "data.batch=4")
@@ -171,7 +171,21 @@ def test_init_writes_a_file_that_train_takes_and_replaces_none(tmp_path, capsys)
     assert polarmask("init", tmp_path, "--out", tmp_path / "x.yaml") == 2 and not (tmp_path / "x.yaml").exists()
 
 
-def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys):
+def test_places_are_right_from_another_working_directory(tmp_path, monkeypatch, capsys):
+    make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert polarmask("init", "data", "--val", "./data", "--out", "my own.yaml") == 0
+    settings = config.load("my own.yaml")
+    assert settings.data.train == settings.data.val == str(tmp_path / "data")
+    assert capsys.readouterr().out.endswith("next: polarmask train --config 'my own.yaml' --out 'runs/my own'\n")
+
+
+def _check_place(run, train, val):
+    settings = config.load_saved(run / "config.yaml", [f"data.train={train}", f"data.val={val}"])
+    directory.check(settings, dataset.load(train), run, restart=False)
+
+
+def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys, monkeypatch):
     make(tmp_path / "a", size=(64, 64), side=20), make(tmp_path / "b", size=(64, 64), side=20)
     (tmp_path / "both").mkdir()
     (tmp_path / "a" / "data").rename(tmp_path / "both" / "train")
@@ -188,8 +202,16 @@ def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys
     assert "is the run directory of a training" in capsys.readouterr().err and not (tmp_path / "other").exists()
     settings = config.load_saved(run / "config.yaml")
     assert settings.data.val == str(tmp_path / "both" / "val") and settings.model.backbone.width == 8
-    assert polarmask("train", "--out", run, "--set", "train.steps=6") == 0  # without repeating the others
-    assert config.load_saved(run / "config.yaml").train.steps == 6
+    monkeypatch.chdir(tmp_path)
+    same = ("--set", "data.train=both/train", "--set", "data.val=./both/val")  # the same folders, by other names
+    assert polarmask("train", "--out", run, *same, "--set", "train.steps=6") == 0  # without repeating the others
+    (tmp_path / "both").rename(tmp_path / "moved")
+    _check_place(run, "moved/train", "moved/val")
+    with pytest.raises(InputError, match=r"holds a training with data\.train="):
+        _check_place(run, "moved/val", "moved/val")  # other data, which are like it
+    (tmp_path / "moved").rename(tmp_path / "both")
+    with pytest.raises(InputError, match=r"holds a training with data\.val="):  # where it was, it still is
+        _check_place(run, "both/train", "both/train")
     rows = [row for row in csv.DictReader((run / "metrics.csv").read_text().splitlines()) if row["AP"]]
     assert [row["step"] for row in rows] == ["4", "6"]
     words = ("--data", tmp_path / "both" / "val", "--set", f"data.val={tmp_path / 'both' / 'val'}", *sets)

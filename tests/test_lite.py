@@ -727,3 +727,11 @@ def test_a_png_of_nonsense_between_its_header_and_its_end_is_refused():
     broken = content[:at] + junk + zlib.crc32(junk).to_bytes(4, "big") + content[at + 8 + length :]
     with pytest.raises(ValueError, match=r"^the image: cannot read the image: "):
         lite.read_image(broken)
+
+
+@pytest.mark.parametrize("side", [11_000, 20_000])  # the second is one that Pillow itself refuses
+def test_a_picture_of_too_many_pixels_is_told_of_tiles(side):
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "PNG")
+    with pytest.raises(ValueError, match=r"120,000,000.*cut it into tiles, as `polarmask predict --tile 512`"):
+        lite.read_image(file.getvalue())

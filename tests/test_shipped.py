@@ -66,7 +66,10 @@ def test_a_path_of_the_name_wins_and_is_said(tmp_path, monkeypatch, capsys):
     os.mkdir("nuclei")
     assert polarmask("predict", "nuclei", tmp_path, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
-    assert "not the model that comes with polarmask_tf" in err and "is none of these" in err
+    assert err.count("not the model that comes with polarmask_tf") == 1 and "is none of these" in err
+    monkeypatch.chdir(shutil.copytree(shipped._FOLDER, tmp_path / "models"))
+    runs.read_run(shipped.resolve("nuclei"))  # which resolves it again
+    assert capsys.readouterr().err.count("not the model that comes with polarmask_tf") == 1
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_groups_by_folder_and_by_expression(tmp_path):
         ({"split": [0.1], "group": "("}, "neither 'folder' nor a regular expression"),
         ({"split": [0.1], "group": "p"}, "has no group in parentheses"),
         ({"split": [0.1], "group": "(.*)"}, None),
-        ({"split": [0.1], "group": "^(p)"}, "1 groups cannot be split into 2 sets; choose another --group"),
+        ({"split": [0.1], "group": "^(p)"}, "--split: 1 group cannot be split into 2 sets; choose another --group"),
         ({"split": [0.5, 0.5]}, "--split 0.5,0.5: give the fraction of val"),
         ({"split": [0.0]}, "give the fraction of val"),
         ({"split": [0.1, 0.1, 0.1]}, "give the fraction of val"),
@@ -151,6 +151,12 @@ def test_nonsense_is_refused_before_anything_is_written(tmp_path, options, said)
     with pytest.raises(InputError) as error:
         run(folder, out=tmp_path / "o", **options)
     assert said in str(error.value) and not (tmp_path / "o").exists()
+
+
+def test_groups_that_share_a_picture_are_said_to_be_one():
+    images = [{**entry, "content": content} for entry, content in zip(entries(["a/1", "a/2", "b/1"]), "xyx", strict=True)]
+    with pytest.raises(InputError, match=r"1 group \(of 2, those with a picture of equal bytes being one\).*or remove copies"):
+        split.sets_of(images, [0.3], 0, "folder", Report())
 
 
 def test_sets_of_before_are_not_left_lying_beside_new_ones(tmp_path):

@@ -178,3 +178,14 @@ def test_a_caption_that_is_too_long_is_cut_not_spilled():
     page = np.asarray(visualize.sheet([pair], side=64))
     below = page[56 + 64 + 1 :]
     assert (below != page[0, 0]).any() and (below[:, -28:] == page[0, 0]).all()
+
+
+@pytest.mark.parametrize("fonts", [visualize.FONTS, ()], ids=["fonts of the machine", "none"])
+def test_no_letter_becomes_the_box_that_stands_for_what_a_font_lacks(fonts, monkeypatch):
+    monkeypatch.setattr(visualize, "FONTS", fonts)
+    for name in ("Käfer", "Ka\u0308fer", "łódź", "Ωmega", "細胞", "cell"):
+        text, font = visualize.written(f"{name} 0.98", 15)
+        box = bytes(font.getmask("\U0010ffff"))
+        assert text.endswith(" 0.98") and all(bytes(font.getmask(letter)) != box for letter in text if letter != " ")
+    assert visualize.written("Käfer", 15)[0] in ("Käfer", "Kafer")
+    assert visualize.written("cell", 15)[0] == "cell"

@@ -51,16 +51,17 @@ def _drawn(images, fractions, seed, group, report):
         raise InputError(
             f"--split {','.join(f'{f:g}' for f in fractions)}: give the fraction of val, or of val and test, like 0.1,0.1"
         )
-    groups = _groups(images, group, report)
+    groups, joined = _groups(images, group, report)
 
     def chance(key):
         return hashlib.blake2b(f"{seed}\0{key}".encode(errors="surrogatepass")).digest()
 
     order = sorted(groups, key=chance)
     if len(order) <= len(fractions):
-        kind = "images (those with equal bytes being one)" if group is None else "groups"
-        advice = "give more images" if group is None else "choose another --group"
-        raise InputError(f"--split: {len(order)} {kind} cannot be split into {len(fractions) + 1} sets; {advice}")
+        what = f"{len(order)} {'image' if group is None else 'group'}{'s' * (len(order) != 1)}"
+        what += f" (of {len(order) + joined}, those with a picture of equal bytes being one)" if joined else ""
+        advice = "give more images" if group is None else "choose another --group" + ", or remove copies" * bool(joined)
+        raise InputError(f"--split: {what} cannot be split into {len(fractions) + 1} sets; {advice}")
     sets: dict[str, list[int]] = {}
     for place, (name, fraction) in enumerate(zip(NAMES[1:], fractions, strict=False)):
         target, taken = max(1, round(fraction * len(images))), []
@@ -78,7 +79,7 @@ def _drawn(images, fractions, seed, group, report):
 
 
 def _groups(images, group, report):
-    """{key: indices of the images that stay together}."""
+    """({key: indices of the images that stay together}, how many groups went into others that have the same picture)."""
     if group not in (None, "folder"):
         try:
             pattern = re.compile(group)
@@ -99,11 +100,11 @@ def _groups(images, group, report):
             else:
                 report.note("image whose name --group does not match, a group for itself", name)
         keys.append(key)
-    keys = _joined(keys, [image.get("content") for image in images])
+    before, keys = len({*keys}), _joined(keys, [image.get("content") for image in images])
     groups = collections.defaultdict(list)
     for index, key in enumerate(keys):
         groups[key].append(index)
-    return groups
+    return groups, before - len(groups)
 
 
 def _joined(keys, contents):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shlex
 import shutil
 import sys
 import time
@@ -110,7 +111,7 @@ def export_model(
                 f"mask AP {row['AP']:.4f}, {drop:.4f} below Keras' {row['keras']:.4f}: more than --max-ap-drop {max_ap_drop:g}"
             )
             raise InputError(f"{name}: {what}; do not ship it")
-    print(f"next: python {out / 'lite.py'} {out / tflite.file_name(precisions[0])} IMAGE")
+    print(f"next: {shlex.join(['python', str(out / 'lite.py'), str(out / tflite.file_name(precisions[0])), 'IMAGE'])}")
     return rows
 
 

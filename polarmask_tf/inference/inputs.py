@@ -19,7 +19,8 @@ from polarmask_tf.inference.results import read_image
 
 STDIN = "-"
 MAX_INPUTS = 1_000_000  # files; what is found is listed before the first is read
-_NO_PICTURES = (".json", ".txt", ".xml", ".yaml", ".yml", ".csv", ".md", ".html")
+# What lies beside pictures: annotations, outlines of ImageJ and of Cellpose, what file managers leave.
+NO_PICTURES = (".json", ".txt", ".xml", ".yaml", ".yml", ".csv", ".md", ".html", ".zip", ".roi", ".npy", ".db", ".ini")
 MAX_NAME = 200  # bytes of a file's name: outputs get a suffix, and another while they are written
 
 
@@ -201,13 +202,13 @@ def _stems(names):
     """Name -> what its outputs are called. No two are alike, nor is one like a frame of another's video."""
     bare = {name: str(PurePosixPath(name).with_name(PurePosixPath(name).stem)) for name in names}
     # Annotations beside their pictures get no outputs that could be mistaken for these'.
-    times = Counter(stem for name, stem in bare.items() if not name.lower().endswith(_NO_PICTURES))
+    times = Counter(stem for name, stem in bare.items() if not name.lower().endswith(NO_PICTURES))
     frames = {match[1] for stem in bare.values() if (match := re.fullmatch(r"(.*)_\d{6,}", stem))}
     taken = set(bare)
     stems = {}
     for name, stem in bare.items():
         is_clear = (
-            not name.lower().endswith(_NO_PICTURES)
+            not name.lower().endswith(NO_PICTURES)
             and times[stem] == 1
             and (stem == name or stem not in taken)
             and stem not in frames

@@ -18,6 +18,11 @@ from polarmask_tf.inference.journal import NAME, Journal, digest, digest_of_file
 from polarmask_tf.inference.results import class_indices, read_image
 
 SHEET_IMAGES = 12
+SMALL = 8  # pixels of the network's input: what is smaller is found by luck
+_TOO_SMALL = (
+    f"a quarter of the objects is under {SMALL} pixels once the image is shrunk to the network's input; --tile N looks at "
+    "parts of N x N pixels, and may find more (docs/large.md)"
+)
 
 
 def predict(
@@ -110,6 +115,8 @@ def predict(
                 said = ""
             found = predictor(image).above(score_threshold)
             found = found if classes is None else found.only(classes)
+            if _is_too_small(found, predictor) and _TOO_SMALL not in picture.notes:
+                picture.notes.append(_TOO_SMALL)
             if not is_done:
                 truths = plan.shapes(picture, image) if "gallery" in kinds else None
                 one = outputs.Predicted(picture, image, found, truths)
@@ -125,6 +132,16 @@ def predict(
     counts = {"images": tally.images, "detections": tally.objects, "skipped": tally.skipped, "missing": plan.missing}
     paths = {"results": out / outputs.RESULTS if "coco" in kinds else None, "sheet": out / outputs.SHEET if cells else None}
     return {**counts, **paths, "written": outputs.written(kinds, out, bool(cells))}
+
+
+def _is_too_small(found, predictor):
+    """Whether the image is shrunk to a half or less for the network, and then shows it hardly anything of what is there."""
+    size, tile = (getattr(predictor, name, None) for name in ("input_size", "tile"))
+    if tile or not size or None in size:  # not every server tells its size
+        return False
+    scale = min(np.divide(size, found.image_size))
+    sides = np.sqrt((found.boxes[:, 2:] - found.boxes[:, :2]).clip(0).prod(axis=1)) * scale
+    return scale <= 0.5 and len(sides) > 0 and np.percentile(sides, 25) < SMALL
 
 
 class _Plan:
@@ -151,7 +168,8 @@ class _Plan:
         return None if any(entry.is_video for entry in self.inputs) else len(self.inputs)
 
     def can_be_shown(self):
-        return [entry for entry in self.inputs if not self.has_annotations or entry in self.known]
+        likely = [entry for entry in self.inputs if not entry.name.lower().endswith(inputs.NO_PICTURES)]
+        return [entry for entry in likely if not self.has_annotations or entry in self.known]
 
     def shapes(self, picture, image):
         """The truth of a picture, None without any."""

@@ -1,7 +1,9 @@
 """Pictures: an image with its instances, a sheet of ground truth beside prediction. NumPy and Pillow only."""
 
 import colorsys
+import functools
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from polarmask_tf.errors import InputError, nfc
 PAPER, INK, FAINT = (250, 249, 246), (32, 33, 36), (110, 110, 114)
 SHEET_SIDE = 384  # longer side of a picture in a sheet
 LAYER_PIXELS = 8_000_000  # of what is painted at a time: a layer of a huge picture costs more than the picture
+# For what Pillow's own font lacks, which is all but ASCII: fonts of Linux, macOS and Windows, looked for in their folders.
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "PingFang.ttc", "segoeui.ttf", "msyh.ttc")
 
 
 def color(index):
@@ -101,12 +105,13 @@ def _box(shape, scale):
 
 def _write_labels(picture, boxes, texts, colors):
     """Each instance's text, or its shorter form, at its top left corner, unless it would cover another one."""
-    font = ImageFont.load_default(max(11, min(26, round(min(picture.size) / 30))))
+    size = max(11, min(26, round(min(picture.size) / 30)))
     pen = ImageDraw.Draw(picture)
     taken = np.zeros((0, 4))
     crowded = len(boxes) > 20
     for box, forms, rgb in zip(boxes, texts, colors, strict=True):
         for text in filter(None, forms if box is not None else ()):
+            text, font = written(text, size)
             left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
             wide, high = right - left + 6, bottom - top + 6
             if crowded and (wide > 1.3 * (box[2] - box[0]) or high > 0.6 * (box[3] - box[1])):
@@ -152,8 +157,7 @@ def sheet(cells, *, heads=("ground truth", "prediction"), title="", side=SHEET_S
     canvas = Image.new("RGB", (gap + columns * (inner + gap), head + sum(high) + len(rows) * (line + gap)), PAPER)
     pen = ImageDraw.Draw(canvas)
     if title:
-        pen.text((gap, 24), title, font=ImageFont.load_default(26), fill=INK)
-    small, tiny = ImageFont.load_default(16), ImageFont.load_default(15)
+        _write(pen, (gap, 24), title, 26, INK, canvas.width - 2 * gap)
     y = head
     for number, row in enumerate(rows):
         for column, (shown, caption) in enumerate(row):
@@ -162,15 +166,45 @@ def sheet(cells, *, heads=("ground truth", "prediction"), title="", side=SHEET_S
                 x = left + k * (side + between)
                 canvas.paste(picture, (x, y))
                 if number == 0 and heads:
-                    pen.text((x, y - 26), _cut(pen, heads[k], small, side), font=small, fill=INK)
-            pen.text((left, y + shown[0].height + 4), _cut(pen, caption, tiny, inner), font=tiny, fill=FAINT)
+                    _write(pen, (x, y - 26), heads[k], 16, INK, side)
+            _write(pen, (left, y + shown[0].height + 4), caption, 15, FAINT, inner)
         y += high[number] + line + gap
     return canvas
 
 
-def _cut(pen, text, font, width):
-    """As much of a text as fits into `width` pixels; the font has no marks that follow a letter."""
-    text = nfc(text)
-    while text and pen.textlength(text, font=font) > width:
-        text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
-    return text
+def _write(pen, place, text, size, color, width):
+    """As much of a text as fits into `width` pixels."""
+    text, font = written(text, size)
+    shown = text
+    while shown and pen.textlength(shown, font=font) > width:
+        text = text[:-1]
+        shown = text.rstrip() + "..." if text else ""
+    pen.text(place, shown, font=font, fill=color)
+
+
+def written(text, size):
+    """(text, font of `size` pixels) to write it with: what no font here has is written without its marks, else as "?"."""
+    text = nfc(text)  # fonts have letters with their marks, rather than marks to put over letters
+    own = _font("", size)
+    if text.isascii():
+        return text, own
+    for font in (_font(name, size) for name in FONTS):
+        if font and all(_has(font, letter) for letter in text):
+            return text, font
+    bare = (unicodedata.normalize("NFKD", letter) for letter in text)
+    return "".join("".join(filter(str.isascii, letters)) or "?" for letters in bare), own
+
+
+@functools.cache
+def _font(name, size):
+    """Pillow's own font without a name; None where the machine has none of that name."""
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(10_000)
+def _has(font, letter):
+    """Whether a font shows a letter, and not the box that stands for all that it lacks."""
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))

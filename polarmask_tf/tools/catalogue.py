@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
 from pathlib import Path
 
 from polarmask_tf.config import configs_dir
@@ -13,10 +14,11 @@ COSTS = "costs.csv"  # beside the configs; written by scripts/benchmarks/config_
 _BASE = "A base, not a"  # in the header of files that are no config of their own
 
 _LEGEND = (
-    "parameters_m: 10^6; gmac: 10^9 multiply-adds of one image of `input`, 80 classes; cpu_ms: CPU time of that, all threads,",
+    "params: millions; gmac: 10^9 multiply-adds of one image of `input`, 80 classes; cpu_ms: CPU time of that, all threads,",
     "on an AMD EPYC (polarmask benchmark NAME: on yours); ap: mask AP and its source. For own pictures: polarmask init DATA",
 )
-_COLUMNS = ("parameters_m", "gmac", "cpu_ms", "input", "ap")
+_COLUMNS = {"params": "parameters_m", "gmac": "gmac", "cpu_ms": "cpu_ms", "input": "input", "ap": "ap"}  # head -> in costs.csv
+_LEAST_WIDTH = 100  # of a line; narrower ones would hold numbers alone
 
 
 def headers() -> dict[str, list[str]]:
@@ -40,14 +42,16 @@ def read_costs(folder: Path | None = None) -> dict[str, dict]:
 
 
 def format_configs() -> str:
-    """The table that `polarmask configs` prints."""
+    """The table that `polarmask configs` prints; in a terminal no line is longer than that is wide."""
     costs = read_costs()
     rows = []
     for name in headers():
         row = costs.get(name, {})
-        rows.append({"config": name, **{key: row.get(key, "") for key in _COLUMNS}})
+        rows.append({"config": name, **{head: row.get(key, "") for head, key in _COLUMNS.items()}})
     table = format_table(rows, dict.fromkeys(("config", *_COLUMNS), "")).splitlines()
     purposes = ["for", *(lines[0] for lines in headers().values())]
-    width = max(100, shutil.get_terminal_size().columns)
-    lines = [f"{line}  {purpose}"[:width].rstrip() for line, purpose in zip(table, purposes, strict=True)]
+    lines = [f"{line}  {purpose}".rstrip() for line, purpose in zip(table, purposes, strict=True)]
+    if sys.stdout.isatty():
+        width = max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
+        lines = [line if len(line) <= width else f"{line[: width - 3].rstrip()}..." for line in lines]
     return "\n".join([*lines, *_LEGEND])

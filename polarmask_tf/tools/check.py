@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from polarmask_tf import config as configs
-from polarmask_tf import lite
+from polarmask_tf import console, lite
 from polarmask_tf.config import Config
 from polarmask_tf.data import dataset, records
 from polarmask_tf.data.convert import convert_dataset
@@ -81,7 +81,7 @@ def run(
         if found.unreadable:
             what = f"images that training would stop at, {len(found.unreadable)}: {some(found.unreadable)}"
             raise InputError(f"{source}: {what}; run `polarmask convert --verify`, which leaves them out")
-        print(f"next: {_next(Path(source), images, val, config)}")
+        print(f"next: {_next(Path(source), images, val, config, overrides)}")
     return found
 
 
@@ -181,8 +181,10 @@ def _shared_pictures(found: Findings, val: DatasetInfo) -> list[str]:
     return lines
 
 
-def _next(source, images, val, config) -> str:
+def _next(source, images, val, config, overrides) -> str:
     if images is not None or not os.path.isfile(init_config.locate(source)[0] / "dataset.json"):
-        return f"polarmask convert {source} {f'{images} ' if images else ''}data --split 0.1"
-    options = f" --config {config}" * bool(config) + f" --set data.val={val}" * (val is not None and val.parent != source)
-    return f"polarmask train --data {source}{options} --out runs/{source.resolve().name}"
+        return console.command("convert", source, *([images] if images else []), "data", "--split", "0.1")
+    options = ["--config", config] if config else []
+    options += ["--set", f"data.val={val}"] if val is not None and val.parent != source else []
+    options += [word for override in overrides for word in ("--set", override)]
+    return console.command("train", "--data", source, *options, "--out", f"runs/{source.resolve().name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,9 @@ def fit(data: Path, val: Path | None = None) -> str:
     base, why = _base(seen)
     judged = _is_judged_by_mask(info, base == PRETRAINED)
     sections = _sections(info, seen, base == PRETRAINED, judged)
-    sections["data"] = [("train", str(train), ""), *([("val", str(val), "")] if val else []), *sections["data"]]
+    # Absolute: the file, and the run that it leads to, are then right from any working directory.
+    places = [(name, os.path.abspath(path), "") for name, path in (("train", train), ("val", val)) if path]
+    sections["data"] = [*places, *sections["data"]]
     objects = info.num_instances - info.num_crowd
     classes = counted(len(info.classes), "class", "classes")
     about = ", ".join((counted(info.num_images, "image"), counted(objects, "object"), classes))

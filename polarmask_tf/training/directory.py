@@ -54,6 +54,10 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
             "choose another --out, or --restart"
         )
     old, new = (_flatten(configs.to_dict(c)) for c in (before, config))
+    is_moved = info.id and info.id == json.loads((run / "dataset.json").read_bytes()).get("id")
+    for key in ("data.train", "data.val"):
+        if _may_be_moved(key, old[key], new[key]) or (key == "data.train" and is_moved):
+            old[key] = new[key]
     changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
     if changed:
         key = changed[0]
@@ -63,6 +67,12 @@ def check(config: Config, info, run: Path, restart: bool) -> None:
         )
     with contextlib.suppress(*runs.UNREADABLE), readable_by_tensorflow(runs.checkpoints(run)[0]) as path:
         runs.check_resumable(run, tf.train.load_checkpoint(path).get_variable_to_shape_map())
+
+
+def _may_be_moved(key: str, old: str, new: str) -> bool:
+    """Whether two paths are one folder; or of validation data, from which nothing is learned, the old one is of nothing."""
+    is_one = bool(old and new) and os.path.realpath(old) == os.path.realpath(new)
+    return is_one or (key == "data.val" and not (old and os.path.exists(old)))
 
 
 def create_or_check(config: Config, info, run: Path, restart: bool) -> None:

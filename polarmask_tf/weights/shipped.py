@@ -6,6 +6,7 @@ can go on in it.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import zipfile
@@ -30,9 +31,15 @@ def resolve(source: str | os.PathLike) -> Path:
     if str(source) not in names():
         return Path(source)
     if os.path.exists(source):
-        print(f"{source}: the path of that name, not the model that comes with polarmask_tf", file=sys.stderr)
+        _say_that_it_wins(str(source), os.getcwd())
         return Path(source)
     return _FOLDER / str(source)
+
+
+@functools.cache
+def _say_that_it_wins(name: str, _folder: str) -> None:
+    """Once in each folder, though one command asks for a model several times."""
+    print(f"{name}: the path of that name, not the model that comes with polarmask_tf", file=sys.stderr)
 
 
 def write_weights(path: Path, variables: dict) -> None:
