@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 
 from polarmask_tf import console, signals
@@ -338,6 +337,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         except (Exception, KeyboardInterrupt) as error:
             if args.debug:
+                import traceback
+
                 traceback.print_exc()
             message, code = _explain(error)
             print(f"polarmask: {one_line(message)}", file=sys.stderr)

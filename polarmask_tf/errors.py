@@ -1,6 +1,5 @@
 """The one exception that means "your input, not our bug", and text of others: in one line, in one spelling, misspelled."""
 
-import difflib
 import unicodedata
 
 
@@ -28,6 +27,8 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 def did_you_mean(word: str, known) -> str:
     """ "; did you mean 'this'?" of the one of `known` that is spelled most alike; "" if none is."""
     plain = {name.lower(): name for name in reversed(list(known))}
+    import difflib  # here: it would be a tenth of the time of `polarmask --help`
+
     near = difflib.get_close_matches(word[:200].lower(), plain, 1, 0.5)
     return f"; did you mean {plain[near[0]]!r}?" if near else ""
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import datetime
 import errno
 import glob
 import io
 import json
 import os
-import socket
 import stat
 import sys
-import tempfile
 import time
 import typing
-import uuid
 from pathlib import Path
 
 from polarmask_tf.errors import InputError, one_line
@@ -98,7 +93,7 @@ def _file(path):
 def _beside(path: Path) -> Path:
     """A name that nobody else takes, in the directory of `path`."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
 
 
 @contextlib.contextmanager
@@ -112,6 +107,8 @@ def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
     if not any(character in path for character in "[]*?\\"):
         yield path
         return
+    import tempfile  # this and others below where they are needed: they are half the time of `polarmask --help`
+
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
         yield os.path.join(folder, "link", os.path.basename(path))
@@ -173,6 +170,9 @@ def _locked_file(directory, purpose):
             _take(file, directory)
             # Between opening and locking, the holder before may have removed the file: then it locks nothing.
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                import datetime
+                import socket
+
                 since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
                 holder = {"purpose": purpose, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
                 content = json.dumps(holder).encode()
@@ -240,6 +240,8 @@ def read_file(path: Path, at_most: int) -> bytes:
 
 def format_csv(rows: typing.Sequence[dict], columns: typing.Sequence[str] | None = None, digits: int = 4) -> str:
     """Rows as CSV with a header; numbers with `digits` behind the point. `columns`: default, those of the first row."""
+    import csv
+
     with io.StringIO(newline="") as text:
         writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
