@@ -81,8 +81,8 @@ def test_patterns_are_what_a_shell_makes_of_them(tmp_path, monkeypatch):
     assert names("in/.a*.png") == [".a6.png"]
     with pytest.raises(InputError, match=r"in/c\*\.png: no file is called so"):
         names("in/c*.png")
-    with pytest.raises(InputError, match="not a pattern"):
-        names("in/**a")
+    with pytest.raises(InputError, match="not a pattern|no file is called so"):
+        names("in/**a")  # which Python 3.13 takes for in/*a
 
 
 def test_links_to_folders_are_named_and_not_followed(tmp_path, capsys):

@@ -28,7 +28,7 @@ def run(tmp_path):
             (tmp_path / name).write_text(content)
         command = [sys.executable, "-m", "pytest", *shlex.split(options), *arguments, str(tmp_path)]
         environment = {**{key: value for key, value in os.environ.items() if key != "CI"}, **environment}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
         return done.returncode, done.stdout
 
     return run
