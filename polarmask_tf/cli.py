@@ -121,7 +121,6 @@ def evaluate(args):
     swapped.check_one("evaluate", args.model, "--data", args.data)
     if args.json:
         check_writable(args.json)
-    data = dataset.load(args.data or default_data(args.model))  # once: all below is of one conversion
     # Only of the whole: else predict would go by a few pictures, or by what was left of the detections.
     subject = thresholds.subject(args.model) if args.limit is None and args.score_threshold is None else None
     checkpoint = ""
@@ -131,6 +130,7 @@ def evaluate(args):
         if args.score_threshold is not None:
             raise InputError("--calibrate needs all detections: leave --score-threshold out")
         checkpoint = check_calibratable(Path(args.model))
+    data = dataset.load(args.data or default_data(args.model))  # once: all below is of one conversion
     most = args.max_detections if args.max_detections != 100 else None
     options = {**_options(args, "score_threshold", "accelerator"), "max_detections": most}
     predictor = load_predictor(args.model, **options)

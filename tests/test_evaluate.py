@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,7 +317,8 @@ def records(monkeypatch):
             rings = [polygon.ravel().tolist()]
             entry = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": 3, "segmentation": rings}
             truth["annotations"].append({**entry, "area": 900.0, "iscrowd": 0, "bbox": [0, 0, 1, 1]})
-    monkeypatch.setattr(evaluation.records, "read_ground_truth", lambda path: truth)
+    monkeypatch.setattr(evaluation.dataset, "load", lambda path: SimpleNamespace(directory=path))
+    monkeypatch.setattr(evaluation.records, "read_ground_truth", lambda info: truth)
     monkeypatch.setattr(evaluation.records, "iter_images", lambda path: ((i["id"], encoded(i)) for i in truth["images"]))
     return truth
 

@@ -81,7 +81,7 @@ def test_patterns_are_what_a_shell_makes_of_them(tmp_path, monkeypatch):
     assert names("in/.a*.png") == [".a6.png"]
     with pytest.raises(InputError, match=r"in/c\*\.png: no file is called so"):
         names("in/c*.png")
-    with pytest.raises(InputError, match="not a pattern|no file is called so"):
+    with pytest.raises(InputError, match=r"not a pattern|no file is called so"):
         names("in/**a")  # which Python 3.13 takes for in/*a
 
 

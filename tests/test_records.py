@@ -200,7 +200,7 @@ def test_every_flipped_byte_and_every_cut_is_found(tmp_path):
         found, error = records_of(bad)
         assert found == [b"abc", b"def", b"ghi"][:whole]
         assert records.count_records(bad) == (whole if place % 19 < 12 else 3)
-        assert error.startswith(f"{bad}: damaged or cut short after {whole} records (the checksum of a ")
+        assert error.startswith(f"{bad}: damaged or cut short after {whole} record{'s' * (whole != 1)} (the checksum of a ")
         bad.write_bytes(good[:place])
         found, error = records_of(bad)
         assert found == [b"abc", b"def", b"ghi"][:whole] and records.count_records(bad) == whole

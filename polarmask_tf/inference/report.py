@@ -98,9 +98,10 @@ def worst_images(metrics: Metrics) -> list[dict]:
 def write(path, predictor: Predictor, data, metrics: Metrics, *, model, limit: int | None = None) -> dict:
     """Writes the page and returns what it says beyond Metrics, for json.dump: {"rays", "by_size", "by_ceiling", "worst"}.
 
-    `data` is what dataset.load has told, `limit` what the metrics were measured with. The worst images are predicted again,
-    for their pictures. InputError where the data have been converted again since.
+    `data` is the directory, or what dataset.load has told of it, `limit` what the metrics were measured with. The worst
+    images are predicted again, for their pictures. InputError where the data have been converted again since.
     """
+    data = dataset.load(data)
     rays = predictor.rays or _RAYS
     by = groups(metrics, ceilings(data.directory, metrics, rays, limit))
     found = {"rays": rays, "by_size": by["size"], "by_ceiling": by["ceiling"], "worst": worst_images(metrics)}
