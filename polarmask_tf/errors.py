@@ -26,9 +26,9 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 def did_you_mean(word: str, known) -> str:
     """ "; did you mean 'this'?" of the one of `known` that is spelled most alike; "" if none is."""
-    plain = {name.lower(): name for name in reversed(list(known))}
     import difflib  # here: it would be a tenth of the time of `polarmask --help`
 
+    plain = {name.lower(): name for name in reversed(list(known))}
     near = difflib.get_close_matches(word[:200].lower(), plain, 1, 0.5)
     return f"; did you mean {plain[near[0]]!r}?" if near else ""
 

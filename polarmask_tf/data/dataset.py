@@ -153,7 +153,7 @@ def _shown(value):
 
 
 def converted_again(info: DatasetInfo) -> str:
-    """A line that says that the directory holds another conversion than `info`,; "" otherwise."""
+    """A line that says that the directory holds another conversion than `info`; "" otherwise."""
     try:
         same = load(info.directory).id == info.id
     except InputError:

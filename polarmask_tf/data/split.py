@@ -9,7 +9,7 @@ import re
 import typing
 
 from polarmask_tf.data.report import Report
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, counted
 
 NAMES = ("train", "val", "test")
 
@@ -58,7 +58,7 @@ def _drawn(images, fractions, seed, group, report):
 
     order = sorted(groups, key=chance)
     if len(order) <= len(fractions):
-        what = f"{len(order)} {'image' if group is None else 'group'}{'s' * (len(order) != 1)}"
+        what = counted(len(order), "image" if group is None else "group")
         what += f" (of {len(order) + joined}, those with a picture of equal bytes being one)" if joined else ""
         advice = "give more images" if group is None else "choose another --group" + ", or remove copies" * bool(joined)
         raise InputError(f"--split: {what} cannot be split into {len(fractions) + 1} sets; {advice}")
