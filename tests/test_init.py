@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_long_thin_objects_get_more_rays(tmp_path):
     # A bar of 200 x 8 pixels: rays 10 degrees apart miss its corners by far.
     long, text = fitted(make(tmp_path / "bars", images=2, size=(640, 300), bar=(200, 8)))
     assert long.model.rays == 72, text
+
+
+def test_class_scores_of_round_objects_learn_the_iou(tmp_path, monkeypatch):
+    data = make(tmp_path, color=False)
+    seen = init_config.survey(dataset.load(data))
+    monkeypatch.setattr(init_config, "survey", lambda info: seen._replace(ceilings=(0.98, 0.99)))
+    settings, text = fitted(data)
+    assert settings.targets.classification == "iou" == settings.targets.centerness and "round objects" in text
+    monkeypatch.setattr(init_config, "survey", lambda info: seen._replace(ceilings=(0.94, 0.96)))
+    assert fitted(data)[0].targets.classification == "label"
+    monkeypatch.setattr(init_config, "survey", lambda info: seen._replace(ceilings=(0.98, 0.99), gray=False))
+    monkeypatch.setattr(init_config, "has_imagenet_weights", lambda: True)
+    assert fitted(data)[0].targets.classification == "label"  # not measured from a pretrained start
 
 
 def test_the_ceilings_of_the_survey_are_those_of_upper_bound(tmp_path):
@@ -233,6 +247,7 @@ def test_the_bar_fits_80_columns(tmp_path):
             while chunk := os.read(outer, 65536):
                 text += chunk
     os.close(outer)
+    assert re.search(r"\rends about \d\d:\d\d, evaluations aside *\r", text.decode()), text[-2000:]
     bar = [line for line in text.decode().replace("\n", "\r").split("\r") if line.startswith("train ")]
     assert process.returncode == 0 and any("loss" in line for line in bar)
     assert max(map(len, bar)) <= 80
@@ -251,4 +266,6 @@ def test_a_line_tells_of_the_steps_since_the_line_before(tmp_path, capsys):
         written.on_step(step, {"loss": np.mean(seen)})
     written.close()
     assert [(row["step"], row["loss"]) for row in written.rows] == [(20, 10.5), (40, 30.5), (60, 50.5)]
-    assert "step 20/60: loss 10.500, " in (said := capsys.readouterr().err) and "step 60/60: loss 50.500, " in said
+    said = capsys.readouterr().err
+    assert re.search(r"^step 20/60: loss 10.500, .* min left, ends about \d\d:\d\d$", said, re.M)
+    assert re.search(r"^step 60/60: loss 50.500, .* min left$", said, re.M)

@@ -97,16 +97,20 @@ class Log(Stepwise):
         self.add(step, {**values, "learning_rate": float(self.model.optimizer.lr.numpy()), "images_per_second": speed})
 
     def _show(self, step, values, speed, now):
+        left = (self.steps - step) * (now - self.began[0]) / max(step - self.began[1], 1)
+        ends = f"ends about {time.strftime('%H:%M', time.localtime(time.time() + left))}"
         losses = [f"{name} {value:.3f}" for name, value in values.items()]
         if not self.bar.disable:
             room = shutil.get_terminal_size().columns - len(f"train {self.steps}/{self.steps} [00:00:00<00:00:00, ]")
             while len(losses) > 1 and len(" ".join(losses)) > room:
                 losses.pop()
             self.bar.set_postfix_str(" ".join(losses), refresh=False)
+            if self.said < 0:
+                self.said = now
+                self.bar.write(f"{ends}, evaluations aside", file=sys.stderr)
         elif self.chief and (now - self.said >= SECONDS_A_LINE or step == self.steps):
             self.said = now
-            left = (self.steps - step) * (now - self.began[0]) / max(step - self.began[1], 1)
-            rest = f"{speed:.0f} images/s, {left / 60:.1f} min left"
+            rest = f"{speed:.0f} images/s, {left / 60:.1f} min left" + (f", {ends}" if step < self.steps else "")
             print(f"step {step}/{self.steps}: {' '.join(losses)}, {rest}", file=sys.stderr)
 
     def check(self, step: int) -> None:
