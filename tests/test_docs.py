@@ -56,6 +56,14 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page, text):
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
+@pytest.mark.parametrize(("page", "text"), texts())
+def test_a_table_has_a_heading_and_as_many_columns_in_each_row(page, text):
+    for table in re.findall(r"(?:^\|.*\n)+", text + "\n", re.M):
+        rows = table.splitlines()
+        assert len(rows) > 1 and re.fullmatch(r"\|[-:| ]+\|", rows[1]), f"not shown as a table: {rows[0]}"
+        assert len({row.count("|") for row in rows}) == 1, f"rows of different length: {rows[0]}"
+
+
 def test_the_settings_page_is_that_of_the_schema():
     assert docs_settings.PAGE.read_text() == docs_settings.page(), "run scripts/docs_settings.py"
 
