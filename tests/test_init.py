@@ -85,6 +85,7 @@ def test_data_with_a_broken_picture_or_box_is_refused_in_one_line(tmp_path):
     for change, said in (
         (lambda: features["image/object/bbox/ymax"].float_list.value.pop(), "objects without .* box"),
         (lambda: features["image/object/bbox/ymax"].float_list.value.append(float("nan")), "objects without .* box"),
+        (lambda: features["image/object/bbox/ymax"].float_list.value.__setitem__(1, -0.5), "objects without .* box"),
         (lambda: features["image/object/bbox/ymax"].float_list.value.__setitem__(1, 0.5), "0.png: the image: cannot read"),
     ):
         features["image/encoded"].bytes_list.value[0] = features["image/encoded"].bytes_list.value[0][:5000]

@@ -304,7 +304,8 @@ def _image(features) -> dict:
 
 def _check_boxes(features, where):
     sides = [_values(features, f"image/object/bbox/{side}", float) for side in _SIDES]
-    if len({*map(len, sides)}) > 1 or not np.isfinite(sides).all():
+    lower, upper = sides[:2], sides[2:]
+    if len({*map(len, sides)}) > 1 or not np.isfinite(sides).all() or np.less(upper, lower).any():
         raise InputError(f"{where}: {_LACKS}; {_AGAIN}")
 
 
