@@ -282,6 +282,18 @@ def test_exif_orientation_is_applied_where_only_the_turned_size_is_right(case, o
         assert info.skipped == {} and np.array_equal(pixels_of(case, 2), stored)
 
 
+def test_where_others_are_turned_by_exif_what_the_size_does_not_tell_is_told_more_loudly(case):
+    _, upright = turned(case, 6)
+    case.document["images"][1] |= {"height": upright.shape[0], "width": upright.shape[1]}
+    exif = Image.Exif()
+    exif[274] = 3
+    with Image.open(case.folder / "good.jpg") as image:
+        image.save(case.folder / "good.jpg", exif=exif)
+    case.run()
+    notes = [note["reason"] for note in json.loads((case.out / "report.json").read_text())["notes"]]
+    assert [text for text in notes if "does not tell" in text and text.endswith("others are turned, so it is likely wrong")]
+
+
 def test_an_exif_rotated_image_annotated_as_decoded_is_kept_unrotated(case):
     turned(case, 6)
     info = case.run()

@@ -121,8 +121,35 @@ def test_voc_knows_its_classes_and_leaves_the_border_out(tmp_path):
         file.putpalette(np.random.default_rng(0).integers(0, 255, 768).tolist())
         file.save(tmp_path / "s" / folder / "2007_1.png")
     only(tmp_path / "s", tmp_path / "o")
+    assert not (tmp_path / "o/report.json").read_text().count("as PASCAL VOC names")
     found = objects(records.read_ground_truth(tmp_path / "o"))["2007_1"]
     assert found == sorted([("person", (number == 1).tobytes()), ("dog", (number == 2).tobytes())])
+
+
+def voc_set(folder, kind, map=None):
+    picture(folder / "JPEGImages/1.jpg", 20, 30)
+    number = np.zeros((20, 30), np.uint8)
+    number[2:8, 2:8] = 1
+    for name, array in (("SegmentationObject", number), ("SegmentationClass", kind)):
+        (folder / name).mkdir()
+        Image.fromarray(array).save(folder / name / "1.png")
+    if map:
+        (folder / "labelmap.txt").write_text(map)
+
+
+def test_classes_that_a_mask_of_classes_does_not_name_are_told(tmp_path):
+    kind = np.full((20, 30), 2, np.uint8)
+    voc_set(tmp_path / "s", kind)  # gray: the numbers may be anybody's
+    info = only(tmp_path / "s", tmp_path / "o")
+    assert [c["name"] for c in info.classes] == ["bicycle"]
+    assert [n for text, n in info.notes.items() if "as PASCAL VOC names its number" in text] == [1]
+    voc_set(tmp_path / "t", np.dstack([kind, kind, kind * 3]), "background:0,0,0::\ncell:9,9,9::\n")
+    info = only(tmp_path / "t", tmp_path / "p")
+    assert [text for text in info.notes if "labelmap.txt does not name" in text]
+    assert [c["name"] for c in info.classes] == ["cell", "object"]
+    voc_set(tmp_path / "u", np.zeros((20, 31), np.uint8) + 2)
+    info = only(tmp_path / "u", tmp_path / "q")
+    assert [text for text in info.notes if "mask of classes of another size" in text]
 
 
 @pytest.mark.parametrize("kind", ["8", "16", "32", "palette", "color", "bit"])
@@ -557,6 +584,33 @@ def test_a_turned_photo_is_annotated_as_viewers_show_it(tmp_path):
     assert (image["height"], image["width"], info.num_instances) == (80, 60, 1)
     info = only(tmp_path / "s", tmp_path / "p", exif="ignore")
     assert records.read_ground_truth(tmp_path / "p")["images"][0]["height"] == 60
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+@pytest.mark.parametrize("name", ["labelme", "cvat", "labelstudio", "yolo", "via", "coco"])
+def test_a_photo_turned_by_a_half_is_annotated_as_viewers_show_it(tmp_path, name, tile):
+    """Its size tells nothing; every one of these programs shows it turned. A COCO file without sizes has them of the file."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture(tmp_path / "pictures/1.png", 40, 48, exif=exif)
+    document = {"images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 48}]}
+    document["categories"] = [{"id": 1, "name": "x"}]
+    document["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[2.0, 2.0, 30.0, 2.0, 30.0, 20.0]]}]
+    (tmp_path / "s").mkdir()
+    if name == "coco":
+        del document["images"][0]["height"], document["images"][0]["width"]
+        (tmp_path / "s/coco.json").write_text(json.dumps(document))
+        (tmp_path / "s/1.png").write_bytes((tmp_path / "pictures/1.png").read_bytes())
+    else:
+        getattr(formats, name)(document, tmp_path / "pictures", tmp_path / "s")
+    upright = np.asarray(Image.open(tmp_path / "pictures/1.png").convert("RGB"))[::-1, ::-1]
+    info = only(tmp_path / "s", tmp_path / "o", tile=tile, overlap=tile and 0)
+    assert [n for text, n in info.notes.items() if text.startswith("image turned by its EXIF orientation")] and not info.skipped
+    _, encoded = next(iter(records.iter_images(tmp_path / "o")))
+    pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    assert np.array_equal(pixels, upright[: tile or 40, : tile or 48])
+    info = only(tmp_path / "s", tmp_path / "p", exif="ignore")
+    assert not [text for text in info.notes if text.startswith("image turned")]
 
 
 # ---- CVAT

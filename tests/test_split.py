@@ -207,6 +207,15 @@ def test_sources_are_united_by_names_of_classes(tmp_path):
     assert "numbered anew" in notes and "case or spaces" in notes and "another category id" in notes
 
 
+def test_names_that_differ_in_case_alone_are_told_of_one_source_too(tmp_path):
+    one = source(tmp_path / "1", ["a.png", "b.png"], ("Car", "car", "van"))
+    assert [text for text in run(one, out=tmp_path / "o")[""].notes if "case or spaces" in text]
+    run(one, out=tmp_path / "p", split=[0.5])
+    (note,) = json.loads((tmp_path / "p/report.json").read_text())["notes"]
+    assert "case or spaces" in note["reason"] and note["first"] == "'Car' and 'car'"
+    assert run(one, out=tmp_path / "q", classes=["Car=car"])[""].notes == {}
+
+
 def test_ids_stay_where_none_is_twice(tmp_path):
     one = source(tmp_path / "1", ["a.png"], first_id=7)
     two = source(tmp_path / "2", ["b.png"], first_id=70, seed=1)

@@ -56,7 +56,6 @@ def _united(sources, report):
                 what = "class with another category id in another source: it has that of the first"
                 report.note(what, f"{source.path}: {entry['name']!r} has {entry['category_id']}, and {ids[key]} here")
         keys_of.append(keys)
-    _tell_alike(ids, report)
     order = sorted(ids, key=ids.__getitem__)
     label_of = {key: label for label, key in enumerate(order)}
     for source, keys in zip(sources, keys_of, strict=True):
@@ -66,10 +65,11 @@ def _united(sources, report):
     return [{"name": name, "category_id": ids[name, k]} for name, k in order]
 
 
-def _tell_alike(ids, report):
+def tell_alike(classes: list[dict], report: Report) -> None:
+    """Notes which classes have names that differ in case or spaces alone."""
     plain = collections.defaultdict(set)
-    for name, _ in ids:
-        plain["".join(name.lower().split())].add(name)
+    for entry in classes:
+        plain["".join(entry["name"].lower().split())].add(entry["name"])
     for names in plain.values():
         if len(names) > 1:
             shown = " and ".join(map(repr, sorted(names)))

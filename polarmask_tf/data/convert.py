@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from polarmask_tf import lite
 from polarmask_tf.data import contours, dataset, pictures, publish, records, report_file, segmentation, tiles
-from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates
+from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates, tell_alike
 from polarmask_tf.data.options import Options, checked
 from polarmask_tf.data.processes import run_tasks
 from polarmask_tf.data.report import Report, Unusable
@@ -150,6 +150,7 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
         for annotation in (a for entry in entries for a in entry["annotations"] if a["iscrowd"]):
             annotation["iscrowd"] = 0
             report.note("crowd region taken for a single object, as asked", f"annotation {annotation['id']}")
+    tell_alike(classes, report)
     mark_duplicates(entries, report, options.allow_outside)
     sets = sets_of(entries, split, seed, group, report)
     if options.tile:
@@ -166,6 +167,8 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
         total = Report()
         for each in [report, *(each.report for each in done if len(sets) > 1)]:
             total.merge(each)
+        if pictures.TURNED in total.notes and pictures.UNTOLD in total.notes:
+            total.notes[f"{pictures.UNTOLD}; others are turned, so it is likely wrong"] = total.notes.pop(pictures.UNTOLD)
         infos = {name: each.info for name, each in zip(sets, done, strict=True)}
         if not any(info.num_images for info in infos.values()):
             raise InputError("; ".join([f"{of}: empty data set: none of its images is usable", *total.lines()]))
@@ -238,7 +241,8 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
                 if "picture" in image:
                     encoded, format = tiles.stored(path, image, options, report, where, last)
                 else:
-                    encoded, format = pictures.stored(path, (image["width"], image["height"]), options, report, where)
+                    width_height, as_shown = (image["width"], image["height"]), image.get("as_shown", False)
+                    encoded, format = pictures.stored(path, width_height, options, report, where, as_shown)
             except Unusable as reason:
                 report.skip(reason, where)
                 if image["annotations"]:

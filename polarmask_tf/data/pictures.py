@@ -19,6 +19,11 @@ from polarmask_tf.files import read_file
 
 _MOST_BYTES = 2**29  # of a file; a record must stay below 2 GB
 _WITH_FRAMES = ("PNG", "GIF", "TIFF", "WEBP")  # or with transparency; of MPO the others are previews
+TURNED = "image turned by its EXIF orientation, and stored as turned"
+UNTOLD = (
+    "EXIF orientation that the size does not tell, ignored: annotations are taken to fit the image as stored"
+    " (--exif apply: as viewers show it)"
+)
 _CORRUPT = "corrupt or truncated image, or not an image"
 # First bytes: format in a record, end of a whole file, modes of 8 bits that every reader makes the same RGB of.
 _PLAIN = {
@@ -45,10 +50,11 @@ def find(folder: Path, name: str, allow_outside: bool) -> Path:
     return Path(path)
 
 
-def stored(path: Path, size: tuple[int, int], options, report: Report, where: str) -> tuple[bytes, str]:
+def stored(path: Path, size: tuple[int, int], options, report: Report, where: str, as_shown=False) -> tuple[bytes, str]:
     """(bytes, format) of a picture that must have `size` (width, height); Unusable otherwise.
 
     `options` are those of convert.convert: verify (decode all pixels in any case), decoded (store pixels), exif, bit_depth.
+    as_shown: a picture whose size is the same before and after its EXIF orientation is turned by it.
     """
     try:
         data = read_file(path, _MOST_BYTES)
@@ -57,7 +63,7 @@ def stored(path: Path, size: tuple[int, int], options, report: Report, where: st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's opinion of odd EXIF blocks and large images
-            record = _stored(data, size, options, report, where)
+            record = _stored(data, size, options, report, where, as_shown)
             for text in left_out(data):
                 report.note(text, where)
             return record
@@ -71,7 +77,7 @@ def stored(path: Path, size: tuple[int, int], options, report: Report, where: st
         raise Unusable(_CORRUPT, str(error)) from None
 
 
-def _stored(data, size, options, report, where):
+def _stored(data, size, options, report, where, as_shown):
     format, end, modes = _PLAIN.get(data[:2], (None, b"", ()))
     turn, notes = False, []
     # What Pillow cannot open read_image refuses below, and says why.
@@ -79,7 +85,7 @@ def _stored(data, size, options, report, where):
         # Of a PNG Pillow would decode all pixels, to look behind them as well.
         told = format != "png" or "exif" in image.info or image.size != size
         orientation = lite.orientation(image) if told else 1
-        turn = _turns(stored_size(image, orientation), size, orientation, options.exif, report, where)
+        turn = _turns(stored_size(image, orientation), size, orientation, options.exif, as_shown, report, where)
         deep = ";16" in str(image.tile)  # of which lite.read_image has something to say
         if format and image.mode in modes and not turn and not options.decoded and not deep:
             # Some files carry padding or a second picture behind the end marker; then decoding has the last word.
@@ -102,17 +108,17 @@ def stored_size(image: Image.Image, orientation: int) -> tuple[int, int]:
     return image.size[::-1] if image.format == "TIFF" and orientation > 4 else image.size
 
 
-def _turns(actual, wanted, orientation, exif, report, where) -> bool:
-    """Whether a picture is to be turned as its EXIF says: `exif` is "apply", "ignore" or, by the size in the JSON, "auto"."""
+def _turns(actual, wanted, orientation, exif, as_shown, report, where) -> bool:
+    """Whether a picture is to be turned as its EXIF says: `exif` is "apply", "ignore" or, by the wanted size, "auto"."""
     upright = actual[::-1] if orientation > 4 else actual
-    turn = orientation > 1 and (exif == "apply" or (exif == "auto" and actual != wanted == upright))
+    told = wanted == upright != actual or (as_shown and wanted == upright == actual)
+    turn = orientation > 1 and (exif == "apply" or (exif == "auto" and told))
     if (upright if turn else actual) != wanted:
         raise Unusable("size mismatch (EXIF orientation)" if wanted in (actual, upright) else "size mismatch")
     if turn:
-        report.note("image turned by its EXIF orientation, and stored as turned", f"{where}: orientation {orientation}")
+        report.note(TURNED, f"{where}: orientation {orientation}")
     elif orientation > 1 and upright == actual and exif == "auto":
-        what = "EXIF orientation that the size does not tell, ignored: annotations are taken to fit the image as stored"
-        report.note(f"{what} (--exif apply: as viewers show it)", f"{where}: orientation {orientation}")
+        report.note(UNTOLD, f"{where}: orientation {orientation}")
     elif orientation > 1:
         report.note("EXIF orientation ignored: annotations fit the image as stored", f"{where}: orientation {orientation}")
     return turn

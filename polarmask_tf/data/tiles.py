@@ -217,7 +217,8 @@ def stored(path: Path, entry: dict, options, report: Report, where: str, last: d
             if windows.is_large_tiff(path):
                 last[path] = windows.TiffWindows(path, options.bit_depth)
             else:
-                data, _ = pictures.stored(path, (width, height), options._replace(decoded=False), report, where)
+                whole = options._replace(decoded=False)
+                data, _ = pictures.stored(path, (width, height), whole, report, where, entry.get("as_shown", False))
                 last[path] = windows.ArrayWindows(lite.read_image(data))
         if last[path].shape[:2] != (height, width):
             raise Unusable("size mismatch")

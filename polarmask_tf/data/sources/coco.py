@@ -223,9 +223,9 @@ def _images(path, entries, number, folder, report):
             if _is_integer(entry["id"]):
                 unusable.add(entry["id"])  # until it is found usable
         try:
-            if folder and isinstance(entry, dict):
-                entry = _as_there(entry, folder, report, where)
-            image = _image(entry, folder.most_pixels if folder else MAX_PIXELS)
+            there = _as_there(entry, folder, report, where) if folder and isinstance(entry, dict) else entry
+            image = _image(there, folder.most_pixels if folder else MAX_PIXELS)
+            image["as_shown"] = there is not entry and not (entry.get("height") and entry.get("width"))  # sizes of the file are
         except Unusable as reason:
             report.skip(reason, where)
             continue

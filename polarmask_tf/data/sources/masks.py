@@ -82,7 +82,7 @@ def read(path: Path, report: Report, folder: Folder, progress: bool = False) -> 
         except Unusable as reason:
             skip_image(report, reason, f"{picture} with {found[0]}", 0)
     names = classes_of.names if classes_of else None
-    builders = builders or {"": Builder()}
+    builders = builders or {"": Builder(as_shown=False)}
     return [Source(path, "masks", *builder.finish(names), folder.root, split) for split, builder in builders.items()]
 
 
@@ -234,27 +234,38 @@ class _Classes:
             return ONE_CLASS
         if self._of.get("name") != name:
             try:
-                self._of = {"name": name, "colors": self._colors(name, report)}
+                self._of = {"name": name, **self._colors(name, report)}
             except Unusable as reason:
                 report.note(f"mask of classes that cannot be used ({reason}): its objects are called {ONE_CLASS!r}", name)
                 self._of = {"name": name, "colors": None}
         colors = self._of["colors"]
-        if colors is None or colors.shape != (image["height"], image["width"]):
+        if colors is None:
+            return ONE_CLASS
+        if colors.shape != (image["height"], image["width"]):
+            report.note(f"mask of classes of another size than its image: its objects are called {ONE_CLASS!r}", name)
             return ONE_CLASS
         inside = colors[coco_mask.decode({**rle, "counts": rle["counts"].encode()}) > 0]
         numbers, counts = np.unique(inside, return_counts=True)
         number = int(numbers[counts.argmax()])
         if self._map:
+            if number not in self._map:
+                report.note(f"object of a color that labelmap.txt does not name: it is called {ONE_CLASS!r}", name)
             return self._map.get(number, ONE_CLASS)
-        return _VOC[number - 1] if 1 <= number <= len(_VOC) else f"class {number}"
+        if not 1 <= number <= len(_VOC):
+            return f"class {number}"
+        if not self._of["palette"]:  # with which PASCAL VOC's own come
+            what = "object named as PASCAL VOC names its number, for want of a labelmap.txt (--classes OLD=NEW renames)"
+            report.note(what, name)
+        return _VOC[number - 1]
 
     def _colors(self, name, report):
-        """Numbers of a class mask; colors, also those of a palette, where labelmap.txt gives colors."""
+        """Numbers of a class mask; colors, also those of a palette, where labelmap.txt gives colors. And whether it has one."""
         values = ids_of(self._folder, name, report)
-        if not self._map or values.max(initial=0) > 255:
-            return values
         with Image.open(self._folder.root / name, formats=FORMATS) as image:
-            return packed(*np.moveaxis(np.asarray(image.convert("RGB")).astype(np.int64), -1, 0))
+            palette = image.mode == "P"
+            if self._map and values.max(initial=0) <= 255:
+                values = packed(*np.moveaxis(np.asarray(image.convert("RGB")).astype(np.int64), -1, 0))
+        return {"colors": values, "palette": palette}
 
 
 def _label_map(path):

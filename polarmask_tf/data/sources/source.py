@@ -28,8 +28,9 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 class Source(typing.NamedTuple):
     """A set as it was read: `images` and `classes` as coco.read returns them; their `file_name`s are relative to `folder`.
 
-    An annotation without a key "area" has that of its mask. `split` is what the set calls itself: "train", "val", "test", or
-    "" where it says nothing.
+    An annotation without a key "area" has that of its mask. Coordinates of an image with "as_shown" are those of the picture as
+    viewers show it, also where its size does not tell (pictures.stored). `split` is what the set calls itself: "train", "val",
+    "test", or "" where it says nothing.
     """
 
     path: Path
@@ -43,8 +44,9 @@ class Source(typing.NamedTuple):
 class Builder:
     """Collects the images and annotations of a format that has no ids: they get 1, 2, 3, ... in the order of adding."""
 
-    def __init__(self, most_pixels: int = MAX_PIXELS):
+    def __init__(self, most_pixels: int = MAX_PIXELS, as_shown: bool = True):
         self.most_pixels = most_pixels  # of an image
+        self._as_shown = as_shown  # by programs, which turn photos as their EXIF data say
         self.images: list[dict] = []
         self._seen: set[str] = set()
         self._annotations = 0
@@ -57,6 +59,7 @@ class Builder:
             raise Unusable(f"image of more than {self.most_pixels // 10**6} megapixels")
         self._seen.add(file_name)
         entry = {"id": len(self.images) + 1, "file_name": file_name, "height": size[1], "width": size[0], "annotations": []}
+        entry["as_shown"] = self._as_shown
         self.images.append(entry)
         return entry
 
