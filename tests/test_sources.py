@@ -438,6 +438,26 @@ def test_labelme_where_it_is_odd(tmp_path):
     assert info.notes["JSON file that is not labelme's, left out"] == 1
 
 
+@pytest.mark.parametrize("name", ["labelme", "via"])
+def test_a_picture_that_lies_outside_is_not_called_missing(tmp_path, name):
+    picture(tmp_path / "pictures/a.png", 60, 80)
+    picture(tmp_path / "s/b.png", 60, 80)
+    square = [[10, 10], [30, 10], [30, 30]]
+    if name == "labelme":
+        shape = {"label": "x", "points": square, "shape_type": "polygon"}
+        for given in ("../pictures/a.png", "b.png", "../pictures/gone.png"):
+            document = {"imagePath": given, "imageHeight": 60, "imageWidth": 80, "shapes": [shape]}
+            (tmp_path / f"s/{given.split('/')[-1]}.json").write_text(json.dumps(document))
+    else:
+        polygon = region("x", np.ravel(square).tolist())
+        via_set(tmp_path / "s", *((given, [polygon]) for given in (str(tmp_path / "pictures/a.png"), "b.png", "/gone.png")))
+    outside = "image outside the images directory (--allow-outside takes such)"
+    info = only(tmp_path / "s", tmp_path / "o")
+    assert info.num_images == 1 and info.skipped == {outside: 1, "missing image": 1, "annotation of a skipped image": 2}
+    info = only(tmp_path / "s", tmp_path / "p", allow_outside=True)
+    assert info.num_images == 2 and info.skipped == {"missing image": 1, "annotation of a skipped image": 1}
+
+
 def test_labelme_masks_stay_in_their_picture(tmp_path):
     picture(tmp_path / "s/1.png", 60, 80)
     file = io.BytesIO()

@@ -19,6 +19,7 @@ from polarmask_tf.files import read_file
 
 _MOST_BYTES = 2**29  # of a file; a record must stay below 2 GB
 _WITH_FRAMES = ("PNG", "GIF", "TIFF", "WEBP")  # or with transparency; of MPO the others are previews
+OUTSIDE = "image outside the images directory (--allow-outside takes such)"
 TURNED = "image turned by its EXIF orientation, and stored as turned"
 UNTOLD = (
     "EXIF orientation that the size does not tell, ignored: annotations are taken to fit the image as stored"
@@ -40,7 +41,7 @@ def find(folder: Path, name: str, allow_outside: bool) -> Path:
     try:
         path = os.path.realpath(folder / name)
         if not (allow_outside or path.startswith(os.path.join(folder, ""))):
-            raise Unusable("image outside the images directory (--allow-outside takes such)")
+            raise Unusable(OUTSIDE)
         if not stat.S_ISREG(os.stat(path).st_mode):  # also keeps from waiting at a pipe
             raise Unusable("missing image")
     except (FileNotFoundError, NotADirectoryError):

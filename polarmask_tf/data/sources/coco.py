@@ -6,6 +6,7 @@ import collections
 import posixpath
 from pathlib import Path
 
+from polarmask_tf.data.pictures import OUTSIDE
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.segmentation import RELATIVE
 from polarmask_tf.data.sources.folder import Folder
@@ -256,7 +257,7 @@ def _as_there(entry, folder, report, where):
             entry = entry | {"height": height, "width": width}
             report.note("image without a size, which was read from its file", where)
     except Unusable as reason:
-        if not lacking and str(reason) == "missing image":  # said when it is read, also of what lies outside
+        if not lacking and str(reason) in ("missing image", OUTSIDE):  # said when it is read
             return entry
         raise
     if found != name and found != posixpath.normpath(name):

@@ -93,7 +93,8 @@ class Folder:
         for spelling in _spellings(name):
             if found := self._ends_like(spelling):
                 return found
-        raise Unusable("missing image", name[:200])
+        there = os.path.isfile(self.root / near / name) and not self._allow_outside
+        raise Unusable(pictures.OUTSIDE if there else "missing image", name[:200])
 
     def _ends_like(self, name):
         elsewhere = posixpath.isabs(name) or re.match(r"[A-Za-z]:/", name)
