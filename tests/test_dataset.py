@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 
 import pytest
 
@@ -101,6 +102,15 @@ def test_what_is_missing_is_refused(folder, key):
     (folder / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=key):
         dataset.load(folder)
+
+
+def test_of_a_split_conversion_it_names_the_sets(folder, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    for name in ("train", "val"):
+        shutil.copytree(folder, data / name)
+    with pytest.raises(InputError) as caught:
+        dataset.load(str(data))
+    assert str(caught.value) == f"{data}: is not one converted set, but holds {data}/train, {data}/val; name one"
 
 
 def test_it_names_what_is_wrong_with_the_directory(folder):

@@ -154,7 +154,7 @@ def test_a_mistyped_key_is_told_before_pictures_are_read(folder, capsys, monkeyp
     assert "did you mean data.size?" in refused("check set --set data.siz=3", capsys)
     shutil.copytree("set", "data")
     assert "did you mean train.steps?" in refused("train --data data --out x --set train.stps=1", capsys)
-    assert "no config file 'shaps'" in refused("check set --config shaps", capsys)
+    assert "no config file 'shaps'; did you mean 'shapes'?" in refused("check set --config shaps", capsys)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from polarmask_tf.config.schema import Config, check
-from polarmask_tf.errors import InputError, one_line
+from polarmask_tf.errors import InputError, did_you_mean, one_line
 from polarmask_tf.files import check_regular
 
 # Names of settings that stand in a file of another name: most are rows of the paper's tables that equal another row.
@@ -61,8 +61,9 @@ def find(name: str | os.PathLike) -> Path:
     found = _find(Path(name), Path())
     if found is None:
         check_regular([Path(name)])
-        known = ", ".join(sorted(p.stem for p in configs_dir().glob("*.yaml")))
-        raise InputError(f"no config file {_shown.repr(str(name))}; give a path, or one of: {known}")
+        known = sorted({p.stem for p in configs_dir().glob("*.yaml")} | set(SAME_SETTINGS))
+        near = did_you_mean(Path(name).stem, known) or f"; give a path, or one of: {', '.join(known)}"
+        raise InputError(f"no config file {_shown.repr(str(name))}{near}")
     return found
 
 

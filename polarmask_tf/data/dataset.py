@@ -58,6 +58,10 @@ def load(path) -> DatasetInfo:
     if not os.path.isdir(directory):  # unlike Path.is_dir, no error for what may not be looked at
         raise InputError(f"{path}: no such directory; give the output directory of `polarmask convert`")
     if not os.path.isfile(file):
+        sets = [Path(path, name) for name in ("train", "val", "test")]
+        below = [str(each) for each in sets if os.path.isfile(each / "dataset.json")]
+        if below:
+            raise InputError(f"{path}: is not one converted set, but holds {', '.join(below)}; name one")
         raise InputError(f"{path}: holds no dataset.json, so it is not a (completely) converted data set; {again}")
     try:
         content = json.loads(read_file(file, _MOST_BYTES))
