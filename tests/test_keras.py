@@ -1,6 +1,7 @@
 """What Keras promises of a model: files, clones, callbacks, compile and fit; and the front door of the package."""
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
@@ -404,12 +405,39 @@ def test_the_documented_instances_are_what_the_pipeline_gives(tmp_path):
     targets.check_batch((x, y), config.model.fpn.levels)
 
 
+def test_fit_compares_the_classes_of_converted_data_with_the_models(tmp_path, monkeypatch):
+    pm.draw_shapes(tmp_path, train=2, val=0, size=64, progress=False)
+    document = json.loads((tmp_path / "train/annotations.json").read_text())
+    names = [category["name"] for category in document["categories"]]
+    for entry in (*document["categories"], *document["annotations"]):
+        entry["id" if "name" in entry else "category_id"] += 20
+    (tmp_path / "coco.json").write_text(json.dumps(document))
+    pm.convert_coco(tmp_path / "coco.json", tmp_path / "train/images", tmp_path / "data", progress=False)
+    monkeypatch.setattr(tf_keras.Model, "fit", lambda self, *args, **kwargs: "fitted")
+
+    def fit(classes):
+        model = PolarMask(configs.load("shapes", NARROW), classes)
+        data = pm.training_data(tmp_path / "data", model.config)
+        assert model.fit(data, validation_data=pm.validation_data(tmp_path / "data", model.config)) == "fitted"
+        return [(entry["name"], entry["category_id"]) for entry in model.classes]
+
+    expected = [(entry["name"], entry["id"]) for entry in document["categories"]]
+    assert fit(names) == expected and expected[0][1] > 20  # results then have the ids of the data
+    assert fit(pm.training_data(tmp_path / "data", configs.load("shapes", NARROW)).classes) == expected
+    mine = [{"name": name, "category_id": 7 + n} for n, name in enumerate(names)]
+    assert fit(mine) == [(name, 7 + n) for n, name in enumerate(names)]
+    assert len(fit(len(names))) == len(names)
+    for wrong in (names[::-1], names[:2], 2, [*names, "more"]):
+        with pytest.raises(InputError, match=rf"data's classes are {names[0]}.*in this order, and the model's .*data\.classes"):
+            fit(wrong)
+
+
 @pytest.mark.parametrize("damaged", ["train", "validation", "neither"])
 def test_fit_names_the_shard_that_is_damaged(tmp_path, damaged):
     pm.draw_shapes(tmp_path, train=4, val=0, size=64, progress=False)
     for name in ("train", "validation"):
         pm.convert_coco(tmp_path / "train/annotations.json", tmp_path / "train/images", tmp_path / name, progress=False)
-    model = make("shapes", (*NARROW, "data.size=[64,64]", "data.batch=2"))
+    model = PolarMask(configs.load("shapes", (*NARROW, "data.size=[64,64]", "data.batch=2")), 4)
     model.compile("sgd")
     data, validation = (
         make_data(tmp_path / name, model.config)

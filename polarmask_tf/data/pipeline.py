@@ -61,8 +61,9 @@ def training_data(directory, config: Config, *, seed: int | None = None) -> tf.d
 
     Each time it is iterated, as Keras does for every epoch, it goes on in the endless order of `training_batches`: the
     batches of its epochs are those that `polarmask train` takes, every image comes before one comes again, and what an epoch
-    leaves over begins the next. Its length is the number of whole batches of all images, at least one. `seed`:
-    config.train.seed if None. Raises InputError for data that are not usable or hold no object.
+    leaves over begins the next. Its length is the number of whole batches of all images, at least one. Its `classes` are
+    those of the data, as PolarMask takes them. `seed`: config.train.seed if None. Raises InputError for data that are not
+    usable or hold no object.
     """
     info = _load_whole(directory, config)
     dataset.require_objects(info)
@@ -115,7 +116,8 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
 
 
 def _explained(batches: tf.data.Dataset, info: DatasetInfo, config: Config, seed: int = 0) -> tf.data.Dataset:
-    """The same batches, which can tell PolarMask.fit what of the data an error came from."""
+    """The same batches, which tell PolarMask.fit of what classes they are, and what of the data an error came from."""
+    batches.classes = info.classes
     batches.explain = functools.partial(explain, info=info, config=config, seed=seed)
     return batches
 

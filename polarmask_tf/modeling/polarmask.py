@@ -178,6 +178,9 @@ class PolarMask(tf_keras.Model):
             if isinstance(data, tf.data.Dataset):
                 images, _ = targets.check_batch(data.element_spec, self.config.model.fpn.levels)
                 self._check_shape(images.shape)
+                self._check_classes(getattr(data, "classes", None))
+        if [entry["category_id"] for entry in self.classes] == list(range(1, self.num_classes + 1)):  # of names alone
+            self._classes = _Untracked(getattr(x, "classes", self.classes))
         first = self.optimizer.iterations.numpy() if self.optimizer else 0
         try:
             return super().fit(x, y, *args, **kwargs)
@@ -187,6 +190,15 @@ class PolarMask(tf_keras.Model):
                 if explained := explain(error, step=int(self.optimizer.iterations.numpy() - first)):
                     raise explained from None
             raise
+
+    def _check_classes(self, theirs):
+        """InputError unless `theirs`, the classes of data that know them, are in number and, if there are any, in name ours."""
+        names = [entry["name"] for entry in theirs or ()]
+        own = [entry["name"] for entry in self.classes]
+        if theirs and own not in (names, [entry["name"] for entry in _named_classes(len(names))]):
+            told, mine = (", ".join(each[:10]) + (", ..." if len(each) > 10 else "") for each in (names, own))
+            how = "PolarMask(config, classes=data.classes) takes those of the data"
+            raise InputError(f"fit: the data's classes are {told}, in this order, and the model's {mine}: {how}")
 
     @_no_autograph
     def train_step(self, data):
