@@ -522,6 +522,17 @@ def test_yolo_boxes_alone_are_refused_with_the_way_out(tmp_path):
         run(tmp_path / "s", tmp_path / "o")
 
 
+def test_yolo_without_names_and_without_an_outline_says_what_is_wrong(tmp_path):
+    picture(tmp_path / "s/images/a.png", 60, 80)
+    (tmp_path / "s/labels").mkdir()
+    (tmp_path / "s/labels/a.txt").write_text("0 .5 .5 .2 .2")
+    with pytest.raises(InputError, match="no usable object: annotations are boxes"):
+        only(tmp_path / "s", tmp_path / "o")
+    (tmp_path / "s/labels/a.txt").write_text("")
+    info = only(tmp_path / "s", tmp_path / "o", format="yolo")
+    assert [c["name"] for c in info.classes] == ["object"] and info.num_instances == 0
+
+
 def test_yolo_splits_by_yaml_lists_and_folders(tmp_path):
     home = tmp_path / "s"
     yolo_set(home, {"train/a": f"0 {QUARTER}", "train/b": "", "val/c": f"1 {QUARTER}"}, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from polarmask_tf import config
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.folder import Folder, Names, is_picture, stem, walk
-from polarmask_tf.data.sources.source import BOX, RECTANGLE, SPLITS, Builder, Source, class_name, skip_image, text_of
+from polarmask_tf.data.sources.source import BOX, ONE_CLASS, RECTANGLE, SPLITS, Builder, Source, class_name, skip_image, text_of
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import io_error_text, read_file
 
@@ -74,7 +74,7 @@ def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False
         if "labels" in name.split("/")[:-1]:
             report.skip("label file without a picture", name)
     if names is None:
-        names = {index: str(index) for index in known}
+        names = {index: str(index) for index in known} or {0: ONE_CLASS}  # the second: of files without an outline
         if known:
             what = "classes without names, called by their numbers (data.yaml or classes.txt would name them)"
             report.note(what, f"{path}: {', '.join(map(str, sorted(known)[:10]))}")
