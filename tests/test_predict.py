@@ -158,6 +158,8 @@ def test_read_image_raises_input_errors(tmp_path):
         with pytest.raises(InputError) as error:
             read_image(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"the image is None, which cv2\.imread gives"):
+        read_image(None)
 
 
 @pytest.fixture

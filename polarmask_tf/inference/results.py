@@ -142,6 +142,8 @@ def read_image(image, **options) -> np.ndarray:
 
     Raises InputError for what is no image.
     """
+    if image is None:
+        raise InputError("the image is None, which cv2.imread gives for a file that it cannot read")
     try:
         if not isinstance(image, np.ndarray):
             given, image = image, lite.read_image(image, **options)
