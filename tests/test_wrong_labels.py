@@ -220,3 +220,22 @@ def test_pictures_whose_names_are_not_utf8_are_named(tmp_path):
     yolo(source, name="good")
     info = converted(source, tmp_path / "out")
     assert info.num_images == 1 and info.skipped["image whose file name is not UTF-8: rename it"] == 1
+
+
+# ---- cost
+
+
+def test_cvat_files_have_bounds(tmp_path, monkeypatch):
+    points = ";".join(["20,10", "60,10", "60,30"] * 34_000)
+    shapes = [f'<polygon label="x" points="{points}"/>', '<polygon label="x" points="20,10;60,10;60,30"/>']
+    info = converted(cvat(tmp_path / "a", *shapes), tmp_path / "out")
+    assert info.skipped == {"polygon of more than 100,000 vertices or 10,000 parts": 1}
+    monkeypatch.setattr("polarmask_tf.data.segmentation.MAX_RUNS", 100)
+    mask = f'<mask label="x" left="0" top="0" width="60" height="60" rle="{",".join(["1"] * 3600)}"/>'
+    info = converted(cvat(tmp_path / "b", mask, shapes[1]), tmp_path / "out")
+    assert info.skipped == {"RLE of more than 5,000,000 runs": 1}
+    monkeypatch.setattr("polarmask_tf.data.sources.cvat._MOST_ELEMENT", 2**21)
+    with pytest.raises(InputError, match="an element, or a comment, of more than 2,097,152 bytes"):
+        converted(cvat(tmp_path / "c", f'<polygon label="{"x" * 2**22}" points=""/>'), tmp_path / "out")
+    many = f'<polygon label="{"x" * 1000}" points="20,10;60,10;60,30"/>' * 4000
+    assert converted(cvat(tmp_path / "d", many), tmp_path / "out").num_instances == 4000
