@@ -119,7 +119,7 @@ def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
     """
     path = os.path.abspath(path)
     check_regular(Path(os.path.dirname(path)).glob(glob.escape(os.path.basename(path)) + "*"))
-    if not any(character in path for character in "[]*?\\"):
+    if is_text(path) and not any(character in path for character in "[]*?\\"):
         yield path
         return
     import tempfile  # this and others below where they are needed: they are half the time of `polarmask --help`
@@ -127,6 +127,20 @@ def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
         yield os.path.join(folder, "link", os.path.basename(path))
+
+
+def is_text(path: str | os.PathLike) -> bool:
+    """Whether a path is UTF-8, and not of bytes in another encoding: TensorFlow takes no other."""
+    try:
+        return str(path).encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def check_text(path: str | os.PathLike) -> None:
+    """InputError unless it `is_text`."""
+    if not is_text(path):
+        raise InputError(f"{path}: no name in UTF-8, of which TensorFlow reads and writes files; rename it")
 
 
 def check_regular(paths: typing.Iterable[Path]) -> None:

@@ -254,3 +254,16 @@ def test_a_file_of_the_input_is_not_replaced_by_the_output(tmp_path):
             files.check_writable(path, (None, data, model), b'{"AP"')
     for path in (data / "found.json", data / "new.json", tmp_path / "other.json"):  # what it wrote before, what is not there
         files.check_writable(path, (None, data, model), b'{"AP"')
+
+
+def test_names_that_are_no_utf8_are_read_by_a_link_and_refused_for_writing(tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    folder.mkdir()
+    (folder / "step-1.index").write_text("here")
+    with files.readable_by_tensorflow(folder / "step-1") as path:
+        path.encode()
+        with open(f"{path}.index") as file:
+            assert file.read() == "here"
+    with pytest.raises(InputError, match="no name in UTF-8"):
+        files.check_text(folder)
+    files.check_text(tmp_path / "Äpfel")

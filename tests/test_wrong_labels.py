@@ -78,7 +78,7 @@ def masks(home, numbers):
 
 
 def converted(source, out, **options):
-    (info,) = convert.convert_dataset(source, out, progress=False, processes=1, **options).values()
+    (info,) = convert.convert_dataset(source, out, progress=False, **{"processes": 1, **options}).values()
     return info
 
 
@@ -239,3 +239,22 @@ def test_cvat_files_have_bounds(tmp_path, monkeypatch):
         converted(cvat(tmp_path / "c", f'<polygon label="{"x" * 2**22}" points=""/>'), tmp_path / "out")
     many = f'<polygon label="{"x" * 1000}" points="20,10;60,10;60,30"/>' * 4000
     assert converted(cvat(tmp_path / "d", many), tmp_path / "out").num_instances == 4000
+
+
+# ---- from Python
+
+WRONG = [("shards", v) for v in ("3", 1.5, True)] + [("processes", "2"), ("bit_depth", 9.5), ("max_edges", None)]
+WRONG += [("min_area", v) for v in ("1", None)] + [("tile", v) for v in ("64", 64.5)] + [("overlap", "1"), ("group", 5)]
+WRONG += [("split", v) for v in ("0.1", ["a"], 5)] + [("classes", v) for v in ("cat", [5], [None], 5)]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_options_of_the_wrong_type_are_one_line(name, value, tmp_path):
+    with pytest.raises(InputError, match=f"^{name} is "):
+        converted(coco(tmp_path / "source", {}), tmp_path / "out", **{name: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_may_be_numbers_of_numpy(tmp_path):
+    source = coco(tmp_path / "source", {})
+    converted(source, tmp_path / "out", shards=np.int64(1), max_edges=np.int32(20), min_area=np.float32(2))

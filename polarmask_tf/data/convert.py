@@ -21,7 +21,7 @@ from tqdm import tqdm
 from polarmask_tf import lite
 from polarmask_tf.data import contours, dataset, pictures, publish, records, report_file, segmentation, tiles
 from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates
-from polarmask_tf.data.options import Options, checked
+from polarmask_tf.data.options import Options, check_choices, checked
 from polarmask_tf.data.processes import run_tasks
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco, recognise
@@ -119,6 +119,7 @@ def convert_dataset(
     `convert` does. Nothing in a source is changed.
     """
     record_options, work = checked(**options)
+    check_choices(split, classes, group)
     report, out, sources = Report(record_options.strict), Path(out).resolve(), []
     publish.check_target(out, None, [source, *add])
     finding = {
