@@ -73,6 +73,8 @@ def init(args):
 
     if args.out and args.out.exists():
         raise InputError(f"{args.out}: exists; remove it, or choose another --out")
+    if args.out:
+        check_writable(args.out)
     text = init_config.fit(args.data, args.val)
     if args.out:
         write_new(args.out, text)
@@ -120,7 +122,7 @@ def evaluate(args):
 
     swapped.check_one("evaluate", args.model, "--data", args.data)
     if args.json:
-        check_writable(args.json)
+        check_writable(args.json, (args.model, args.data), b'{\n "values"')
     # Only of the whole: else predict would go by a few pictures, or by what was left of the detections.
     subject = thresholds.subject(args.model) if args.limit is None and args.score_threshold is None else None
     checkpoint = ""
@@ -249,7 +251,7 @@ def inspect(args):
 
 def benchmark(args):
     if args.csv:
-        check_writable(args.csv)
+        check_writable(args.csv, (*args.models, args.image, args.data))
     if not args.models:
         raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
     if args.operations:

@@ -70,14 +70,29 @@ def write_new(path: Path, content: str) -> None:
         raise
 
 
-def check_writable(path: Path) -> None:
-    """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold."""
+def check_writable(path: Path, inputs: typing.Iterable = (), begins: bytes = b"") -> None:
+    """InputError unless a file can be written at `path`: to be said before the work whose outcome it will hold.
+
+    Neither is a file of the work's `inputs` (paths, or None) replaced, or one in them, unless it begins as what was written
+    there before.
+    """
+    for each in filter(None, inputs):
+        base, real = os.path.realpath(each), os.path.realpath(path)
+        if os.path.isfile(real) and (real == base or real.startswith(os.path.join(base, ""))) and not _begins(real, begins):
+            raise InputError(f"{path}: is a file of {each}, which would be replaced; name another one")
     part = _beside(_file(path))
     try:
         part.touch()
         part.unlink()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {io_error_text(error)}") from None
+
+
+def _begins(path, start):
+    try:
+        return bool(start) and read_file(path, 2**30).startswith(start)
+    except OSError:
+        return False
 
 
 def _file(path):
@@ -104,7 +119,7 @@ def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
     """
     path = os.path.abspath(path)
     check_regular(Path(os.path.dirname(path)).glob(glob.escape(os.path.basename(path)) + "*"))
-    if not any(character in path for character in "[]*?\\"):
+    if is_text(path) and not any(character in path for character in "[]*?\\"):
         yield path
         return
     import tempfile  # this and others below where they are needed: they are half the time of `polarmask --help`
@@ -112,6 +127,20 @@ def readable_by_tensorflow(path: str | os.PathLike) -> typing.Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(os.path.dirname(path), os.path.join(folder, "link"))
         yield os.path.join(folder, "link", os.path.basename(path))
+
+
+def is_text(path: str | os.PathLike) -> bool:
+    """Whether a path is UTF-8, and not of bytes in another encoding: TensorFlow takes no other."""
+    try:
+        return str(path).encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def check_text(path: str | os.PathLike) -> None:
+    """InputError unless it `is_text`."""
+    if not is_text(path):
+        raise InputError(f"{path}: no name in UTF-8, of which TensorFlow reads and writes files; rename it")
 
 
 def check_regular(paths: typing.Iterable[Path]) -> None:
@@ -139,22 +168,35 @@ def lock(directory: Path, purpose: str) -> typing.Iterator[None]:
     one machine only). Where there are none at all a line on stderr says so, and the work goes on.
 
     Raises InputError that names the holder (command, process, machine, since when) if there is one, or if the directory
-    cannot be written. At the end the file is removed, and so is the directory if it was made here and is empty.
+    cannot be written; and at the end if it is another directory than at the beginning, of which nothing is touched. Else the
+    file is removed, and so is the directory if it was made here and is empty.
     """
     directory = Path(directory)
     made = not directory.exists()
     file = _locked_file(directory, purpose)
+    ours = os.stat(directory)
     try:
         yield
+        if not _is(directory, ours):
+            what = "was moved or removed while it was written, and what was written may lie in two places"
+            raise InputError(f"{directory}: {what}")
     finally:
         try:
             with contextlib.suppress(OSError):
-                (directory / LOCK).unlink()  # while it is locked: nobody else's
+                if _is(directory / LOCK, os.fstat(file)):
+                    (directory / LOCK).unlink()  # while it is locked: nobody else's
         finally:  # of a Ctrl-C just now
             os.close(file)
-        if made:
+        if made and _is(directory, ours):
             with contextlib.suppress(OSError):
                 directory.rmdir()
+
+
+def _is(path, status):
+    """Whether a path leads to what has this os.stat."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), status)
+    return False
 
 
 def _locked_file(directory, purpose):
@@ -169,7 +211,7 @@ def _locked_file(directory, purpose):
         try:
             _take(file, directory)
             # Between opening and locking, the holder before may have removed the file: then it locks nothing.
-            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+            if _is(path, os.fstat(file)):
                 import datetime
                 import socket
 

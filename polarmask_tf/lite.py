@@ -28,7 +28,10 @@ SHOWN = 0.3  # least score of what is printed and drawn, of a model that does no
 MAX_SCORE = 1.5  # the most that a model with the released code's scores gives
 FITS = ("letterbox", "stretch", "short_side")  # see fit_sizes
 ACCELERATORS = ("cpu", "gpu")  # of LiteRT's CompiledModel
-_JPEG, _PNG = b"\xff\xd8", b"\x89P"  # how files begin
+_JPEG, _PNG, _JP2, _J2K = b"\xff\xd8", b"\x89P", b"\0\0\0\x0c", b"\xff\x4f"  # how files begin
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SIDES, _STRIPS = (256, 257), (273, 324)  # its tags: width and height, where its pixels are
+_TAG_BYTES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)  # by type
 
 # Bounds that no real data meets. What is beyond them is refused in one line, before it costs memory or time.
 MAX_PIXELS = 120_000_000  # of an image, which is decoded whole
@@ -37,10 +40,14 @@ MAX_IMAGE_BYTES = 2**29  # of an image file
 MAX_SCANS = 100  # of a progressive JPEG, each of which takes about as long as a whole picture
 MAX_SLOW_PIXELS = 10_000_000  # of an image that Pillow decodes in Python: QOI, PPM with text or few levels, ...
 MAX_SEGMENTS, MAX_CHUNKS = 500, 100_000  # of a JPEG before its pixels, of a PNG: Pillow goes through them in Python, ...
+MAX_STRIPS, MAX_SUB_BLOCKS = 100_000, 5_000_000  # of a TIFF; of a GIF's first frame
 MAX_HEADER_BYTES = 2**16  # ... and through a PPM's header byte by byte
 MAX_MODEL_BYTES = 2**31  # of a .tflite file
 MAX_METADATA_BYTES = 2**20
 MAX_CLASSES, MAX_RAYS, MAX_DETECTIONS = 100_000, 3600, 100_000
+
+_KINDS = {_JPEG: (2, "segments before its pixels", MAX_SEGMENTS), _PNG: (8, "chunks", MAX_CHUNKS)}
+_KINDS |= {_JP2: (12, "boxes", MAX_CHUNKS), _J2K: (2, "segments before its pixels", MAX_CHUNKS)}
 
 # Raster formats alone: for others, like PostScript, Pillow runs programs. The commonest first.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "TGA", "PCX", "SGI", "SUN", "DIB", "QOI", "AVIF")
@@ -133,27 +140,98 @@ def open_image(file):
 def check_blocks(file):
     """The binary file, to be opened; ValueError, or what Pillow raises, for so much beside its pixels that it takes minutes."""
     file.seek(0)
-    head, count = file.read(2), 0
-    if head[:1] == b"P" and head[1:] in b"0123456fy":
+    head = file.read(4)
+    if head[:1] == b"P" and head[1:2] in b"0123456fy":
         Image.open(io.BytesIO(head + file.read(MAX_HEADER_BYTES)), formats=("PPM",))
-    kinds = {_JPEG: (2, "segments before its pixels", MAX_SEGMENTS), _PNG: (8, "chunks", MAX_CHUNKS)}
-    at, what, most = kinds.get(head, (0, "", 0))
+    elif head in _TIFF:
+        _check_tags(file, head)
+    elif head[:3] == b"GIF":
+        _check_extensions(file)
+    start, what, most = next((kind for mark, kind in _KINDS.items() if head.startswith(mark)), (0, "", 0))
+    count, at = 0, start
     while at:
         file.seek(at)
-        block = file.read(4)
-        if len(block) < 4 or (head == _JPEG and (block[0] != 0xFF or block[1] == 0xDA)):
+        block = file.read(16)
+        step = _step(head, block)
+        if not step:
             break
-        count += 1
+        count, at = count + 1, at + step
         if count > most:
             raise ValueError(f"more than {most:,} {what}")
-        if head == _PNG:
-            at += 12 + int.from_bytes(block, "big")
-        elif block[1] in (0, 0xFF):  # filling
-            at += 1
-        else:
-            at += 2 if block[1] == 1 or 0xD0 <= block[1] < 0xDA else 2 + int.from_bytes(block[2:], "big")
     file.seek(0)
     return file
+
+
+def _step(head, block):
+    """Bytes from the beginning of a block to that of the next one that Pillow goes through; 0 at the last."""
+    if len(block) < 4:
+        return 0
+    if head.startswith(_PNG):
+        return 12 + int.from_bytes(block[:4], "big")
+    if head.startswith(_JP2):
+        size = int.from_bytes(block[8:16] if block[:4] == b"\0\0\0\1" else block[:4], "big")
+        return 8 if block[4:8] == b"jp2h" else 0 if block[4:8] == b"jp2c" or size < 8 else size
+    last = 0xDA if head.startswith(_JPEG) else 0x90
+    if block[0] != 0xFF or block[1] == last:
+        return 0
+    if block[1] in (0, 0xFF):  # filling
+        return 1
+    return 2 if block[1] == 1 or 0xD0 <= block[1] < 0xDA else 2 + int.from_bytes(block[2:4], "big")
+
+
+def _check_tags(file, head):
+    """Of the first two pages of a TIFF, which are opened: Pillow reads all tags, and makes an object of each strip or tile."""
+    order, large = "little" if head[:1] == b"I" else "big", 43 in head[2:]
+    wide, each = (8, 20) if large else (4, 12)
+    most, at = file.seek(0, 2), wide
+    for _ in range(2):
+        file.seek(at)
+        page = int.from_bytes(file.read(wide), order)
+        if not 0 < page < most:
+            break
+        file.seek(page)
+        number, total, sides, strips = int.from_bytes(file.read(8 if large else 2), order), 0, [], 0
+        if number >= 2**16:
+            raise ValueError(f"{number:,} tags")
+        tags, at = file.read(number * each), page + (8 if large else 2) + number * each
+        for first in range(0, len(tags) - each + 1, each):
+            tag, kind, count = (int.from_bytes(tags[first + a : first + b], order) for a, b in ((0, 2), (2, 4), (4, 4 + wide)))
+            size = _TAG_BYTES[kind] if kind < len(_TAG_BYTES) else 0
+            total += count * size
+            if tag in _SIDES:
+                sides.append(int.from_bytes(tags[first + 4 + wide :][:size], order))
+            strips = count if tag in _STRIPS else strips
+        if strips > MAX_STRIPS:
+            what = f"{strips:,} strips or tiles, and the limit is {MAX_STRIPS:,}"
+            raise (Image.DecompressionBombError if np.prod(sides, dtype=float) > MAX_PIXELS else ValueError)(what)
+        if total > most:
+            raise ValueError("tags of more bytes than the file has")
+
+
+def _check_extensions(file):
+    """Of a GIF before its second frame: Pillow goes through blocks, and joins comments each time anew."""
+    file.seek(10)
+    colors, kind, count = file.read(3)[:1], b"", {b",": 0, b"!": 0}
+    _skip_colors(file, colors)
+    frames = 0
+    while frames < 2 and (kind := file.read(1)) not in (b"", b";"):
+        if kind == b",":
+            frames += 1
+            _skip_colors(file, file.read(9)[8:])
+        file.seek(kind in (b",", b"!"), 1)  # the bits of a code, or what an extension is
+        while kind in count and frames < 2 and (size := file.read(1)) not in (b"", b"\0"):
+            count[kind] += 1
+            file.seek(size[0], 1)
+            if count[b"!"] > MAX_CHUNKS or count[b","] > MAX_SUB_BLOCKS:
+                raise ValueError("more blocks than any picture has")
+        count[b"!"] += kind != b","
+        if count[b"!"] > MAX_CHUNKS:
+            raise ValueError("more blocks than any picture has")
+
+
+def _skip_colors(file, flags):
+    if flags and flags[0] & 128:
+        file.seek(6 << (flags[0] & 7), 1)
 
 
 def _decode(image, exif, bit_depth, notes):

@@ -306,6 +306,17 @@ def test_one_conversion_at_a_time_into_a_directory(coco, tmp_path):
         run(coco, tmp_path / "set")
 
 
+@pytest.mark.parametrize("options", [{}, {"split": [0.3]}])
+def test_a_directory_in_use_is_told_before_annotations_are_read(coco, tmp_path, monkeypatch, options):
+    """Also of a conversion into train/ and val/ in it, beside which one without splits would lie."""
+    monkeypatch.setattr(convert.recognise, "read", lambda *_, **__: pytest.fail("read"))
+    with files.lock(tmp_path / "set", "convert"), pytest.raises(InputError, match="in use by polarmask convert"):
+        convert.convert_dataset(coco[0], tmp_path / "set", images=coco[1], progress=False, **options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        convert.convert_dataset(coco[0], tmp_path / "file", images=coco[1], progress=False, **options)
+
+
 def test_a_disk_that_is_full_at_the_very_end_leaves_what_was_there(coco, tmp_path, monkeypatch):
     run(coco, tmp_path / "set")
     before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}

@@ -220,3 +220,50 @@ def test_only_regular_files_are_read_and_not_beyond_their_size(tmp_path):
     with pytest.raises(IsADirectoryError):
         files.read_file(tmp_path, 100)
     assert files.read_file("/proc/self/pagemap", 10**20) == b""  # without an end
+
+
+def test_a_directory_that_is_moved_meanwhile_is_not_the_one_that_took_its_place(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="moved or removed while it was written"), files.lock(run, "train"):
+        run.rename(tmp_path / "old")
+        with files.lock(run, "convert"):
+            pass
+        other = files.lock(run, "convert")
+        other.__enter__()
+    assert (run / files.LOCK).is_file()  # of the other, who keeps a third one out
+    with pytest.raises(InputError, match="in use by polarmask convert"), files.lock(run, "predict"):
+        pytest.fail("two hold it")
+    other.__exit__(None, None, None)
+    assert not run.exists()
+
+
+def test_a_directory_that_is_removed_meanwhile_is_told(tmp_path):
+    with pytest.raises(InputError, match="moved or removed"), files.lock(tmp_path / "run", "train"):
+        (tmp_path / "run" / files.LOCK).unlink()
+        (tmp_path / "run").rmdir()
+
+
+def test_a_file_of_the_input_is_not_replaced_by_the_output(tmp_path):
+    data, model = tmp_path / "data", tmp_path / "model.tflite"
+    data.mkdir()
+    for path, text in ((data / "dataset.json", "{}"), (data / "found.json", '{"AP": 1}'), (model, "x")):
+        path.write_text(text)
+    os.symlink(model, tmp_path / "link")
+    for path in (data / "dataset.json", model, tmp_path / "link"):
+        with pytest.raises(InputError, match="which would be replaced"):
+            files.check_writable(path, (None, data, model), b'{"AP"')
+    for path in (data / "found.json", data / "new.json", tmp_path / "other.json"):  # what it wrote before, what is not there
+        files.check_writable(path, (None, data, model), b'{"AP"')
+
+
+def test_names_that_are_no_utf8_are_read_by_a_link_and_refused_for_writing(tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    folder.mkdir()
+    (folder / "step-1.index").write_text("here")
+    with files.readable_by_tensorflow(folder / "step-1") as path:
+        path.encode()
+        with open(f"{path}.index") as file:
+            assert file.read() == "here"
+    with pytest.raises(InputError, match="no name in UTF-8"):
+        files.check_text(folder)
+    files.check_text(tmp_path / "Äpfel")

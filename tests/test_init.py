@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from polarmask_tf.data import dataset, records
 from polarmask_tf.errors import InputError
 from polarmask_tf.tools import doctor, init_config, upper_bound
 from polarmask_tf.tools.init_config import PRETRAINED, SCRATCH, Survey
-from polarmask_tf.training import directory, log
+from polarmask_tf.training import checks, directory, log
 from polarmask_tf.weights import imagenet
 
 TINY = ("model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", "train.steps=4", "data.batch=4")
@@ -270,3 +271,18 @@ def test_a_line_tells_of_the_steps_since_the_line_before(tmp_path, capsys):
     said = capsys.readouterr().err
     assert re.search(r"^step 20/60: loss 10.500, .* min left, ends about \d\d:\d\d$", said, re.M)
     assert re.search(r"^step 60/60: loss 50.500, .* min left$", said, re.M)
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_data_are_looked_at(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(init_config, "fit", lambda *_: pytest.fail("looked at"))
+    assert cli.main(["init", str(tmp_path), "--out", str(tmp_path / "missing" / "my.yaml")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_data_whose_name_is_no_utf8_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no name in UTF-8"):
+        init_config.fit(tmp_path / os.fsdecode(b"d\xff"))
+    settings = config.load("small", [])
+    data = dataclasses.replace(settings.data, train=os.fsdecode(b"d\xff"))
+    with pytest.raises(InputError, match="no name in UTF-8"):
+        checks.check_data(dataclasses.replace(settings, data=data))

@@ -210,3 +210,27 @@ def test_on_the_command_line(source, tmp_path, monkeypatch, capsys):
     assert "no interrupted run to resume" in capsys.readouterr().err
     assert cli.main([*words, "--out", str(out), "--classes", "dog"]) == 2
     assert "no class 'dog'" in capsys.readouterr().err
+
+
+def test_labelme_files_that_were_corrected_are_not_replaced(source, tmp_path):
+    out = tmp_path / "out"
+    run(source, out, "labelme")
+    run(source, out, "labelme")  # as they were written: replaced
+    corrected = out / "labelme" / "deep" / "b.json"
+    text = json.dumps(json.loads(corrected.read_text()), indent=2)  # as labelme saves
+    corrected.write_text(text)
+    with pytest.raises(InputError, match=r"b\.json: is not as `predict` wrote it .*move .*labelme away"):
+        run(source, out, "coco", "labelme")
+    assert corrected.read_text() == text and not (out / "results.json").exists()
+    run(source, out, "coco")  # which does not touch them
+    assert corrected.read_text() == text
+
+
+def test_the_truth_is_not_replaced(source, tmp_path):
+    truth = tmp_path / "results.json"
+    image = {"id": 1, "file_name": "1.png", "width": 80, "height": 60}
+    text = json.dumps({"images": [image], "annotations": [], "categories": []})
+    truth.write_text(text)
+    with pytest.raises(InputError, match="would be replaced by what is written"):
+        run(source, tmp_path, "coco", truth=truth)
+    assert truth.read_text() == text

@@ -13,6 +13,8 @@ from polarmask_tf.data.sources.source import Source
 from polarmask_tf.errors import InputError, did_you_mean, nfc
 from polarmask_tf.files import read_file
 
+# Also labelme's name for what is to be looked away from.
+_BACKGROUND = ("_background_", "__background__", "background", "bg", "__ignore__")
 _MOST_BYTES = 2**29  # of a picture that is compared, as of one that is converted
 
 
@@ -41,7 +43,8 @@ def _united(sources, report):
     if all(source.classes == sources[0].classes for source in sources):
         return sources[0].classes
     ids: dict = {}  # (name, how many of that name the source had before) -> category id
-    keys_of = []
+    taken: set[int] = set()
+    keys_of, most = [], 0
     for source in sources:
         before: collections.Counter = collections.Counter()
         keys = []
@@ -50,8 +53,9 @@ def _united(sources, report):
             before[entry["name"]] += 1
             keys.append(key)
             if key not in ids:
-                taken = set(ids.values())
-                ids[key] = entry["category_id"] if entry["category_id"] not in taken else max(taken) + 1
+                ids[key] = entry["category_id"] if entry["category_id"] not in taken else most + 1
+                taken.add(ids[key])
+                most = max(most, ids[key])
             elif ids[key] != entry["category_id"]:
                 what = "class with another category id in another source: it has that of the first"
                 report.note(what, f"{source.path}: {entry['name']!r} has {entry['category_id']}, and {ids[key]} here")
@@ -65,15 +69,26 @@ def _united(sources, report):
     return [{"name": name, "category_id": ids[name, k]} for name, k in order]
 
 
-def tell_alike(classes: list[dict], report: Report) -> None:
-    """Notes which classes have names that differ in case or spaces alone."""
-    plain = collections.defaultdict(set)
+def tell_classes(classes: list[dict], images: list[dict], where: str, report: Report) -> None:
+    """Notes names that are the same, or nearly, and those of no class of objects."""
+    ids, plain = collections.defaultdict(list), collections.defaultdict(set)
     for entry in classes:
+        ids[entry["name"]].append(str(entry["category_id"]))
         plain["".join(entry["name"].lower().split())].add(entry["name"])
+    for name, same in ids.items():
+        if len(same) > 1:
+            what = "categories of one name, which stay different classes: each with an AP of its own, confused with the others"
+            report.note(what, f"{where}: {name!r} has the ids {', '.join(same[:10])}")
     for names in plain.values():
         if len(names) > 1:
-            shown = " and ".join(map(repr, sorted(names)))
+            shown = " and ".join(map(repr, sorted(names)[:10]))
             report.note("classes whose names differ in case or spaces alone (--classes OLD=NEW makes them one)", shown)
+    if not plain.keys().isdisjoint(_BACKGROUND):
+        number = collections.Counter(annotation["label"] for image in images for annotation in image["annotations"])
+        for label, entry in enumerate(classes):
+            if entry["name"].lower() in _BACKGROUND:
+                what = f"a class named like the background, one of {len(classes)} classes to train and to average AP over"
+                report.note(what, f"{where}: {entry['name']!r} has {number[label]} annotations")
 
 
 def edit_classes(images: list[dict], classes: list[dict], edits: list[str], report: Report) -> list[dict]:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from polarmask_tf import lite
 from polarmask_tf.data import contours, dataset, pictures, publish, records, report_file, segmentation, tiles
-from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates, tell_alike
-from polarmask_tf.data.options import Options, checked
+from polarmask_tf.data.combine import combine, edit_classes, mark_duplicates, tell_classes
+from polarmask_tf.data.options import Options, check_choices, checked
 from polarmask_tf.data.processes import run_tasks
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources import coco, recognise
@@ -46,7 +46,7 @@ class _Task(typing.NamedTuple):
 
 class _Written(typing.NamedTuple):
     report: Report
-    counts: Counter  # num_images, num_instances, num_crowd
+    counts: Counter  # num_images, num_instances, num_crowd; drawn: those that are no crowd and have a pixel
     per_image: Counter  # instances that are no crowd -> images
     max_edges: int
     labels: Counter  # label -> instances that are no crowd
@@ -83,10 +83,11 @@ def convert(annotations: Path, images: Path, out: Path, **options) -> dataset.Da
     annotations, images = Path(annotations), Path(images)
     if not os.path.isdir(images):
         raise InputError(f"{images}: no such directory; give the one that holds the image files")
-    report = Report(record_options.strict)
+    report, out = Report(record_options.strict), Path(out).resolve()
     folder = Folder(images, record_options.exif, record_options.allow_outside, _most_pixels(record_options))
-    source = Source(annotations, "coco", *coco.read(annotations, report, folder), folder.root)
-    return _convert([source], Path(out).resolve(), record_options, work, report)[""]
+    with lock(out, "convert"):
+        source = Source(annotations, "coco", *coco.read(annotations, report, folder), folder.root)
+        return _convert([source], out, record_options, work, report)[""]
 
 
 def convert_dataset(
@@ -118,6 +119,7 @@ def convert_dataset(
     `convert` does. Nothing in a source is changed.
     """
     record_options, work = checked(**options)
+    check_choices(split, classes, group)
     report, out, sources = Report(record_options.strict), Path(out).resolve(), []
     publish.check_target(out, None, [source, *add])
     finding = {
@@ -127,9 +129,10 @@ def convert_dataset(
         "allow_outside": record_options.allow_outside,
         "most_pixels": _most_pixels(record_options),
     }
-    for path in (source, *add):
-        sources += recognise.read(path, report, images=images if path is source else None, **finding)
-    return _convert(sources, out, record_options, work, report, split=split, seed=seed, group=group, edits=classes)
+    with lock(out, "convert"):  # before masks are decoded; also of train/ and val/ in it, which all are of one conversion
+        for path in (source, *add):
+            sources += recognise.read(path, report, images=images if path is source else None, **finding)
+        return _convert(sources, out, record_options, work, report, split=split, seed=seed, group=group, edits=classes)
 
 
 def _most_pixels(options: Options) -> int:
@@ -150,18 +153,17 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
         for annotation in (a for entry in entries for a in entry["annotations"] if a["iscrowd"]):
             annotation["iscrowd"] = 0
             report.note("crowd region taken for a single object, as asked", f"annotation {annotation['id']}")
-    tell_alike(classes, report)
+    tell_classes(classes, entries, sources[0].path.name, report)
     mark_duplicates(entries, report, options.allow_outside)
     sets = sets_of(entries, split, seed, group, report)
     if options.tile:
         sets = {name: tiles.cut(members, options.tile, options.overlap, report) for name, members in sets.items()}
     publish.check_target(out, sets, ())
     with contextlib.ExitStack() as held:
-        if not os.path.exists(out):
-            held.callback(publish.remove_empty, out)
         done = []
         for name, members in sets.items():
-            held.enter_context(lock(out / name, "convert"))
+            if name:
+                held.enter_context(lock(out / name, "convert"))
             held.enter_context(publish.removing_partial(out / name))
             done.append(_write_set(out / name, members, classes, options, work, report if len(sets) == 1 else Report()))
         total = Report()
@@ -172,8 +174,7 @@ def _convert(sources, out, options, work, report, *, split=(), seed=0, group=Non
         infos = {name: each.info for name, each in zip(sets, done, strict=True)}
         if not any(info.num_images for info in infos.values()):
             raise InputError("; ".join([f"{of}: empty data set: none of its images is usable", *total.lines()]))
-        skipped = given or any("annotation" in reason for reason in total.skipped)
-        if all(info.num_instances == info.num_crowd for info in infos.values()) and skipped:
+        if not any(each.drawn for each in done) and (given or total.objects):
             why = coco.why_unusable(entries, total)
             raise InputError("; ".join([f"{of}: no usable object: {why}", *total.lines()]))
         for name, info in infos.items():
@@ -224,8 +225,7 @@ def _write_set(out, entries, classes, options, work, report) -> report_file.Writ
         tile=options.tile,
         overlap=options.overlap,
     )
-    labels, areas = (sum((getattr(part, name) for part in written), Counter()) for name in ("labels", "areas"))
-    return report_file.WrittenSet(info, report, labels, areas)
+    return report_file.WrittenSet(info, report, labels, areas, sum(part.counts["drawn"] for part in written))
 
 
 def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
@@ -246,7 +246,7 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
             except Unusable as reason:
                 report.skip(reason, where)
                 if image["annotations"]:
-                    report.skip("annotation of a skipped image", where, len(image["annotations"]))
+                    report.skip_object("annotation of a skipped image", where, len(image["annotations"]))
             except MemoryError:
                 raise InputError(f"{where}: not enough memory; try fewer --processes") from None
             else:
@@ -256,6 +256,8 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
                 records.write_record(file, example)
                 crowd = sum(i.is_crowd for i in found)
                 counts.update(num_images=1, num_instances=len(found), num_crowd=crowd)
+                sides = [image["height"], image["width"]]
+                counts["drawn"] += sum(not i.is_crowd and coco_mask.area({"size": sides, "counts": i.rle}) > 0 for i in found)
                 per_image[len(found) - crowd] += 1
                 labels.update(i.label for i in found if not i.is_crowd)
                 areas.update(report_file.side_of(i.area) for i in found if not i.is_crowd)
@@ -266,24 +268,24 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
 
 def _instances(image, task, report, where):
     height, width = image["height"], image["width"]
-    max_edges, found = task.options.max_edges, []
+    max_edges, found, seen = task.options.max_edges, [], set()
     for annotation in image["annotations"]:
         here = f"{where}, annotation {annotation['id']}"
         crowd = bool(annotation["iscrowd"])
         try:
             rle, rings, iou, reduced = segmentation.region(annotation["segmentation"], height, width, max_edges, coarse=crowd)
         except Unusable as reason:
-            report.skip(reason, here)
+            report.skip_object(reason, here)
             continue
         if not crowd and coco_mask.area(rle) < task.options.min_area:
             report.note(f"object smaller than --min-area {task.options.min_area:g}, left out as asked", here)
             continue
+        _tell_odd(annotation, rle, rings, seen, report, here)
         if iou < 0.99:
             report.note(f"polygon simplified to {max_edges} edges with an IoU below 0.99", f"{here}: {iou:.3f}")
         if reduced:
             report.note("degenerate part of a polygon left out", here)
-        points = rings[0] if len(rings) == 1 else np.concatenate(rings)
-        (left, top), (right, bottom) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+        left, top, right, bottom = _bounds(rings)
         if max(-left, right - width) > 0.1 * width or max(-top, bottom - height) > 0.1 * height:
             what = "outline that reaches more than a tenth of the image beyond it (are they of the image in another size?)"
             report.note(what, f"{here}: {width} x {height}, to {right:.0f}, {bottom:.0f}")
@@ -301,6 +303,28 @@ def _instances(image, task, report, where):
             )
         )
     return found
+
+
+def _bounds(rings):
+    points = rings[0] if len(rings) == 1 else np.concatenate(rings)
+    return [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
+
+
+def _tell_odd(annotation, rle, rings, seen, report, where):
+    """Notes what an outline alone does not show to be wrong. `seen`: the objects of the image before."""
+    if not coco_mask.area(rle):
+        report.note("object whose mask has no pixel: nothing is learned from it, and no detection matches it", where)
+    key = annotation["label"], annotation["iscrowd"], rle["counts"]
+    if key in seen:
+        report.note("object that is annotated twice, with the same class and mask", where)
+    seen.add(key)
+    if "bbox" in annotation:
+        left, top, width, height = annotation["bbox"]
+        limits = rle["size"][::-1] * 2
+        theirs, ours = (np.clip(box, 0, limits) for box in ((left, top, left + width, top + height), _bounds(rings)))
+        if np.abs(theirs - ours).max() > 3 + 0.25 * (ours[2:] - ours[:2]).max():
+            what = "'bbox' (x, y, width, height) far from the outline's, which counts (is one in another order or size?)"
+            report.note(what, where)
 
 
 def _area(area, rle, rings, report, where) -> float:

@@ -52,11 +52,11 @@ def load(path) -> DatasetInfo:
     """
     if isinstance(path, DatasetInfo):
         return path
+    again = "run `polarmask convert` to make it"
+    if not os.path.isdir(path):  # unlike Path.is_dir, no error for what may not be looked at
+        raise InputError(f"{path}: no such directory; give the output directory of `polarmask convert`")
     directory = Path(path).resolve()
     file = directory / "dataset.json"
-    again = "run `polarmask convert` to make it"
-    if not os.path.isdir(directory):  # unlike Path.is_dir, no error for what may not be looked at
-        raise InputError(f"{path}: no such directory; give the output directory of `polarmask convert`")
     if not os.path.isfile(file):
         sets = [Path(path, name) for name in ("train", "val", "test")]
         below = [str(each) for each in sets if os.path.isfile(each / "dataset.json")]

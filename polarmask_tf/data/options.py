@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections.abc
+import numbers
 import time
 import typing
 
@@ -56,6 +58,11 @@ def checked(
 ) -> tuple[Options, Work]:
     """What `convert.convert` takes as keywords; InputError for what is out of bounds."""
     limits = ((shards, 1, "shards"), (processes, 1, "processes"), (max_edges, 8, "max_edges"), (bit_depth, 8, "bit_depth"))
+    whole = {"shards": shards, "processes": processes, "bit_depth": bit_depth, "tile": tile, "overlap": overlap}
+    for name, given in whole.items():
+        _check_type(given, numbers.Integral, name, optional=True)
+    _check_type(max_edges, numbers.Integral, "max_edges")
+    _check_type(min_area, numbers.Real, "min_area")
     for value, least, name in (*limits, (min_area, 0, "min_area")):
         if value is not None and not value >= least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
@@ -68,3 +75,19 @@ def checked(
     overlap = tiles.check(tile, overlap) if tile else None
     of_all = (masks, verify, strict, max_edges, decoded, allow_outside, exif or "auto", bit_depth, min_area)
     return Options(*of_all, tile, overlap), Work(shards, processes, crowd_as_instances, progress, time.monotonic())
+
+
+def check_choices(split, classes, group) -> None:
+    """InputError for options of convert_dataset that are none, like a text where a list is wanted."""
+    for value, name, kind in ((split, "split", numbers.Real), (classes, "classes", str)):
+        if isinstance(value, str) or not isinstance(value, collections.abc.Sequence):
+            raise InputError(f"{name} is {value!r}; it must be a list")
+        for each in value:
+            _check_type(each, kind, f"{name} is {value!r}: one value")
+    _check_type(group, str, "group", optional=True)
+
+
+def _check_type(value, kind, name, optional=False):
+    if isinstance(value, bool) or not (isinstance(value, kind) or (optional and value is None)):
+        what = {str: "text", numbers.Integral: "a whole number", numbers.Real: "a number"}[kind]
+        raise InputError(f"{name} is {value!r}; it must be {what}")

@@ -39,6 +39,10 @@ def find(folder: Path, name: str, allow_outside: bool) -> Path:
     `folder` is resolved; a link counts as what it points to.
     """
     try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of another encoding
+        raise Unusable("image whose file name is not UTF-8: rename it") from None
+    try:
         path = os.path.realpath(folder / name)
         if not (allow_outside or path.startswith(os.path.join(folder, ""))):
             raise Unusable(OUTSIDE)

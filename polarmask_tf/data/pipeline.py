@@ -13,6 +13,7 @@ from polarmask_tf.data import dataset, order, records, transforms
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.order import no_autograph
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import check_text
 from polarmask_tf.ops import geometry
 
 _UNREADABLE = (
@@ -90,6 +91,7 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
     info = _load_whole(directory, config)
     data = dataclasses.replace(config.data, flip="none", scale=(1.0, 1.0), color_jitter=0.0, crop=(), sizes=())
     config = dataclasses.replace(config, data=data)
+    check_text(info.directory)
     stored = tf.data.Dataset.from_tensor_slices([str(path) for path in info.shard_paths]).flat_map(order.reader(data.damaged))
 
     @no_autograph

@@ -43,11 +43,6 @@ def remove_partial(out):
         partial.unlink(missing_ok=True)
 
 
-def remove_empty(out):
-    with contextlib.suppress(OSError):
-        out.rmdir()
-
-
 def check_room(out, entries, decoded):
     """InputError where the pixels of all images do not fit onto the disk."""
     need, free = 3 * sum(entry["height"] * entry["width"] for entry in entries), shutil.disk_usage(out).free

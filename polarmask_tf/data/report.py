@@ -23,6 +23,7 @@ class Report:
         self.strict = strict
         self.skipped: dict[str, list] = {}
         self.notes: dict[str, list] = {}
+        self.objects = 0  # of what was skipped: annotations, and not images
 
     def skip(self, reason: str | Unusable, where: str, count: int = 1) -> None:
         detail = getattr(reason, "detail", "")
@@ -31,10 +32,16 @@ class Report:
             raise InputError(f"{where}: {reason}; mend it, or leave out --strict to skip such things")
         self.skipped.setdefault(reason, [0, where])[0] += count
 
+    def skip_object(self, reason: str | Unusable, where: str, count: int = 1) -> None:
+        """As `skip`, of an annotation: a set of which none is left is not taken for one of background."""
+        self.objects += count
+        self.skip(reason, where, count)
+
     def note(self, reason: str, where: str, count: int = 1) -> None:
         self.notes.setdefault(reason, [0, one_line(where, 200)])[0] += count
 
     def merge(self, other: Report) -> None:
+        self.objects += other.objects
         for mine, theirs in ((self.skipped, other.skipped), (self.notes, other.notes)):
             for reason, (count, example) in theirs.items():
                 mine.setdefault(reason, [0, example])[0] += count

@@ -26,6 +26,7 @@ class WrittenSet(typing.NamedTuple):
     report: Report
     labels: Counter
     areas: Counter
+    drawn: int  # of the instances, those whose masks have a pixel
 
 
 def side_of(area: float) -> int:
@@ -86,7 +87,7 @@ def write(out: Path, sources: list[Source], sets: dict[str, WrittenSet], total: 
 
 def text(sets: dict[str, WrittenSet], total: Report, speed: float) -> str:
     lines = []
-    for info, _, labels, areas in sets.values():
+    for info, _, labels, areas, _ in sets.values():
         objects = f"{counted(info.num_instances, 'instance')} ({info.num_crowd} crowd)"
         rest = f"{counted(len(info.classes), 'class', 'classes')}, {counted(len(info.shard_paths), 'shard')}"
         lines.append(f"{info.directory}: {counted(info.num_images, 'image')}, {objects}, {rest}, {speed:.0f} images/s")

@@ -14,7 +14,8 @@ from polarmask_tf.data.report import Unusable
 MAX_VERTICES, MAX_PARTS = 100_000, 10_000  # of one annotation: seconds of simplification, and of merging
 MAX_RUNS = 5_000_000  # of an RLE: 60 bytes each
 RELATIVE = "polygon within the first pixel (are its coordinates fractions of width and height?)"
-_MANY_RUNS = f"RLE of more than {MAX_RUNS:,} runs"
+MANY_VERTICES = f"polygon of more than {MAX_VERTICES:,} vertices or {MAX_PARTS:,} parts"
+MANY_RUNS = f"RLE of more than {MAX_RUNS:,} runs"
 _LONGEST_OUTLINE = 4_000_000  # pixels, of one annotation; pycocotools takes 40 bytes for each
 # How far the boundary of a traced mask may move, in pixels, while its staircase turns into lines.
 _STAIRCASE = 0.35
@@ -162,7 +163,7 @@ def polygons(parts: list, height: int, width: int) -> tuple[list[np.ndarray], li
     if not all(isinstance(part, list) and len(part) % 2 == 0 and set(map(type, part)) <= {int, float} for part in parts):
         raise malformed
     if sum(map(len, parts)) > 2 * MAX_VERTICES or len(parts) > MAX_PARTS:
-        raise Unusable(f"polygon of more than {MAX_VERTICES:,} vertices or {MAX_PARTS:,} parts")
+        raise Unusable(MANY_VERTICES)
     try:
         parts = [np.array(part, np.float64).reshape(-1, 2) for part in parts if part]
     except OverflowError:  # an integer of hundreds of digits
@@ -212,7 +213,7 @@ def _checked_rle(segmentation, height, width):
         raise Unusable("RLE of the wrong size")
     if isinstance(counts, list):
         if len(counts) > MAX_RUNS:
-            raise Unusable(_MANY_RUNS)
+            raise Unusable(MANY_RUNS)
         if not (set(map(type, counts)) == {int} and min(counts) >= 0):
             raise Unusable("malformed RLE ('counts' are not integers >= 0)")
         total = sum(counts)
@@ -238,7 +239,7 @@ def _decompress(text: str) -> np.ndarray:
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
         raise Unusable("malformed RLE (broken 'counts')")
     if len(ends) > MAX_RUNS:
-        raise Unusable(_MANY_RUNS)
+        raise Unusable(MANY_RUNS)
     starts = np.concatenate([[0], ends[:-1] + 1])
     shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
     if shifts.max() > 30:  # runs have 32 bits

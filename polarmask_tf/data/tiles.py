@@ -68,7 +68,7 @@ def cut(entries: list[dict], tile: int, overlap: int, report: Report) -> list[di
                     number += 1
                     pieces[place].append({**piece, "id": number})
             except Unusable as reason:
-                report.skip(str(reason), where)
+                report.skip_object(str(reason), where)
         for y in rows:
             for x in columns:
                 there = {"height": sides[0], "width": sides[1], "annotations": pieces.pop((y, x), [])}

@@ -258,7 +258,7 @@ def is_large_tiff(path) -> bool:
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # of what Pillow cannot open, the reader says what it is
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path, formats=("TIFF",)) as image:
+            with open(path, "rb") as file, Image.open(lite.check_blocks(file), formats=("TIFF",)) as image:
                 return image.width * image.height > lite.MAX_PIXELS
         except Image.DecompressionBombError:
             return True

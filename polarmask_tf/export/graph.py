@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from polarmask_tf import __version__
 from polarmask_tf.errors import InputError
-from polarmask_tf.files import io_error_text
+from polarmask_tf.files import check_text, io_error_text
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops.placement import resize
 
@@ -92,6 +92,7 @@ def export_saved_model(model: PolarMask, out: Path) -> Path:
 
 def check_saved_model_path(out: Path) -> None:
     """InputError where TensorFlow would not load a SavedModel from, and where what is no SavedModel would be replaced."""
+    check_text(out)
     if set(str(out)) & set("[\\"):
         raise InputError(f"{out}: TensorFlow loads no SavedModel from a path with [ or \\ in it; choose another directory")
     if out.exists() and not (out / "saved_model.pb").is_file():

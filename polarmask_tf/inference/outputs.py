@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import glob
 import json
 import os
 from pathlib import Path
@@ -40,7 +41,11 @@ def _labelme(path, one):
         visualize.save(Image.fromarray(one.image), shown)
     beside = os.path.relpath(os.path.realpath(shown.parent), os.path.realpath(path.parent))
     image_path = os.path.join(beside, shown.name) if beside != "." else shown.name
-    files.atomic_write(path, json.dumps(one.found.to_labelme(image_path.replace(os.sep, "/")), indent=1))
+    files.atomic_write(path, _labelme_text(one.found.to_labelme(image_path.replace(os.sep, "/"))))
+
+
+def _labelme_text(content):
+    return json.dumps(content, indent=1).encode()
 
 
 def _geojson(path, one):
@@ -92,6 +97,30 @@ def own(out):
     """Paths in `out` that this command writes to, and never reads pictures from."""
     names = {*(folder for folder, *_ in PICTURES.values()), "gallery", *TABLES.values(), SHEET, journal.NAME}
     return [out / name for name in names]
+
+
+def check_replaceable(kinds, out, found, truth):
+    """InputError where the `truth`, or labelme files that were corrected since they were written here, would be replaced."""
+    if truth is not None and os.path.realpath(truth) in [os.path.realpath(path) for path in own(out)]:
+        raise InputError(f"{truth}: would be replaced by what is written; choose another --out")
+    folder = out / PICTURES["labelme"][0]
+    if "labelme" not in kinds or not os.path.isdir(folder):
+        return
+    for entry in found:
+        paths = folder.glob(f"{glob.escape(entry.stem)}_*.json") if entry.is_video else [folder / f"{entry.stem}.json"]
+        for path in paths:
+            if os.path.lexists(path) and not _is_as_written(path):
+                what = "is not as `predict` wrote it (corrected in labelme?), and would be replaced"
+                raise InputError(f"{path}: {what}; move {folder} away, or choose another --out")
+
+
+def _is_as_written(path):
+    """Whether a labelme file is of _labelme: programs that save one put other blanks into it."""
+    try:
+        text = files.read_file(path, 2**30)
+        return text == _labelme_text(json.loads(text))
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return False
 
 
 def write_picture(kinds, out, one, segmentation):

@@ -82,6 +82,8 @@ def predict(
         score_threshold, why = (0.0, "") if results_only else predictor.default_threshold()
         said = f"showing detections {why}" if why and progress else ""
     plan = _Plan(sources, out, truth, results_only, limit)
+    if not resume:  # which replaces nothing but the picture that was being written
+        outputs.check_replaceable(kinds, out, plan.inputs, truth)
     exact = {"exif": exif, "bit_depth": bit_depth or predictor.bit_depth}
     settings = {
         "version": polarmask_tf.__version__,

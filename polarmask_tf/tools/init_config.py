@@ -17,6 +17,7 @@ from polarmask_tf.data import dataset, records
 from polarmask_tf.data.dataset import DatasetInfo
 from polarmask_tf.data.report import Report
 from polarmask_tf.errors import InputError, counted, one_line
+from polarmask_tf.files import check_text
 from polarmask_tf.inference import ceiling
 
 PRETRAINED, SCRATCH = "own.yaml", "small.yaml"
@@ -108,6 +109,8 @@ def fit(data: Path, val: Path | None = None) -> str:
     """
     train, found_val = locate(Path(data))
     val = val or found_val
+    for path in filter(None, (train, val)):
+        check_text(path)
     info = dataset.load(train)
     dataset.require_objects(info)
     seen = survey(info)

@@ -9,6 +9,7 @@ from polarmask_tf import config as configs
 from polarmask_tf.config import Config
 from polarmask_tf.data import dataset, records
 from polarmask_tf.errors import InputError
+from polarmask_tf.files import check_text
 from polarmask_tf.ops import targets
 from polarmask_tf.weights.state_dict import summarize
 
@@ -35,6 +36,8 @@ def check_data(config: Config) -> dataset.DatasetInfo:
     data = config.data
     if not data.train:
         raise InputError("no training data: give --data DIR, a directory made by `polarmask convert`")
+    for path in filter(None, (data.train, data.val)):
+        check_text(path)
     info = dataset.load(data.train)
     dataset.require_objects(info)
     if data.damaged == "fail":

@@ -15,7 +15,7 @@ import tf_keras
 from polarmask_tf.config import Config
 from polarmask_tf.data import pipeline
 from polarmask_tf.errors import InputError, counted
-from polarmask_tf.files import lock
+from polarmask_tf.files import check_text, lock
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.training import checks, directory, optimizers, replicas
 from polarmask_tf.training.callbacks import Checkpoints, Evaluation, Profile, is_evaluation_missing
@@ -58,6 +58,7 @@ def train(
         )
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
+    check_text(run)
     info = checks.check_data(config)
     strategy = strategy or tf.distribute.get_strategy()
     check_layout(config, strategy.num_replicas_in_sync)

@@ -63,7 +63,7 @@ def load_model(path: str | os.PathLike, **overrides) -> PolarMask:
     path = Path(path)
     if path.suffix != ".keras":
         return load_run(path, **overrides)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):  # of HDF5 by that name Keras would run the code of Lambda layers
         raise InputError(f"{path}: damaged, or not a .keras file that PolarMask.save wrote (it is no zip archive)")
@@ -84,7 +84,7 @@ def _overridden(config: Config, postprocess: dict) -> Config:
 
 def read_run(run: Path) -> tuple[Config, list]:
     """Config and classes of a run directory, without loading weights."""
-    if not (run / "config.yaml").is_file() or not (run / "dataset.json").is_file():
+    if not os.path.isfile(run / "config.yaml") or not os.path.isfile(run / "dataset.json"):  # unlike Path's, without errors
         raise InputError(f"{run}: not a run directory (config.yaml and dataset.json are expected in it)")
     file = run / "dataset.json"
     try:

@@ -24,7 +24,6 @@ _OTHERS = {
     "asset": "a VoTT file, of one image: export it as COCO",
     "view": "a project of VIA 3: export it as COCO",
 }
-_BACKGROUND = ("_background_", "__background__", "background", "bg")
 
 
 def read(
@@ -61,17 +60,12 @@ def read(
             if annotation["id"] in seen:
                 raise Unusable("duplicate annotation id")
         except Unusable as reason:
-            report.skip(reason, where)
+            report.skip_object(reason, where)
             continue
         seen.add(annotation["id"])
         annotation["label"] = label_of[entry["category_id"]]
         images[entry["image_id"]]["annotations"].append(annotation)
     classes = _without_parent(document["categories"], classes, images.values(), report, path)
-    for label, entry in enumerate(classes):
-        if entry["name"].lower() in _BACKGROUND:
-            number = sum(a["label"] == label for image in images.values() for a in image["annotations"])
-            what = f"a class named like the background, one of {len(classes)} classes to train and to average AP over"
-            report.note(what, f"{path.name}: {entry['name']!r} has {number} annotations")
     return list(images.values()), classes
 
 
@@ -199,13 +193,8 @@ def _classes(path, categories, number, report):
         classes.append({"name": nfc(entry["name"]), "category_id": number(entry["id"])})
     if not classes:
         raise InputError(f"{path}: 'categories' is empty; at least one class is needed")
-    ids, names = ([str(c[key]) for c in classes] for key in ("category_id", "name"))
-    if twice := _twice(ids):
+    if twice := _twice([entry["category_id"] for entry in classes]):
         raise InputError(f"{path}: category id {twice[0]} is given twice; every category needs its own id")
-    for name in _twice(names):
-        same = [c["category_id"] for c in classes if c["name"] == name]
-        what = "categories of one name, which stay different classes: each with an AP of its own, confused with the others"
-        report.note(what, f"{path.name}: {name!r} has the ids {', '.join(map(str, same))}")
     return sorted(classes, key=lambda c: c["category_id"])
 
 
@@ -292,7 +281,11 @@ def _annotation(entry):
         raise Unusable("malformed annotation ('iscrowd' is neither 0 nor 1)")
     if area is not None and not (type(area) in (int, float) and 0 <= area < 1e30):  # NaN is neither
         raise Unusable("malformed annotation ('area' is not a number >= 0)")
-    return {"id": entry["id"], "iscrowd": int(crowd), "area": area, "segmentation": entry.get("segmentation")}
+    kept = {"id": entry["id"], "iscrowd": int(crowd), "area": area, "segmentation": entry.get("segmentation")}
+    box = entry.get("bbox")
+    if isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e9 for v in box):  # NaN is not
+        kept["bbox"] = box
+    return kept
 
 
 def _is_integer(value):

@@ -19,7 +19,7 @@ from polarmask_tf.files import io_error_text
 
 _MOST_BYTES = 4 * 2**30
 _BLOCK = 2**20
-_MOST_ATTRIBUTES = 2**26  # characters of one element: the runs of a mask
+_MOST_ELEMENT = 2**26  # bytes of one, the runs of a mask: expat looks through all of it again with each block that is read
 _SHAPES = ("polygon", "box", "ellipse", "mask", "polyline", "points", "cuboid", "skeleton", "tag")
 
 
@@ -40,11 +40,13 @@ class _Target:
         self.labels: list[str] = []
         self._path: list[str] = []
         self._text: list[str] = []
+        self.events = 0  # that were told of
 
     def doctype(self, *_):
         raise _Refused("has a DOCTYPE, which may make text without end; CVAT writes none: remove it")
 
     def start(self, tag, attributes):
+        self.events += 1
         if not self._path and tag == "annotation":
             raise _Refused("is XML of PASCAL VOC, which holds boxes alone, and outlines are needed: annotate polygons")
         if not self._path and tag != "annotations":
@@ -61,6 +63,7 @@ class _Target:
             self.images[-1].shapes.append((tag, attributes))
 
     def data(self, text):
+        self.events += 1
         if self._path[-2:] == ["label", "name"]:
             self._text.append(text)
 
@@ -115,16 +118,20 @@ def _names(labels):
 
 
 def _parse(path):
-    give = "give the XML file of an export as 'CVAT for images 1.1'"
-    parser = ElementTree.XMLParser(target=_Target())
+    give, target = "give the XML file of an export as 'CVAT for images 1.1'", _Target()
+    parser = ElementTree.XMLParser(target=target)
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not os.path.isfile(path):
                 raise InputError(f"{path}: not a regular file; {give}")
             if (size := os.fstat(file.fileno()).st_size) > _MOST_BYTES:
                 raise InputError(f"{path}: {size:,} bytes, and the limit is {_MOST_BYTES:,}; split it")
+            since, seen = 0, 0
             while block := file.read(_BLOCK):
                 parser.feed(block)
+                since, seen = (0 if target.events != seen else since + len(block)), target.events
+                if since > _MOST_ELEMENT:
+                    raise _Refused(f"has an element, or a comment, of more than {_MOST_ELEMENT:,} bytes")
             return parser.close()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {give}") from None
@@ -155,7 +162,7 @@ def _add(shapes, image, builder, report, where):
                 outline = _outline(kind, attributes, image, report, here)
                 group = int(attributes.get("group_id") or 0)
         except Unusable as reason:
-            report.skip(reason, here)
+            report.skip_object(reason, here)
             continue
         groups.setdefault((class_, group) if group else index, (class_, []))[1].append(outline)
     for class_, parts in groups.values():
@@ -165,7 +172,7 @@ def _add(shapes, image, builder, report, where):
         try:
             builder.add(image, class_, segmentation.united(parts, image["height"], image["width"]))
         except Unusable as reason:
-            report.skip(reason, f"{where}, a group of {len(parts)} shapes")
+            report.skip_object(reason, f"{where}, a group of {len(parts)} shapes")
 
 
 def _outline(kind, attributes, image, report, where):
@@ -178,6 +185,8 @@ def _outline(kind, attributes, image, report, where):
     if kind in ("polyline", "points", "tag"):
         raise Unusable(LINE if kind != "tag" else "tag, which has no outline")
     if kind == "polygon":
+        if attributes["points"].count(";") >= segmentation.MAX_VERTICES:
+            raise Unusable(segmentation.MANY_VERTICES)
         return [float(v) for point in attributes["points"].split(";") for v in _pair(point)]
     if kind == "box":
         left, top, right, bottom = numbers("xtl", "ytl", "xbr", "ybr")
@@ -202,8 +211,8 @@ def _mask(attributes, image):
     if left < 0 or top < 0 or w < 1 or h < 1 or left + w > width or top + h > height:
         raise Unusable("mask beyond its image")
     text = attributes["rle"]
-    if len(text) > _MOST_ATTRIBUTES:
-        raise Unusable("mask of too many runs")
+    if text.count(",") >= segmentation.MAX_RUNS:
+        raise Unusable(segmentation.MANY_RUNS)
     runs = np.array([int(run) for run in text.split(",")], np.int64)
     if runs.min() < 0 or runs.max() > w * h or not w * h - w < runs.sum() <= w * h:
         raise Unusable("RLE of the wrong size")

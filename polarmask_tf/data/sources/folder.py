@@ -239,11 +239,12 @@ def _spellings(name):
     """A name as it stands, and what else it may mean here."""
     yield name
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) or name.startswith("/data/"):  # the second: of Label Studio
-        url = urllib.parse.urlsplit(name)
-        query = urllib.parse.parse_qs(url.query).get("d", [""])[0]
-        path = urllib.parse.unquote(query or url.path)
-        yield path if path.startswith("/") else f"/{path}"
-        name = path
+        with contextlib.suppress(ValueError):  # of a host that cannot be
+            url = urllib.parse.urlsplit(name)
+            query = urllib.parse.parse_qs(url.query).get("d", [""])[0]
+            path = urllib.parse.unquote(query or url.path)
+            yield path if path.startswith("/") else f"/{path}"
+            name = path
     if "\\" in name:
         name = name.replace("\\", "/")
         yield name

@@ -94,7 +94,7 @@ def _instances(shapes, image, report, name):
                 class_, outline = class_name(shape["label"]), _outline(shape, image, report, where)
                 group = shape.get("group_id")
         except Unusable as reason:
-            report.skip(reason, where)
+            report.skip_object(reason, where)
             continue
         together = type(group) in (int, str) and group != ""
         groups.setdefault((class_, group) if together else index, (class_, []))[1].append(outline)
@@ -104,7 +104,7 @@ def _instances(shapes, image, report, name):
             try:
                 yield class_, segmentation.united(parts, height, width)
             except Unusable as reason:
-                report.skip(reason, f"{name}, a group of {len(parts)} shapes")
+                report.skip_object(reason, f"{name}, a group of {len(parts)} shapes")
         else:
             yield class_, parts[0] if isinstance(parts[0], dict) else parts
 

@@ -123,7 +123,7 @@ def _add(results, image, builder, report, where):
                 class_ = class_name(names[0] if names else None)
                 builder.add(image, class_, _outline(kind, _value(result), image, report, here))
         except Unusable as reason:
-            report.skip(reason, here)
+            report.skip_object(reason, here)
 
 
 def _names(result):

@@ -32,6 +32,7 @@ _SUFFIX = re.compile(r"[_-](cp_masks|masks?|labels?|instances?|instanceids|gt)$"
 _OWN_SUFFIX = re.compile(r"[_-](img|image|raw)$", re.IGNORECASE)
 _VOID = 255, (224, 224, 192)  # PASCAL VOC's number and color of "do not care"
 _MOST_CLASSES = 25  # numbers of a mask that may be one of classes
+_SPECK = 5  # pixels: an object of fewer tells nothing
 _VOC = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse")
 _VOC += ("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
@@ -175,19 +176,27 @@ def _objects(folder, picture, found, kind, report):
                 ids = ids_of(folder, name, report)
                 size = _fitting(ids, stored, upright)
             except Unusable as reason:
-                report.skip(reason, name)
+                report.skip_object(reason, name)
                 continue
             if (ids > 0).any():
                 objects.append(segmentation.from_mask((ids > 0).astype(np.uint8)))
             else:
-                report.skip("empty mask", name)
+                report.skip_object("empty mask", name)
         return size or upright, objects
     ids = ids_of(folder, found[0], report)
     size = _fitting(ids, stored, upright)
     if kind == "voc":
         ids[(ids == _VOID[0]) | (ids == packed(*_VOID[1]))] = 0
     objects = split_ids(ids)
-    if len(objects) <= _MOST_CLASSES and (parted := sum(_has_parts(ids, number, rle) for number, rle in objects.items())):
+    if ids[0, 0] and (ids[[0, 0, -1, -1], [0, -1, 0, -1]] == ids[0, 0]).all():
+        report.note("mask whose four corners have one number, taken for an object (is it the background?)", found[0])
+    looked_at = [*objects.items()][:: max(1, len(objects) // _MOST_CLASSES)]
+    if len(objects) > _MOST_CLASSES:
+        specks = [_has_parts(ids, number, rle) or coco_mask.area(rle) < _SPECK for number, rle in looked_at]
+        if sum(specks) >= len(looked_at) / 2:
+            what = "mask of many numbers, most of which are in pieces or specks, each taken for one object (is it blurred?)"
+            report.note(what, found[0])
+    elif parted := sum(_has_parts(ids, number, rle) for number, rle in looked_at):
         if len(objects) == 1:
             what = "mask of one number with several parts, taken for one object (is it a binary mask, not one of instances?)"
             report.note(what, found[0])

@@ -141,4 +141,4 @@ def skip_image(report: Report, reason: Unusable, where: str, annotations: int) -
     """Counts an image that is left out, and with it its annotations."""
     report.skip(reason, where)
     if annotations:
-        report.skip("annotation of a skipped image", where, annotations)
+        report.skip_object("annotation of a skipped image", where, annotations)

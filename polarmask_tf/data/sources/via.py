@@ -30,7 +30,12 @@ def read(path: Path, report: Report, document: dict, find: typing.Callable[[list
     files = document.get("_via_img_metadata", document)
     if not isinstance(files, dict):
         raise InputError(f"{path}: '_via_img_metadata' is no object: not a project of VIA")
-    entries = [entry for entry in files.values() if isinstance(entry, dict)]
+    entries = []
+    for name, entry in files.items():
+        if isinstance(entry, dict) and isinstance(entry.get("regions", []), list | dict | None):
+            entries.append(entry)
+        else:
+            report.skip_object("malformed image entry", f"{path.name}: {name}")
     names = [entry["filename"] for entry in entries if isinstance(entry.get("filename"), str)]
     folder = find(names)
     regions_of = [_regions(entry) for entry in entries]
@@ -50,9 +55,10 @@ def read(path: Path, report: Report, document: dict, find: typing.Callable[[list
             here = f"{where}, region {number}"
             try:
                 with well_formed():
-                    builder.add(image, _class(region, attribute), [_outline(region["shape_attributes"], report, here)])
+                    class_ = _class(region, attribute, report, here)
+                    builder.add(image, class_, [_outline(region["shape_attributes"], report, here)])
             except Unusable as reason:
-                report.skip(reason, here)
+                report.skip_object(reason, here)
     images, classes = builder.finish()
     return Source(path, "via", images, classes, folder.root)
 
@@ -81,13 +87,16 @@ def _class_attribute(path, regions, report):
     return best
 
 
-def _class(region, attribute):
+def _class(region, attribute, report, where):
     if attribute is None:
         return ONE_CLASS
     attributes = region.get("region_attributes")
     value = attributes.get(attribute) if isinstance(attributes, dict) else None
     if isinstance(value, dict):  # of a checkbox
-        value = next((name for name, chosen in value.items() if chosen), None)
+        chosen = [name for name, is_chosen in value.items() if is_chosen]
+        if len(chosen) > 1:
+            report.note("region with several labels, of which the first is taken", where)
+        value = next(iter(chosen), None)
     return class_name(value)
 
 

@@ -21,6 +21,7 @@ from polarmask_tf.files import io_error_text, read_file
 _MOST_YAML, _MOST_LABELS, _MOST_LIST = 2**20, 200 * 2**20, 2**30  # bytes
 _MOST_CLASSES = 100_000
 _LISTS = ("classes.txt", "obj.names", "labels.txt", "predefined_classes.txt")  # names of classes, one a line
+_YAML = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _DECIMAL_COMMA = re.compile(r"-?\d+(,\d+)?")
 _IMAGES = ("images", "obj_train_data")
 
@@ -56,6 +57,9 @@ def is_folder(folder: Folder) -> bool:
 def read(path: Path, report: Report, folder: Folder, allow_outside: bool = False) -> list[Source]:
     """A data.yaml, the folder of one, or a folder with images/ and labels/. One source for each split."""
     file = path if not os.path.isdir(path) else yaml_of(path)
+    for name in _YAML if file is None else ():
+        if os.path.isfile(path / name):
+            _yaml(path / name)  # which says why it cannot be read: without it classes would be numbers
     names = _names_in_yaml(file) if file else _names_in_list(path)
     parts = _parts(file, folder, allow_outside, report) if file else _parts_of_folders(folder)
     texts = folder.names(".txt")
@@ -125,7 +129,7 @@ def _read(pictures, builder, report, folder, label_files, read_files, names, kno
             try:
                 index, outline = _line(words, image, names)
             except Unusable as reason:
-                report.skip(reason, f"{label_file}, line {number}")
+                report.skip_object(reason, f"{label_file}, line {number}")
                 continue
             known.add(index)
             if len(outline) == 8 and _is_rectangle(outline):  # as YOLO-OBB has them, and boxes that a tool turned into polygons
