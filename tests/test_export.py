@@ -236,7 +236,7 @@ def test_metadata_says_what_a_user_needs():
     model = PolarMask(config.load("shapes"), [{"name": "cat", "category_id": 17}])
     found = graph.metadata(model)
     assert found["version"] == __version__ and found["classes"] == [{"name": "cat", "category_id": 17}]
-    assert (found["input"]["height"], found["input"]["width"], found["rays"]) == (128, 128, 36)
+    assert (found["input"]["height"], found["input"]["width"], found["rays"]) == (128, 128, 72)
 
 
 @pytest.mark.parametrize("box", [False, True])
