@@ -203,6 +203,18 @@ def test_an_image_normalised_by_itself_is_so_in_float(files, tmp_path, capsys):
         assert cli.main(["inspect", str(file)]) == 0 and said in capsys.readouterr().out
 
 
+def test_an_image_of_more_pixels_than_a_number_of_16_bits_is_normalised_as_in_keras(tmp_path):
+    model = make_model("model.normalization=image", "data.size=[160,192]")  # 92,160 numbers: 16 bits end at 65,504
+    path = tflite.export_tflite(model, tmp_path / "model_fp16.tflite", "fp16", raw=True)
+    image = np.zeros((1, 160, 192, 3), np.uint8)
+    image[0, :100] = next(images(1, 100, 192)) // 4 + 40
+    found = Interpreter(str(path)).get_signature_runner()
+    (name,) = found.get_input_details()
+    logits = found(**{name: image})
+    for level, maps in model(image).items():
+        assert np.abs(logits[f"P{level}_classes"] - maps["class_logits"]).mean() < 0.05
+
+
 def first_convolution(content, image):
     """What it gives, and the step of its 8 bits (0 of a float file)."""
     plain = {"experimental_op_resolver_type": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}

@@ -139,12 +139,17 @@ class PolarMask(tf_keras.Model):
             rows = tf.reshape(images, [-1, height, 3 * width])
             return tf.reshape((rows - np.tile(mean, width)) / np.tile(std, width), [-1, height, width, 3])
         # Rows and columns of nothing but zeros are padding: a dim image's own contrast drowns in the step to them.
-        shown = [tf.reduce_sum(tf.sign(tf.reduce_max(images, axis=axes)), axis=1) for axes in ([2, 3], [1, 3])]
-        count = tf.reshape(tf.maximum(3.0 * shown[0] * shown[1], 1.0), [-1, 1, 1, 1])
-        mean = tf.reduce_sum(images, axis=[1, 2, 3], keepdims=True) / count
-        padding = tf.cast(tf.reduce_prod(tf.shape(images)[1:]), tf.float32) - count
-        squares = tf.reduce_sum(tf.square(images - mean), axis=[1, 2, 3], keepdims=True) - padding * tf.square(mean)
-        return (images - mean) / tf.sqrt(tf.maximum(squares / count, 0.0) + 1.0)
+        height, width = (tf.cast(side, tf.float32) for side in tf.unstack(tf.shape(images)[1:3]))
+        rows, columns = (tf.reduce_sum(tf.sign(tf.reduce_max(images, axis=axes)), axis=1) for axes in ([2, 3], [1, 3]))
+        share = tf.maximum(rows, 1.0) / height * (tf.maximum(columns, 1.0) / width)
+        share = tf.reshape(share, [-1, 1, 1, 1])
+
+        def average(values):  # by rows first: the number of an image's pixels is no number of 16 bits, as fp16 files hold it
+            return tf.reduce_sum(tf.reduce_sum(values, axis=[2, 3], keepdims=True) / (3 * width), axis=1, keepdims=True) / height
+
+        mean = average(images) / share
+        squares = average(tf.square(images - mean)) - (1 - share) * tf.square(mean)
+        return (images - mean) / tf.sqrt(tf.maximum(squares / share, 0.0) + 1.0)
 
     def compile(self, optimizer="rmsprop", *, run_eagerly=None, steps_per_execution=None, jit_compile=None, **others):
         """As Keras', without losses and metrics, which belong to the model: loss, class, ray, centerness (and box).
