@@ -145,7 +145,8 @@ class PolarMask(tf_keras.Model):
         share = tf.reshape(share, [-1, 1, 1, 1])
 
         def average(values):  # by rows first: the number of an image's pixels is no number of 16 bits, as fp16 files hold it
-            return tf.reduce_sum(tf.reduce_sum(values, axis=[2, 3], keepdims=True) / (3 * width), axis=1, keepdims=True) / height
+            of_rows = tf.reduce_sum(values, axis=[2, 3], keepdims=True) / (3 * width)
+            return tf.reduce_sum(of_rows, axis=1, keepdims=True) / height
 
         mean = average(images) / share
         squares = average(tf.square(images - mean)) - (1 - share) * tf.square(mean)
