@@ -213,7 +213,7 @@ def test_names_that_differ_in_case_alone_are_told_of_one_source_too(tmp_path):
     run(one, out=tmp_path / "p", split=[0.5])
     (note,) = json.loads((tmp_path / "p/report.json").read_text())["notes"]
     assert "case or spaces" in note["reason"] and note["first"] == "'Car' and 'car'"
-    assert run(one, out=tmp_path / "q", classes=["Car=car"])[""].notes == {}
+    assert not any("case or spaces" in text for text in run(one, out=tmp_path / "q", classes=["Car=car"])[""].notes)
 
 
 def test_ids_stay_where_none_is_twice(tmp_path):
