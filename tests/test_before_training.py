@@ -235,7 +235,7 @@ def test_a_restart_from_itself(data, run, capsys, monkeypatch):
     )
     before = [v.numpy() for v in runs.load_run(run).trainable_variables]
     assert train(data / "train", run, arguments=("--restart", "--start", run)) == 0
-    assert f"starting from {run}: {len(weights_of(run)) - 8} of " in capsys.readouterr().out
+    assert f"starting from {run}: {len(weights_of(run)) - 10} of " in capsys.readouterr().out
     for value, kept in zip(started["w"], before, strict=True):
         np.testing.assert_array_equal(value, kept)
     assert sorted(content(run)) == [name for name in sorted(content(run)) if not name.startswith(runs.SET_ASIDE)]

@@ -223,7 +223,7 @@ def test_a_model_fits_at_once_and_summarises(capsys):
     model.compile("adam", steps_per_execution=2)
     before = [v.numpy() for v in model.trainable_variables]
     history = model.fit(dataset(repeat=4), epochs=2, validation_data=dataset(repeat=1), verbose=0).history
-    assert set(history) == {f"{way}{name}" for way in ("", "val_") for name in ("loss", "class", "ray", "centerness")}
+    assert set(history) == {f"{way}{name}" for way in ("", "val_") for name in ("loss", "class", "ray", "centerness", "mask")}
     assert history["loss"][1] < history["loss"][0] and np.isfinite(history["val_loss"]).all()
     still = [b.name for a, b in zip(before, model.trainable_variables, strict=True) if (a == b.numpy()).all()]
     assert still == ["scale4:0"]  # of the level that no object of these is of
@@ -479,7 +479,7 @@ def test_any_keras_model_is_a_backbone(levels, pyramid, tmp_path):
     assert list(model(images())) == list(map(str, pyramid)) and model.stride == 2 ** max(levels)
     model.compile("adam")
     logs = model.fit(dataset(levels=pyramid), verbose=0).history
-    parts = sum(logs[name][0] for name in ("class", "ray", "centerness"))
+    parts = sum(logs[name][0] for name in ("class", "ray", "centerness", "mask"))
     assert logs["loss"][0] == pytest.approx(parts, rel=1e-5)  # regularisation is trained, and is none of these
     randomize(model)
     model.save(tmp_path / "m.keras")

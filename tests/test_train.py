@@ -225,6 +225,7 @@ def test_the_metrics_are_a_table(straight):
         "class",
         "ray",
         "centerness",
+        "mask",
         "learning_rate",
         "images_per_second",
         "AP",
