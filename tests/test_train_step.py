@@ -34,9 +34,9 @@ BASE = (
     "train.warmup_steps=0",
 )
 BRANCHES = {
-    "plain": (),
-    "four rays": ("model.rays=4",),
-    "released": ("conventions=released", "model.head.box=true"),
+    "plain": ("loss.mask_weight=0",),
+    "four rays": ("loss.mask_weight=0", "model.rays=4"),
+    "released": ("loss.mask_weight=0", "conventions=released", "model.head.box=true"),
     "iou": (*training.QUALITY, "targets.match=static", "model.head.box=true"),
     "cost": training.QUALITY,
     "cost of boxes": (*training.QUALITY, "model.rays=4"),
