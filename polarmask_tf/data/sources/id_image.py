@@ -57,11 +57,20 @@ def _numbers(image):
     colors = np.asarray(image if image.mode == "RGB" else image.convert("RGBA").convert("RGB"))
     if (colors == colors[..., :1]).all():  # gray written as color
         return np.array(colors[..., 0])
-    return packed(*np.moveaxis(colors.astype(np.int64), -1, 0))
+    return packed_image(colors)
 
 
 def packed(red, green, blue):
     return red << 16 | green << 8 | blue
+
+
+def packed_image(colors: np.ndarray) -> np.ndarray:
+    """`packed` of uint8 [H, W, 3] as int32, one channel after the other: of 50 megapixels three of int64 are a gigabyte."""
+    ids = colors[..., 0].astype(np.int32)
+    for channel in (1, 2):
+        ids <<= 8
+        ids |= colors[..., channel]
+    return ids
 
 
 def split_ids(ids: np.ndarray) -> dict[int, dict]:

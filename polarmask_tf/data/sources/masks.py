@@ -20,7 +20,7 @@ from tqdm import tqdm
 from polarmask_tf.data import contours, segmentation
 from polarmask_tf.data.report import Report, Unusable
 from polarmask_tf.data.sources.folder import Folder, stem
-from polarmask_tf.data.sources.id_image import FORMATS, ids_of, packed, split_ids
+from polarmask_tf.data.sources.id_image import FORMATS, ids_of, packed, packed_image, split_ids
 from polarmask_tf.data.sources.source import ONE_CLASS, SPLITS, Builder, Source, class_name, skip_image, text_of
 from polarmask_tf.errors import InputError, nfc
 from polarmask_tf.files import io_error_text, read_file
@@ -273,7 +273,7 @@ class _Classes:
         with Image.open(self._folder.root / name, formats=FORMATS) as image:
             palette = image.mode == "P"
             if self._map and values.max(initial=0) <= 255:
-                values = packed(*np.moveaxis(np.asarray(image.convert("RGB")).astype(np.int64), -1, 0))
+                values = packed_image(np.asarray(image.convert("RGB")))
         return {"colors": values, "palette": palette}
 
 
