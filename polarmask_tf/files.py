@@ -90,7 +90,8 @@ def check_writable(path: Path, inputs: typing.Iterable = (), begins: bytes = b""
 
 def _begins(path, start):
     try:
-        return bool(start) and read_file(path, 2**30).startswith(start)
+        with open(path, "rb") as file:
+            return bool(start) and file.read(len(start)) == start
     except OSError:
         return False
 

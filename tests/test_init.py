@@ -122,12 +122,12 @@ def test_long_thin_objects_get_more_rays(tmp_path):
     assert long.model.rays == 72, text
 
 
-def test_class_scores_of_round_objects_learn_the_iou(tmp_path, monkeypatch):
+def test_class_scores_of_objects_that_polygons_fit_learn_the_iou(tmp_path, monkeypatch):
     data = make(tmp_path, color=False)
     seen = init_config.survey(dataset.load(data))
     monkeypatch.setattr(init_config, "survey", lambda info: seen._replace(ceilings=(0.98, 0.99)))
     settings, text = fitted(data)
-    assert settings.targets.classification == "iou" == settings.targets.centerness and "round objects" in text
+    assert settings.targets.classification == "iou" == settings.targets.centerness and "polygons fit well" in text
     monkeypatch.setattr(init_config, "survey", lambda info: seen._replace(ceilings=(0.94, 0.96)))
     assert fitted(data)[0].targets.classification == "label"
     monkeypatch.setattr(init_config, "survey", lambda info: seen._replace(ceilings=(0.98, 0.99), gray=False))

@@ -405,6 +405,22 @@ def test_the_documented_instances_are_what_the_pipeline_gives(tmp_path):
     targets.check_batch((x, y), config.model.fpn.levels)
 
 
+def test_classes_of_a_sequence_are_not_taken_for_those_of_converted_data():
+    class Batches(tf_keras.utils.Sequence):
+        classes = np.array([2, 0, 1])  # as Keras' own iterators have
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return batch()
+
+    model = make()
+    model.compile("adam")
+    model.fit(Batches(), verbose=0)
+    assert [entry["name"] for entry in model.classes] == CLASSES
+
+
 def test_fit_compares_the_classes_of_converted_data_with_the_models(tmp_path, monkeypatch):
     pm.draw_shapes(tmp_path, train=2, val=0, size=64, progress=False)
     document = json.loads((tmp_path / "train/annotations.json").read_text())

@@ -185,8 +185,9 @@ class PolarMask(tf_keras.Model):
                 images, _ = targets.check_batch(data.element_spec, self.config.model.fpn.levels)
                 self._check_shape(images.shape)
                 self._check_classes(getattr(data, "classes", None))
-        if [entry["category_id"] for entry in self.classes] == list(range(1, self.num_classes + 1)):  # of names alone
-            self._classes = _Untracked(getattr(x, "classes", self.classes))
+        told = getattr(x, "classes", None) if isinstance(x, tf.data.Dataset) else None  # a Sequence's may be anything
+        if told and [entry["category_id"] for entry in self.classes] == list(range(1, self.num_classes + 1)):  # of names alone
+            self._classes = _Untracked(told)
         first = self.optimizer.iterations.numpy() if self.optimizer else 0
         try:
             return super().fit(x, y, *args, **kwargs)

@@ -28,7 +28,7 @@ _SMALL = 16  # pixels: as small as a quarter of the objects may be, two strides 
 _TINY_IMAGE = 160  # pixels: up to here a backbone of ImageNet, trained at 224, has little to look at
 _RAYS = 36, 72  # the usual number, and where that falls short
 _GAIN = 0.03  # of the ceiling, from which on more rays are taken: COCO's gains 0.024, and the paper's AP did not (table 1a)
-_ROUND = 0.97  # ceiling from which on class scores learn the IoU: .99 of nuclei, which gained; .94 of hard shapes, which lost
+_FITTING = 0.97  # ceiling from which on class scores learn the IoU: .99 of nuclei, which gained; .94 of hard shapes, which lost
 _OBJECTS, _OF_ONE = 300, 20  # objects whose ceiling is measured, and the most in one image
 _BOUNDS = ("image/object/bbox/xmin", "image/object/bbox/ymin", "image/object/bbox/xmax", "image/object/bbox/ymax")
 
@@ -190,8 +190,8 @@ def _sections(info: DatasetInfo, seen: Survey, pretrained: bool, judged: bool) -
         ranges = [64.0 * 2**i for i in range(top - 3)]
         why = "pixels that objects of a level reach at most: small ones belong to the finest"
         sections["targets"] = [("ranges", ranges, why)]
-    if judged and seen.ceilings and seen.ceilings[0] >= _ROUND:
-        sections["targets"] = [("classification", "iou", "scores learn how good a polygon is: better of round objects")]
+    if judged and seen.ceilings and seen.ceilings[0] >= _FITTING:
+        sections["targets"] = [("classification", "iou", "scores learn the polygon's IoU: better where polygons fit well")]
     if most > 50:
         detections = min(1000, 100 * math.ceil(most * 2 / 100))
         why = f"twice the most in one training image, {most}"
