@@ -271,6 +271,15 @@ def test_predict_on_a_large_tiff_writes_results_and_a_smaller_overlay(tmp_path, 
         assert len(colors) == 2
 
 
+def test_a_large_tiff_that_becomes_black_is_told_as_a_small_one_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lite, "MAX_PIXELS", 20_000)
+    tifffile.imwrite(tmp_path / "a.tif", np.full((150, 200), 200, np.uint16), tile=(64, 64))
+    predictor = tiled(Predictor("run", CLASSES, (64, 64), 3, brightest), 64, 16)
+    predict(predictor, tmp_path / "a.tif", tmp_path / "out", progress=False)
+    note = "note: 1 of 1 images: gray of at most 8 bits where 16 are expected: all of it becomes black"
+    assert note in capsys.readouterr().err
+
+
 def test_the_commands_take_tiles(tmp_path):
     for command in (["predict", "RUN", "a.tif", "--out", "o"], ["evaluate", "RUN", "--data", "d"]):
         args = cli.parser().parse_args([*command, "--tile", "512", "--overlap", "64"])

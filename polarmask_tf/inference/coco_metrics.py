@@ -183,14 +183,19 @@ def _results(truth, results, iou_type):
     return _index(truth.dataset["images"], truth.dataset["categories"], results)
 
 
+def check_max_detections(number):
+    """InputError for fewer than COCO's numbers are of."""
+    if number <= 10:
+        raise InputError(f"max_detections is {number}; it must be more than 10, for which AR10 stands")
+
+
 def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm"):
     """The 12 COCO numbers of `results` (list of COCO result dicts) against `ground_truth` (COCO dict) -> Metrics.
 
     `max_detections` an image replaces COCO's 100 for all numbers but AR1 and AR10. iou_type is "segm" or "bbox". The
     arguments are not changed. Raises InputError for results of unknown images and for unusable ground truth.
     """
-    if max_detections <= 10:
-        raise InputError(f"max_detections is {max_detections}; it must be more than 10, for which AR10 stands")
+    check_max_detections(max_detections)
     truth = _ground_truth(ground_truth, iou_type)
     coco_eval = COCOeval(truth, _results(truth, results, iou_type), iou_type)
     params = coco_eval.params

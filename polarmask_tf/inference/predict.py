@@ -116,6 +116,8 @@ def predict(
                 tqdm.write(said, file=sys.stderr)
                 said = ""
             found = predictor(image).above(score_threshold)
+            if not isinstance(image, np.ndarray):
+                picture.notes.extend(image.notes())
             found = found if classes is None else found.only(classes)
             if _is_too_small(found, predictor) and _TOO_SMALL not in picture.notes:
                 picture.notes.append(_TOO_SMALL)
