@@ -234,9 +234,9 @@ def open_windows(source, *, exif: str = "ignore", bit_depth: int | None = None, 
     return opened
 
 
-def whole(source) -> np.ndarray:
+def whole(source, bit_depth: int | None = None) -> np.ndarray:
     """The pixels of what open_windows takes, uint8 [h, w, 3]: of a large TIFF its overview. Raises InputError."""
-    opened = open_windows(source)
+    opened = open_windows(source, bit_depth=bit_depth)
     if isinstance(opened, TiffWindows):
         return overview(opened, OVERVIEW)
     return opened.read(0, 0, *opened.shape[:2])

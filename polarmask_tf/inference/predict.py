@@ -112,6 +112,8 @@ def predict(
                         tqdm.write(f"skipped {error}", file=sys.stderr)
                     record.append(tally.add({"name": picture.name, "skipped": str(error)}))
                 continue
+            if not is_done:
+                outputs.check_size(kinds, segmentation, picture.name, image)
             if said:  # now that nothing is refused any more
                 tqdm.write(said, file=sys.stderr)
                 said = ""
