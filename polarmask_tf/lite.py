@@ -266,11 +266,11 @@ def _decode(image, exif, bit_depth, notes):
             pixels[top : top + rows] = part if part.mode == "RGB" else part.convert("RGB")
     if image.mode == "F" and 0 < most <= 1:
         raise ValueError("floating-point pixels from 0 to 1, where a bit depth is of whole numbers; save it with 8 or 16 bits")
-    notes += _few_levels(most if gray else 256 * int(pixels.max()) if deep_colors else 2**16, bit_depth or 16, gray)
+    notes += few_levels(most if gray else 256 * int(pixels.max()) if deep_colors else 2**16, bit_depth or 16, gray)
     return pixels
 
 
-def _few_levels(most, bits, gray):
+def few_levels(most, bits, gray):
     """A note where values up to `most`, of which 2**bits are possible, leave few of the 256 levels of a pixel, or none."""
     if not gray:
         return ["16-bit colors of at most 12 bits: few levels are left; save it with 8 bits"] if most < 4096 else []

@@ -337,6 +337,12 @@ def test_limit_takes_the_first_images_and_their_truth_alone(records):
         evaluate(perfect_predictor(records), "data", limit=0, progress=False)
 
 
+def test_too_few_detections_are_refused_before_the_work(records):
+    never = dataclasses.replace(perfect_predictor(records), run=lambda images: pytest.fail("looked at a picture"))
+    with pytest.raises(InputError, match="max_detections is 10; it must be more than 10"):
+        evaluate(never, "data", max_detections=10, progress=False)
+
+
 def test_missed_images_lower_the_recall(records, monkeypatch):
     def half(path):
         return ((image["id"], encoded(image)) for image in records["images"][:5])

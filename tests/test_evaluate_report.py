@@ -250,8 +250,9 @@ def test_the_report_says_what_loses(data, tmp_path, monkeypatch, capsys):
     tags = check_page(text)
     assert tags.seen.count("img") == 24 and tags.seen.count("svg") == 3 and "&lt;b&gt;dog&lt;/b&gt;" in text
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["report.html"]
-    assert cli.main([*arguments, "--limit", "2"]) == 0
-    assert json.loads((tmp_path / "a.json").read_text())["best_f1"][0]["objects"] == 4
+    for tiles in ([], ["--tile", "256"]):
+        assert cli.main([*arguments, "--limit", "2", *tiles]) == 0
+        assert json.loads((tmp_path / "a.json").read_text())["best_f1"][0]["objects"] == 4
 
 
 def test_a_report_without_any_hit(data, tmp_path):

@@ -1,6 +1,7 @@
 """The files that `predict --save` writes, each against what the results say."""
 
 import csv
+import dataclasses
 import json
 import os
 
@@ -234,3 +235,21 @@ def test_the_truth_is_not_replaced(source, tmp_path):
     with pytest.raises(InputError, match="would be replaced by what is written"):
         run(source, tmp_path, "coco", truth=truth)
     assert truth.read_text() == text
+
+
+def test_dim_pictures_can_be_seen_and_the_network_sees_them_as_they_are(tmp_path):
+    """12 bits of gray in 16, of which few levels are left, with a pixel of the camera that is always lit."""
+    gray = np.full((400, 400), 300, np.uint16)
+    gray[100:200, 100:200] = 3800
+    gray[300, 40] = 65535
+    Image.fromarray(gray).save(tmp_path / "dim.tif")
+    seen, (run_on, stars) = [], (star_predictor(0), star_predictor(0).run)
+    run_on = dataclasses.replace(run_on, run=lambda images: seen.extend(images) or stars(images))
+    predict(run_on, tmp_path / "dim.tif", tmp_path / "out", save=["overlays", "gallery", "labelme"], progress=False)
+    assert (seen[0][..., 0] == gray >> 8).all()
+    for shown in ("overlays/dim.png", "gallery/dim.jpg"):
+        pixels = np.asarray(Image.open(tmp_path / "out" / shown).convert("L"))
+        assert pixels[120:180, 120:180].min() > 200 and pixels[220:280, 220:280].max() < 15
+    page = np.asarray(Image.open(tmp_path / "out" / "sheet.png").convert("L"))
+    corner = np.argwhere(page < 15).min(axis=0)  # of the picture: the paper is bright
+    assert page[corner[0] + 120, corner[1] + 120] > 200

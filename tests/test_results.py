@@ -15,6 +15,7 @@ from polarmask_tf.errors import InputError
 from polarmask_tf.inference import visualize
 from polarmask_tf.inference.predictor import Predictor, load_predictor
 from polarmask_tf.inference.results import Detections
+from polarmask_tf.inference.tiling import tiled
 
 CLASSES = [{"name": "circle", "category_id": 7}, {"name": "star", "category_id": 3}]
 
@@ -104,6 +105,13 @@ def test_coco_dicts_have_the_original_categories():
     np.testing.assert_allclose(widths, np.ptp(found.polygons[..., 0], axis=1), atol=0.01)
 
 
+def test_a_picture_of_more_pixels_than_an_rle_counts_has_polygons():
+    found = dataclasses.replace(stars(2), image_size=(70_000, 70_000))
+    assert found.to_coco(1, "polygon") == stars(2).to_coco(1, "polygon")
+    with pytest.raises(InputError, match="70000 x 70000 pixels are too many for RLE masks; take polygons"):
+        found.to_coco(1)
+
+
 def test_in_words():
     assert repr(stars(0)) == "no detections" and len(stars(0)) == 0 and stars(0).names == []
     assert repr(stars(1)) == "1 detection: 1 circle; best 0.98"
@@ -151,6 +159,22 @@ def test_the_picture(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         found.save(tmp_path / "none" / "e.png", image)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.JPG", "d"]
+
+
+def test_the_picture_is_read_with_the_predictors_bit_depth(tmp_path):
+    values = np.full((60, 80), 100, np.float32)
+    values[:, 40:] = 3000
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    predictor, _ = seen()
+    predictor = dataclasses.replace(predictor, bit_depth=12)
+    for found in (predictor(tmp_path / "a.tif"), tiled(predictor, 128)(tmp_path / "a.tif")):
+        assert {*np.asarray(found.above(0.6).plot())[:, -100:].ravel().tolist()} == {3000 >> 4}
+
+
+def test_one_name_of_a_class_is_no_list_of_letters():
+    assert stars(4).only("star").names == ["star"] * 2
+    with pytest.raises(InputError, match="no class 'moon'; this model's are: circle, star"):
+        stars(4).only("moon")
 
 
 def test_a_model_and_its_file_are_predictors(tmp_path):

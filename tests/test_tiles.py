@@ -165,6 +165,18 @@ def test_large_tiffs_are_read_by_windows_in_several_shards(tmp_path, monkeypatch
         np.testing.assert_array_equal(lite.read_image(encoded), pixels[y : y + h, x : x + w])
 
 
+def test_gray_levels_of_a_large_tiff_are_noted(tmp_path, monkeypatch):
+    make(tmp_path, suffix="tif")
+    monkeypatch.setattr(lite, "MAX_PIXELS", 20_000)
+    monkeypatch.setattr(records, "MAX_PIXELS", 20_000)
+    with Image.open(tmp_path / "images" / "a.tif") as picture:
+        dark = np.asarray(picture.convert("L")).astype(np.uint16)
+    Image.fromarray(dark).save(tmp_path / "images" / "a.tif")
+    options = {"shards": 1, "processes": 1, "progress": False, "tile": 100}
+    info = convert(tmp_path / "a.json", tmp_path / "images", tmp_path / "out", **options)
+    assert [number for text, number in info.notes.items() if text.startswith("gray of at most 8 bits where 16 are")] == [1]
+
+
 def entry(segmentations, height=300, width=1000, crowd=0):
     annotations = [
         {"id": i, "label": 0, "iscrowd": crowd, "area": None, "segmentation": s} for i, s in enumerate(segmentations)

@@ -1,5 +1,6 @@
 """Tiles of a picture to polygons of the picture: with a predictor that sees exactly what lies in each tile."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -231,7 +232,7 @@ def test_a_tiled_predictor_is_a_predictor(tmp_path):
         "run", CLASSES, (64, 64), 3, lambda images: sizes.append([i.shape for i in images]) or brightest(images), 0.5
     )
     predictor = tiled(base, 64, 16)
-    for name in ("kind", "classes", "input_size", "bit_depth", "score_threshold", "max_detections"):
+    for name in {field.name for field in dataclasses.fields(Predictor)} - {"run", "batch_size"}:
         assert getattr(predictor, name) == getattr(base, name)
     image = np.zeros((150, 200, 3), np.uint8)
     image[40:60, 50:80] = 200
@@ -242,6 +243,8 @@ def test_a_tiled_predictor_is_a_predictor(tmp_path):
         assert (found.image_size, found.categories) == ((150, 200), CLASSES)
         assert found.masks()[0].sum() == 600
     assert two.source == tmp_path / "a.png"  # and not its pixels
+    (three,) = predictor(path for path in [tmp_path / "a.png"])
+    np.testing.assert_array_equal(three.boxes, two.boxes)
     assert [len(batch) for batch in sizes[:4]] == [3, 3, 3, 3] and {shape for batch in sizes for shape in batch} == {
         (64, 64, 3)
     }
@@ -269,6 +272,31 @@ def test_predict_on_a_large_tiff_writes_results_and_a_smaller_overlay(tmp_path, 
         scale = overlay.size[0] / 200
         colors = {overlay.getpixel((round(x * scale), round(y * scale))) for x, y in ((65, 50), (20, 20))}
         assert len(colors) == 2
+
+
+@pytest.mark.parametrize(
+    "shape, options, message",
+    [
+        ((150, 200), {"save": ["csv", "ids"]}, "a.tif: ids of so large a picture do not fit into memory"),
+        ((70_000, 70_000), {}, "a.tif: 70000 x 70000 pixels are too many for RLE masks; take polygons"),
+    ],
+)
+def test_what_a_large_picture_cannot_have_is_refused_before_the_work(shape, options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(lite, "MAX_PIXELS", 20_000)
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((150, 200), np.uint8), tile=(64, 64))
+    monkeypatch.setattr(windows.TiffWindows, "_check", lambda self: setattr(self, "shape", (*shape, 3)))
+    never = tiled(Predictor("run", CLASSES, (64, 64), 3, lambda images: pytest.fail("looked at a tile")), 64, 16)
+    with pytest.raises(InputError, match=message):
+        predict(never, tmp_path / "a.tif", tmp_path / "out", progress=False, **options)
+
+
+def test_a_large_tiff_that_becomes_black_is_told_as_a_small_one_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lite, "MAX_PIXELS", 20_000)
+    tifffile.imwrite(tmp_path / "a.tif", np.full((150, 200), 200, np.uint16), tile=(64, 64))
+    predictor = tiled(Predictor("run", CLASSES, (64, 64), 3, brightest), 64, 16)
+    predict(predictor, tmp_path / "a.tif", tmp_path / "out", progress=False)
+    note = "note: 1 of 1 images: gray of at most 8 bits where 16 are expected: all of it becomes black"
+    assert note in capsys.readouterr().err
 
 
 def test_the_commands_take_tiles(tmp_path):

@@ -189,3 +189,12 @@ def test_no_letter_becomes_the_box_that_stands_for_what_a_font_lacks(fonts, monk
         assert text.endswith(" 0.98") and all(bytes(font.getmask(letter)) != box for letter in text if letter != " ")
     assert visualize.written("Käfer", 15)[0] in ("Käfer", "Kafer")
     assert visualize.written("cell", 15)[0] == "cell"
+
+
+def test_only_dim_pictures_are_brightened():
+    gray = np.tile(np.arange(visualize.DIM, dtype=np.uint8).repeat(8)[:, None, None], (1, 400, 3))
+    shown = np.asarray(visualize.draw(gray, []))
+    assert shown[4].max() == 0 and shown[-4].min() == 255 and (np.diff(shown[:, 0, 0].astype(int)) >= 0).all()
+    flat, bright = np.full_like(gray, 20), gray + np.uint8(1)
+    for image in (flat, bright):
+        np.testing.assert_array_equal(visualize.draw(image, []), image)

@@ -72,6 +72,19 @@ def test_bit_depths_and_floats_are_as_the_ordinary_reader_has_them(tmp_path):
         windows.TiffWindows(floats)
 
 
+@pytest.mark.parametrize("kind", [*FILES, "16-bit colors", "dark"])
+def test_what_is_noted_of_gray_levels_is_what_the_ordinary_reader_notes(kind, tmp_path):
+    more = {"16-bit colors": (COLOR.astype(np.uint16), {"tile": (64, 64), **RGB}), "dark": (DEEP >> 4, {"tile": (64, 64)})}
+    pixels, options = (FILES | more)[kind]
+    path = write(tmp_path / "a.tif", pixels, **options)
+    opened, notes = windows.TiffWindows(path), []
+    assert opened.notes() == []
+    lite.read_image(path, notes=notes)
+    for y in (0, 128):
+        opened.read(y, 0, 75, 317)
+    assert opened.notes() == notes and bool(notes) == (kind in ("16 bits", "OME, pyramid", *more))
+
+
 def test_only_tiffs_that_are_too_large_are_read_by_windows(tmp_path, monkeypatch):
     path = write(tmp_path / "a.tif", COLOR, **RGB)
     Image.fromarray(COLOR).save(tmp_path / "a.png")

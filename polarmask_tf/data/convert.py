@@ -263,6 +263,7 @@ def _write_shard(task: _Task, after_image: typing.Callable) -> _Written:
                 areas.update(report_file.side_of(i.area) for i in found if not i.is_crowd)
                 max_edges = max([max_edges, *(sum(map(len, i.rings)) for i in found)])
             after_image()
+    tiles.close(last, report)
     return _Written(report, counts, per_image, max_edges, labels, areas)
 
 

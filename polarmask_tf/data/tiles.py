@@ -205,6 +205,16 @@ def _half(ring, axis, sign, limit):
     return rings
 
 
+def close(last: dict, report: Report) -> None:
+    """Ends with the picture that the last tile came from, see `stored`: of a large one its gray levels are noted."""
+    for path, picture in last.items():
+        if isinstance(picture, windows.TiffWindows):
+            for text in picture.notes():
+                report.note(text, path.name)
+            picture.close()
+    last.clear()
+
+
 def stored(path: Path, entry: dict, options, report: Report, where: str, last: dict) -> tuple[bytes, str]:
     """(bytes, format) of a tile of `cut` out of the picture at `path`, as pictures.stored gives them; nothing is lost.
 
@@ -213,7 +223,7 @@ def stored(path: Path, entry: dict, options, report: Report, where: str, last: d
     (height, width), (y, x) = entry["source_size"], entry["corner"]
     try:
         if path not in last:
-            last.clear()
+            close(last, report)
             if windows.is_large_tiff(path):
                 last[path] = windows.TiffWindows(path, options.bit_depth)
             else:

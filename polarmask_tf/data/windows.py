@@ -55,6 +55,7 @@ class TiffWindows:
         tifffile = _tifffile(path)
         self.source = self._path = path
         self._bit_depth, self._decoded, self._bytes = bit_depth, collections.OrderedDict(), 0
+        self._most = None  # of the deep values that were read
         try:
             lite.check_file(path, 2**63)
             self._file = tifffile.TiffFile(path)
@@ -72,6 +73,10 @@ class TiffWindows:
     def close(self) -> None:
         self._file.close()
         self._decoded.clear()
+
+    def notes(self) -> list[str]:
+        """What lite.read_image notes of gray levels, by what has been read."""
+        return [] if self._most is None else lite.few_levels(self._most, self._bit_depth or 16, not self._color)
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         """uint8 [height, width, 3] RGB of the pixels from row y and column x on, which must lie in the picture."""
@@ -184,6 +189,7 @@ class TiffWindows:
         """[h, w, samples] as stored -> uint8 [h, w, 3], by the rules of lite.read_image."""
         if self._color:
             values = values[..., :3]
+            self._see(values)
             return values if values.dtype == np.uint8 else (values >> 8).astype(np.uint8)
         values = values[..., :1]
         if values.dtype == np.uint8:
@@ -193,8 +199,13 @@ class TiffWindows:
             if not 0 <= values.min() <= values.max() < 2**bits:  # NaN is not
                 low, most = values.min(), values.max()
                 raise self._refuse(f"pixels from {low:g} to {most:g}, beyond the {bits} bits of the bit depth")
+            self._see(values)
             values = (values.astype(np.uint16) >> bits - 8).astype(np.uint8)
         return np.repeat(values, 3, axis=-1)
+
+    def _see(self, values):
+        if values.dtype != np.uint8:
+            self._most = max(self._most or 0, values.max())
 
 
 def open_windows(source, *, exif: str = "ignore", bit_depth: int | None = None, notes: list | None = None):
@@ -223,9 +234,9 @@ def open_windows(source, *, exif: str = "ignore", bit_depth: int | None = None, 
     return opened
 
 
-def whole(source) -> np.ndarray:
+def whole(source, bit_depth: int | None = None) -> np.ndarray:
     """The pixels of what open_windows takes, uint8 [h, w, 3]: of a large TIFF its overview. Raises InputError."""
-    opened = open_windows(source)
+    opened = open_windows(source, bit_depth=bit_depth)
     if isinstance(opened, TiffWindows):
         return overview(opened, OVERVIEW)
     return opened.read(0, 0, *opened.shape[:2])

@@ -83,6 +83,13 @@ def _matches(coco_eval, annotations):
     return np.array(rows, _IDS + _MATCH), np.array(objects, _IDS + about + _MATCH)
 
 
+def check_rle_size(height, width):
+    """InputError for a picture of more pixels than pycocotools counts."""
+    if height * width >= 2**32:
+        what = f"{width} x {height} pixels are too many for RLE masks"
+        raise InputError(f"{what}; take polygons (--segmentation polygon, or GeoJSON)")
+
+
 def polygons_to_rle(polygons, height, width):
     """Polygons float [M, R, 2] (x, y in pixels, R >= 3) -> M compressed RLEs {"size": [height, width], "counts": str}.
 
@@ -91,8 +98,7 @@ def polygons_to_rle(polygons, height, width):
     polygons = np.array(polygons, np.float64)
     if len(polygons) == 0:
         return []
-    if height * width >= 2**32:  # in which pycocotools counts
-        raise InputError(f"{width} x {height} pixels are too many for RLE masks; take the polygons (GeoJSON)")
+    check_rle_size(height, width)
     polygons[~np.isfinite(polygons).all(axis=(1, 2))] = 0
     # frPyObjects walks every edge pixel by pixel: a far vertex must not cost more than an image's width.
     polygons = np.clip(polygons, (-width, -height), (2 * width, 2 * height))
@@ -102,14 +108,21 @@ def polygons_to_rle(polygons, height, width):
     return rles
 
 
-def detections_to_results(detections, image_id, classes, height, width):
-    """Detections of one image [height, width] -> COCO result dicts, with the original category ids."""
+def detections_to_results(detections, image_id, classes, height, width, segmentation="rle"):
+    """Detections of one image [height, width] -> COCO result dicts, with the original category ids.
+
+    segmentation: "rle", or "polygon", [[x, y, x, y, ...]] to hundredths of a pixel, in pictures of any size.
+    """
     boxes = np.array(detections.boxes, np.float64).reshape(-1, 4)
     boxes[:, 2:] -= boxes[:, :2]
     columns = (array.tolist() for array in (detections.classes, detections.scores, boxes.round(2)))
+    if segmentation == "polygon":
+        shapes = [[ring.ravel().tolist()] for ring in np.asarray(detections.polygons, np.float64).round(2)]
+    else:
+        shapes = polygons_to_rle(detections.polygons, height, width)
     return [
-        dict(image_id=image_id, category_id=classes[label]["category_id"], score=score, segmentation=rle, bbox=box)
-        for rle, label, score, box in zip(polygons_to_rle(detections.polygons, height, width), *columns, strict=True)
+        dict(image_id=image_id, category_id=classes[label]["category_id"], score=score, segmentation=shape, bbox=box)
+        for shape, label, score, box in zip(shapes, *columns, strict=True)
     ]
 
 
@@ -183,14 +196,19 @@ def _results(truth, results, iou_type):
     return _index(truth.dataset["images"], truth.dataset["categories"], results)
 
 
+def check_max_detections(number):
+    """InputError for fewer than COCO's numbers are of."""
+    if number <= 10:
+        raise InputError(f"max_detections is {number}; it must be more than 10, for which AR10 stands")
+
+
 def coco_metrics(ground_truth, results, *, max_detections=100, iou_type="segm"):
     """The 12 COCO numbers of `results` (list of COCO result dicts) against `ground_truth` (COCO dict) -> Metrics.
 
     `max_detections` an image replaces COCO's 100 for all numbers but AR1 and AR10. iou_type is "segm" or "bbox". The
     arguments are not changed. Raises InputError for results of unknown images and for unusable ground truth.
     """
-    if max_detections <= 10:
-        raise InputError(f"max_detections is {max_detections}; it must be more than 10, for which AR10 stands")
+    check_max_detections(max_detections)
     truth = _ground_truth(ground_truth, iou_type)
     coco_eval = COCOeval(truth, _results(truth, results, iou_type), iou_type)
     params = coco_eval.params

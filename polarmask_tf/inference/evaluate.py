@@ -10,7 +10,7 @@ from polarmask_tf.data import dataset, records
 from polarmask_tf.data.report import Report
 from polarmask_tf.data.sources import coco
 from polarmask_tf.errors import InputError
-from polarmask_tf.inference.coco_metrics import coco_metrics, detections_to_results
+from polarmask_tf.inference.coco_metrics import check_max_detections, coco_metrics, detections_to_results
 from polarmask_tf.inference.results import read_image
 from polarmask_tf.weights.runs import read_run
 from polarmask_tf.weights.state_dict import summarize
@@ -84,6 +84,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, must be at least 1")
+    check_max_detections(max_detections)  # before the work, not behind it
     info = dataset.load(data)  # once: pictures and truth are of one conversion
     data = info.directory
     truth = records.read_ground_truth(info) if annotations is None else read_coco(annotations)

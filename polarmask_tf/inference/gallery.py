@@ -21,11 +21,11 @@ PALETTE = 24
 
 
 def write_picture(path, image, found, name, truth):
-    """Writes path.jpg and path.js (`path` has no suffix) -> the picture's entry for `write_page`.
+    """Writes path.jpg, a dim picture brightened, and path.js (`path` has no suffix) -> the picture's entry for `write_page`.
 
     image: uint8 [h, w, 3], or windows of a large picture. truth: as truth.shapes gives it; None without any.
     """
-    picture = Image.fromarray(windows.whole(image))
+    picture = visualize.brightened(Image.fromarray(windows.whole(image)))
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     visualize.save(picture, f"{path}.jpg")
     rows = zip(found.classes.tolist(), found.scores.round(4).tolist(), found.polygons, strict=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from polarmask_tf import files
 from polarmask_tf.errors import InputError
 from polarmask_tf.inference import formats, gallery, inputs, journal, visualize
+from polarmask_tf.inference.coco_metrics import check_rle_size
 from polarmask_tf.inference.results import Detections
 
 RESULTS, MEASUREMENTS, PAGE, SHEET = "results.json", "measurements.csv", "gallery.html", "sheet.png"
@@ -53,8 +54,6 @@ def _geojson(path, one):
 
 
 def _ids(path, one, *, bits=16):
-    if not isinstance(one.image, np.ndarray):
-        raise InputError(f"{one.picture.name}: ids of so large a picture do not fit into memory; take --save geojson")
     try:
         ids = one.found.to_ids(np.uint16 if bits == 16 else np.uint32)
     except InputError:
@@ -91,6 +90,17 @@ def check(save):
     if {"ids:tif", "ids:tif32"} <= {*kinds}:
         raise InputError("--save ids:tif and ids:tif32 are files of one name; take one of them")
     return list(dict.fromkeys(kinds))
+
+
+def check_size(kinds, segmentation, name, image):
+    """InputError for an output that a picture so large cannot have: before it is looked at, which may take hours."""
+    if not isinstance(image, np.ndarray) and any(kind.startswith("ids") for kind in kinds):
+        raise InputError(f"{name}: ids of so large a picture do not fit into memory; take --save geojson")
+    if "coco" in kinds and segmentation == "rle":
+        try:
+            check_rle_size(*image.shape[:2])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
 
 
 def own(out):

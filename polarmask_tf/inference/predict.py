@@ -112,10 +112,14 @@ def predict(
                         tqdm.write(f"skipped {error}", file=sys.stderr)
                     record.append(tally.add({"name": picture.name, "skipped": str(error)}))
                 continue
+            if not is_done:
+                outputs.check_size(kinds, segmentation, picture.name, image)
             if said:  # now that nothing is refused any more
                 tqdm.write(said, file=sys.stderr)
                 said = ""
             found = predictor(image).above(score_threshold)
+            if not isinstance(image, np.ndarray):
+                picture.notes.extend(image.notes())
             found = found if classes is None else found.only(classes)
             if _is_too_small(found, predictor) and _TOO_SMALL not in picture.notes:
                 picture.notes.append(_TOO_SMALL)

@@ -52,7 +52,8 @@ class Predictor:
             pixels = [read_image(image, bit_depth=self.bit_depth) for image in given]
             for source, image, rows in zip(given, pixels, self.run(pixels), strict=True):
                 rows = {name: rows[name][: self.max_detections] for name in lite.FOUND}
-                found = Detections(**rows, categories=self.classes, image_size=image.shape[:2], source=source)
+                size, depth = image.shape[:2], self.bit_depth
+                found = Detections(**rows, categories=self.classes, image_size=size, source=source, bit_depth=depth)
                 results.append(found.above(self.score_threshold))
         return results
 

@@ -29,6 +29,7 @@ class Detections:
     categories: typing.Sequence[dict] = ()  # {"name", "category_id"} of each class the model knows
     image_size: tuple[int, int] = (0, 0)  # height, width
     source: typing.Any = None  # the image, as the predictor was given it
+    bit_depth: int | None = None  # that the predictor read it with
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -72,11 +73,7 @@ class Detections:
         """COCO result dicts, with the original category ids; segmentation: "rle", or "polygon", [[x, y, x, y, ...]]."""
         if segmentation not in ("rle", "polygon"):
             raise InputError(f"segmentation is {segmentation!r}, must be 'rle' or 'polygon'")
-        results = coco_metrics.detections_to_results(self, image_id, self.categories, *self.image_size)
-        if segmentation == "polygon":
-            rings = (polygon.ravel().tolist() for polygon in np.asarray(self.polygons, np.float64).round(2))
-            results = [{**result, "segmentation": [ring]} for result, ring in zip(results, rings, strict=True)]
-        return results
+        return coco_metrics.detections_to_results(self, image_id, self.categories, *self.image_size, segmentation)
 
     def to_labelme(self, image_path: str | None = None) -> dict:
         """The content of labelme's JSON file of this image; the scores are in its shapes' descriptions.
@@ -117,7 +114,7 @@ class Detections:
             raise InputError("plot: these detections do not know their image; give it")
         labels = [""] * len(self) if fit and len(self.categories) == 1 else self.names
         colors = visualize.colors_for(self.classes, len(self.categories))
-        pixels = windows.whole(image)
+        pixels = windows.whole(image, self.bit_depth)
         # A large picture is shown smaller, see windows.whole.
         scale = np.divide(pixels.shape[1::-1], self.image_size[::-1], dtype=np.float32) if any(self.image_size) else 1
         return visualize.draw(pixels, list(self.polygons * scale), labels, self.scores, colors, fit=fit)
@@ -129,6 +126,7 @@ class Detections:
 
 def class_indices(categories: typing.Sequence[dict], names: typing.Iterable[str]) -> list[int]:
     """Indices of the classes of these names; InputError, with the known names, for one that no class has."""
+    names = [names] if isinstance(names, str) else names  # and not its letters
     known, names = [nfc(entry["name"]) for entry in categories], list(map(nfc, names))
     if unknown := [name for name in names if name not in known]:
         others = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")

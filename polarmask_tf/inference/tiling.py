@@ -11,6 +11,7 @@ import bisect
 import dataclasses
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -47,10 +48,14 @@ class TiledPredictor:
     bit_depth = property(lambda self: self.predictor.bit_depth)
     score_threshold = property(lambda self: self.predictor.score_threshold)
     max_detections = property(lambda self: self.predictor.max_detections)  # of a tile
+    rays = property(lambda self: self.predictor.rays)
     thresholds = property(lambda self: self.predictor.thresholds)
+    runs_on = property(lambda self: self.predictor.runs_on)
     default_threshold = property(lambda self: self.predictor.default_threshold)
 
     def __call__(self, images):
+        if isinstance(images, Iterator) and not hasattr(images, "read"):  # as Predictor takes them
+            return map(self._detect, images)
         if not isinstance(images, list | tuple):
             return self([images])[0]
         return [self._detect(image) for image in images]
@@ -78,7 +83,8 @@ class TiledPredictor:
         scale = max(1.0, self.tile / max(self.input_size))
         rows = merge(parts, rows, columns, self.tile, (height, width), touch=_TOUCH * scale)
         source = getattr(image, "source", image)
-        return Detections(**rows, categories=self.classes, image_size=(height, width), source=source)
+        size, depth = (height, width), self.bit_depth
+        return Detections(**rows, categories=self.classes, image_size=size, source=source, bit_depth=depth)
 
 
 def tiled(predictor: Predictor, tile: int, overlap: int | None = None, *, progress: bool = False) -> TiledPredictor:

@@ -14,6 +14,7 @@ from polarmask_tf.errors import InputError, nfc
 
 PAPER, INK, FAINT = (250, 249, 246), (32, 33, 36), (110, 110, 114)
 SHEET_SIDE = 384  # longer side of a picture in a sheet
+DIM = 64  # of 256 levels: a picture that nowhere is as bright looks black
 LAYER_PIXELS = 8_000_000  # of what is painted at a time: a layer of a huge picture costs more than the picture
 # For what Pillow's own font lacks, which is all but ASCII: fonts of Linux, macOS and Windows, looked for in their folders.
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "PingFang.ttc", "segoeui.ttf", "msyh.ttc")
@@ -65,11 +66,12 @@ def draw(image, shapes, labels=None, scores=None, colors=None, *, fit=None):
     shapes: an instance each: a polygon [R, 2] (x, y in pixels), a list of such rings, or a bool mask [h, w].
     labels: a text each; scores: a number each, written behind it. Earlier instances lie on top, and their labels
     win the space. colors: (R, G, B) each; default: one for each instance. The picture's longer side is `fit` pixels;
-    without `fit` it has the image's size, times the whole number (at most 8) that brings its shorter side to 384.
+    without `fit` it has the image's size, times the whole number (at most 8) that brings its shorter side to 384. A dim image
+    is brightened.
     """
     height, width = image.shape[:2]
     scale = fit / max(height, width) if fit else min(8, max(1, -(-384 // min(height, width))))
-    picture = Image.fromarray(image)
+    picture = brightened(Image.fromarray(image))
     if scale != 1:
         picture = _scaled(picture, scale, Image.Resampling.BICUBIC)
     colors = [color(index) for index in range(len(shapes))] if colors is None else colors
@@ -134,6 +136,17 @@ def save(picture, path):
         raise InputError(f"{path}: no kind of picture that can be written; call it .png or .jpg")
     with files.replacing(path) as part:
         picture.save(part, format=kind, **({"quality": 90} if kind == "JPEG" else {}))
+
+
+def brightened(picture):
+    """A PIL.Image as it is; a dim one, like 12 bits of gray in 16, with its levels spread over all that there are."""
+    # Averaged, since single pixels of a camera may be as bright as they like.
+    extremes = np.reshape(picture.reduce(4).getextrema(), (-1, 2))
+    low, high = int(extremes.min()), int(extremes.max())
+    if high >= DIM or high == low:
+        return picture
+    levels = ((np.arange(256) - low) * 255 / (high - low)).clip(0, 255).round().astype(int)
+    return picture.point(levels.tolist() * len(picture.getbands()))
 
 
 def _scaled(picture, scale, resampling):
