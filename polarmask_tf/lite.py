@@ -667,6 +667,8 @@ def main(argv=None):
         except (ImportError, ValueError) as error:  # of a folder the other images are read
             print(f"error: {error}", file=sys.stderr)
             status = 2
+            if model is None:  # which is what is wrong, with every image
+                break
             continue
         for note in sorted({*notes} - said):  # of a folder once
             print(f"note: {one_line(path.name)}: {note}", file=sys.stderr)
