@@ -141,7 +141,7 @@ def evaluate(args):
 
         if args.score_threshold is not None:
             raise InputError("--calibrate needs all detections: leave --score-threshold out")
-        checkpoint = check_calibratable(Path(args.model))
+        checkpoint = check_calibratable(Path(args.model), args.data)
     data = dataset.load(args.data or default_data(args.model))  # once: all below is of one conversion
     most = args.max_detections if args.max_detections != 100 else None
     options = {**_options(args, "score_threshold", "accelerator"), "max_detections": most}
