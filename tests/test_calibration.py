@@ -159,6 +159,7 @@ def test_what_cannot_be_calibrated_is_said(run, tmp_path, capsys):
     file.write_bytes(b"")
     assert cli.main(["evaluate", str(file), "--data", "x", "--calibrate"]) == 2
     assert "--calibrate is for a run directory" in capsys.readouterr().err
+    (run / runs.CALIBRATION).unlink()
     config, classes = runs.read_run(run)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path / "train")))
     runs.write_run(run, config, {"classes": classes})
