@@ -146,19 +146,19 @@ def parser() -> argparse.ArgumentParser:
     add("run", type=_path, help="run directory")
     add("--out", type=_path, required=True, help="directory for saved_model/, model.tflite and lite.py")
     text = "of the .tflite files: fp32, fp16, dynamic, int8 (default fp32)"
-    add("--precision", type=lambda text: text.split(","), default=["fp32"], metavar="A,B,...", help=text)
+    add("--precision", type=lambda text: text.split(","), metavar="A,B,...", help=text)
     add("--raw", action="store_true", help="also .tflite files that end at the head's outputs, for GPUs and NPUs")
     add("--data", type=_path, help="converted data: measure the mask AP of every export beside Keras'")
-    text = "with --data: fail if an AP is lower by more (default %(default)s)"
-    add("--max-ap-drop", type=_fraction, default=0.01, metavar="X", help=text)
+    text = "with --data: fail if an AP is lower by more (default 0.01)"
+    add("--max-ap-drop", type=_fraction, metavar="X", help=text)
     add("--images", type=_path, metavar="DATA", help="converted data to compare on (default: the run's own)")
     add("--score-threshold", type=_fraction, metavar="X", help="fixed in the exports (default: the config's)")
     add("--max-detections", type=int, help="fixed in the exports (default: the config's)")
     add("--serving", action="store_true", help="instead: a version directory for TF Serving, OUT/NAME/1")
-    add("--name", default="polarmask", help="serving: what the model is called in requests (default %(default)s)")
+    add("--name", help="serving: what the model is called in requests (default polarmask)")
     add("--contract", choices=("model_garden",), help="serving: also speak as Model Garden's Mask R-CNN does")
-    text = "serving: refuse encoded images of more pixels (default %(default)s)"
-    add("--max-pixels", type=_positive, default=50_000_000, metavar="N", help=text)
+    text = "serving: refuse encoded images of more pixels (default 50000000)"
+    add("--max-pixels", type=_positive, metavar="N", help=text)
 
     add = command("import-weights", "a run directory of a released PyTorch checkpoint")
     add("checkpoint", type=_path, help=".pth file, or .npz of the same keys")
@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     add("--set", **setting, help="train: override, like data.batch=8")
     _add_devices(add)
     add("--operations", action="store_true", help=".tflite files: the time of each kind of operation, by LiteRT's profiler")
-    add("--threads", type=_positive, default=1, help=".tflite files: threads (default %(default)s)")
+    add("--threads", type=_positive, help=".tflite files: threads (default 1)")
     add("--image", type=_path, help=".tflite files: image to run on (default: a synthetic one)")
     add("--repeats", type=_positive, help="timed calls of each model (default 10; 50 of a .tflite file)")
     add("--csv", type=_path, metavar="FILE", help="also write the rows as CSV")

@@ -19,6 +19,16 @@ def _options(args, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
+def _leave_out(args, names: tuple, why: str) -> None:
+    """InputError for those of these options that were given, and that nothing would look at."""
+    values = {name: getattr(args, name) for name in names}
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in values.items() if not (value is None or value is False or value == [])
+    ]
+    if given:
+        raise InputError(f"{', '.join(given)}: {why}; leave {'it' if len(given) == 1 else 'them'} out")
+
+
 def _settings(args, name: str, data: str | None = None):
     """The config of a name with every --set, and with `data` as data.train."""
     from polarmask_tf import config
@@ -131,7 +141,7 @@ def evaluate(args):
 
         if args.score_threshold is not None:
             raise InputError("--calibrate needs all detections: leave --score-threshold out")
-        checkpoint = check_calibratable(Path(args.model))
+        checkpoint = check_calibratable(Path(args.model), args.data)
     data = dataset.load(args.data or default_data(args.model))  # once: all below is of one conversion
     most = args.max_detections if args.max_detections != 100 else None
     options = {**_options(args, "score_threshold", "accelerator"), "max_detections": most}
@@ -199,15 +209,21 @@ def predict(args):
 
 def export(args):
     from polarmask_tf import swapped
-    from polarmask_tf.export import export
 
     swapped.check_one("export", args.run, "--out", args.out)
-    options = _options(args, "score_threshold", "max_detections")
+    of_files, of_serving = ("precision", "raw", "data", "max_ap_drop", "images"), ("name", "contract", "max_pixels")
     if args.serving:
-        export.export_for_serving(args.run, args.out, **options, **_options(args, "name", "contract", "max_pixels"))
+        _leave_out(args, of_files, "of the files that an export without --serving writes")
     else:
-        options |= {"precisions": args.precision, **_options(args, "images", "raw", "data", "max_ap_drop")}
-        export.export_model(args.run, args.out, **options)
+        _leave_out(args, of_serving, "of an export with --serving")
+        if args.data is None:
+            _leave_out(args, ("max_ap_drop",), "of APs, which are measured with --data")
+    from polarmask_tf.export import export
+
+    options = _options(args, "score_threshold", "max_detections", *(of_serving if args.serving else of_files))
+    options = {"precisions" if name == "precision" else name: value for name, value in options.items() if value is not None}
+    job = export.export_for_serving if args.serving else export.export_model
+    job(args.run, args.out, **options)
 
 
 def import_weights(args):
@@ -254,6 +270,10 @@ def benchmark(args):
         check_writable(args.csv, (*args.models, args.image, args.data))
     if not args.models:
         raise InputError("name configs, runs or .tflite files, or `train CONFIG`; the data side: scripts/benchmarks/steps.py")
+    if args.models[0] != "train":
+        _leave_out(args, ("data", "set"), "of `benchmark train CONFIG`")
+    if not all(model.endswith(".tflite") for model in args.models):
+        _leave_out(args, ("image", "threads"), "of .tflite files alone")
     if args.operations:
         rows, text = _profile(args)
     elif args.models[0] == "train":
@@ -263,7 +283,7 @@ def benchmark(args):
         from polarmask_tf.tools.benchmark import benchmark_files, format_files
 
         image = read_image(args.image) if args.image else None
-        rows = benchmark_files(args.models, image=image, threads=args.threads, repeats=args.repeats or 50)
+        rows = benchmark_files(args.models, image=image, threads=args.threads or 1, repeats=args.repeats or 50)
         text = format_files(rows)
     else:
         from polarmask_tf.tools.benchmark import benchmark_models, format_models
@@ -283,7 +303,7 @@ def _profile(args):
     from polarmask_tf.tools.operations import format_profile, profile
 
     image = read_image(args.image) if args.image else None
-    found = [profile(file, image=image, threads=args.threads, repeats=args.repeats or 50) for file in args.models]
+    found = [profile(file, image=image, threads=args.threads or 1, repeats=args.repeats or 50) for file in args.models]
     rows = [{"file": each["file"], **row} for each in found for row in each["operations"]]
     return rows, "\n\n".join(map(format_profile, found))
 

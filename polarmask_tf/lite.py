@@ -665,8 +665,10 @@ def main(argv=None):
             notes, depth = [], {} if args.bit_depth is None else {"bit_depth": args.bit_depth}
             found = model(path, exif=args.exif, notes=notes, **depth)
         except (ImportError, ValueError) as error:  # of a folder the other images are read
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}{': pip install ai-edge-litert' * isinstance(error, ImportError)}", file=sys.stderr)
             status = 2
+            if model is None:  # which is what is wrong, with every image
+                break
             continue
         for note in sorted({*notes} - said):  # of a folder once
             print(f"note: {one_line(path.name)}: {note}", file=sys.stderr)

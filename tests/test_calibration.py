@@ -1,5 +1,6 @@
 """What the calibration error is, which temperature and bias are fitted, and that run, graph and exports all have them."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -158,6 +159,12 @@ def test_what_cannot_be_calibrated_is_said(run, tmp_path, capsys):
     file.write_bytes(b"")
     assert cli.main(["evaluate", str(file), "--data", "x", "--calibrate"]) == 2
     assert "--calibrate is for a run directory" in capsys.readouterr().err
+    (run / runs.CALIBRATION).unlink()
+    config, classes = runs.read_run(run)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path / "train")))
+    runs.write_run(run, config, {"classes": classes})
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path / "train"), "--calibrate"]) == 2
+    assert "these are the pictures that it was trained on: --calibrate needs others" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--data", "x", "--calibrate", "--score-threshold", "0.5"]) == 2
     assert "leave --score-threshold out" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"postprocess\.temperature"):

@@ -149,6 +149,28 @@ def test_arguments_that_no_command_can_take_are_refused(words, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "export x --out y --serving --precision int8 --raw --data z --max-ap-drop 0",
+            "--precision, --raw, --data, --max-ap-drop: of",
+        ),
+        ("export x --out y --serving --images z", "--images: of the files that an export without --serving writes"),
+        ("export x --out y --contract model_garden", "--contract: of an export with --serving; leave it out"),
+        ("export x --out y --name cells --max-pixels 9", "--name, --max-pixels: of an export with --serving; leave them out"),
+        ("export x --out y --max-ap-drop 0", "--max-ap-drop: of APs, which are measured with --data; leave it out"),
+        ("benchmark edge --set model.rays=72", "--set: of `benchmark train CONFIG`; leave it out"),
+        ("benchmark x.tflite --data y", "--data: of `benchmark train CONFIG`"),
+        ("benchmark edge --threads 4 --image x.png", "--image, --threads: of .tflite files alone"),
+    ],
+)
+def test_options_that_nothing_would_look_at_are_refused(words, message, capsys):
+    assert cli.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"polarmask: error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("text", "line"),
     [
         ("plain", "plain"),

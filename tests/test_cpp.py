@@ -368,7 +368,7 @@ def test_bad_images_are_refused_in_one_line(program, models, tmp_path):
         (tmp_path / "a.ppm").write_bytes(content)
         status, lines, errors = run(program, models["fp32"], tmp_path / "a.ppm")
         assert (status, lines, len(errors)) == (2, [], 1) and "a.ppm: " in errors[0] and message in errors[0], (content, errors)
-    for name, message in (("folder.ppm", "directory"), ("nowhere.ppm", "nowhere.ppm: No such file")):
+    for name, message in (("folder.ppm", "folder.ppm: Is a directory"), ("nowhere.ppm", "nowhere.ppm: No such file")):
         status, lines, errors = run(program, models["fp32"], tmp_path / name)
         assert (status, lines, len(errors)) == (2, [], 1) and message in errors[0]
 
@@ -476,10 +476,20 @@ def test_bad_arguments_are_refused(program, models, tmp_path):
         ("--accelerator", "npu"),
         ("--accelerator",),
         ("--score", "-0.5"),
+        ("--score", "30"),
+        ("--score", "inf"),
     ]
     for arguments in ((), (models["fp32"],), *((models["fp32"], image, *options) for options in bad)):
         status, lines, errors = run(program, *arguments)
         assert (status, lines, len(errors)) == (2, [], 1) and "usage: " in errors[0], arguments
+
+
+def test_an_output_that_cannot_be_written_is_an_error(program, models, tmp_path):
+    image = write_ppm(tmp_path / "a.ppm", noise(20, 30))
+    command = [program, models["fp32"], image, "--score", "0"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 2 and b"error: the output cannot be written: No space left on device" in done.stderr
 
 
 def test_damaged_files_never_crash_it(program, models, tmp_path):

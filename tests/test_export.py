@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import tf_keras
 from PIL import Image
 
 from helpers.exports import RADIUS, expected_scale, fake_model, hexagon_around_brightest, spot
+from polarmask_tf import cli, lite
 from polarmask_tf import config as configs
-from polarmask_tf import lite
 from polarmask_tf.data import dataset
+from polarmask_tf.errors import InputError
 from polarmask_tf.export import export, graph, parity, tflite
 from polarmask_tf.inference.predictor import Detections, load_predictor, network_input, run_predictor
 from polarmask_tf.ops import placement
@@ -247,3 +249,23 @@ def test_a_file_says_whether_a_gpu_would_do_it_wrong(box, tmp_path, monkeypatch)
     model = PolarMask(configs.load("shapes", [f"model.head.box={json.dumps(box)}"]), [{"name": "cat", "category_id": 17}])
     path = tflite.export_tflite(model, tmp_path / "a.tflite")
     assert lite.read_metadata(path).get("cpu_only", False) is box
+
+
+def test_without_litert_files_are_written_and_not_compared(tmp_path, capsys, monkeypatch):
+    """It is an extra; that it was missing used to be said once all was converted, as an error."""
+    for name in ("ai_edge_litert", "ai_edge_litert.interpreter"):
+        monkeypatch.setitem(sys.modules, name, None)
+    model, picture = fake_model("letterbox", (32, 48)), io.BytesIO()
+    Image.fromarray(spot(32, 48, 20, 10, 1)).save(picture, "PNG")
+    monkeypatch.setattr(export, "_load", lambda model, overrides: model)
+    monkeypatch.setattr(export, "_write", lambda job, model, out: out)
+    monkeypatch.setattr(export, "_first_images", lambda *_: [picture.getvalue()])
+    monkeypatch.setattr(export, "load_predictor", lambda path: run_predictor(model))
+    assert list(export.export_model(model, tmp_path / "out")) == ["saved_model"]
+    assert "the .tflite files are not compared: that needs ai-edge-litert: " in capsys.readouterr().out
+    monkeypatch.setattr(export.dataset, "load", lambda path: None)
+    with pytest.raises(InputError, match=r"--data runs the \.tflite files, which needs ai-edge-litert"):
+        export.export_model(model, tmp_path / "none", data=tmp_path)
+    assert not (tmp_path / "none").exists()
+    assert cli.main(["inspect", str(tmp_path / "model.tflite")]) == 2
+    assert "model.tflite: running it needs ai-edge-litert: pip install ai-edge-litert" in capsys.readouterr().err

@@ -620,6 +620,22 @@ def test_the_command_says_in_one_line_what_is_wrong(tflite, tmp_path, capsys):
         assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_without_litert_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    for name in ("ai_edge_litert", "ai_edge_litert.interpreter"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert lite.main([str(tmp_path / "model.tflite"), str(tmp_path / "a.png")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and error.endswith(": pip install ai-edge-litert")
+
+
+def test_a_model_that_cannot_run_is_said_once_of_a_whole_folder(tmp_path, capsys):
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert lite.main([str(tmp_path / "nowhere.tflite"), str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {tmp_path / 'nowhere.tflite'}: ")
+
+
 @pytest.mark.parametrize("redirect, code", [("| true", 0), (">&-", 0), (">/dev/full", 2)])
 def test_an_output_that_nobody_takes_shows_no_traceback(tflite, tmp_path, redirect, code):
     for number in range(20):

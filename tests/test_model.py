@@ -27,6 +27,7 @@ from helpers.networks import (
 )
 from helpers.polygons import edges_of
 from polarmask_tf.config import BackboneConfig, HeadConfig
+from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.polarmask import PolarMask
@@ -77,6 +78,21 @@ def test_classes_start_rare():
     outputs = PolarMask(tiny_config(), CLASSES)(random_images(0, 1))
     scores = tf.sigmoid(tf.concat([tf.reshape(maps["class_logits"], [-1]) for maps in outputs.values()], 0)).numpy()
     assert np.median(scores) == pytest.approx(0.01, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        ("cat", "classes is 'cat': a list is needed"),
+        ({0: "cat", 1: "dog"}, "a list is needed"),
+        ([{"id": 1, "name": "cat"}], '"name" and "category_id" of each are needed'),
+        ([{"name": name, "category_id": 1} for name in ("cat", "dog")], "two of them have one category_id"),
+        (0, "at least one is needed"),
+    ],
+)
+def test_classes_that_would_be_others_are_refused(classes, said):
+    with pytest.raises(InputError, match=said):
+        PolarMask(tiny_config(), classes)
 
 
 def test_the_head_works_on_any_features():

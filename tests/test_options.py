@@ -192,6 +192,20 @@ def test_a_start_says_what_its_weights_are_used_to(tmp_path, capsys):
     )
 
 
+def test_a_start_says_what_its_rays_and_classes_were(tmp_path, capsys):
+    before = saved_run(tmp_path / "a", 3, 1)
+    config = tiny_config()
+    head = dataclasses.replace(config.model.head, ray_unit="pixel", centerness_tower="ray")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))
+    train.start_from(PolarMask(config, ["c2", "c1", "c0"]), tmp_path / "a")
+    said = capsys.readouterr().out
+    told = "it was trained with model.head.centerness_tower=class, model.head.ray_unit=stride, the classes c0, c1, c2"
+    assert said.count("\n") == 1 and said.endswith(f" tensors; {told}\n")
+    before.save_weights(tmp_path / "a.weights.h5")
+    with pytest.raises(InputError, match=r"a\.weights\.h5: weights of save_weights.* \.keras"):
+        train.start_from(before, tmp_path / "a.weights.h5")
+
+
 def test_centerness_of_locations_off_center_is_lower_in_polar_than_in_cartesian():
     """A thin diagonal bar: its box is square, so Cartesian centerness is 1 in the middle; polar centerness is not."""
     ring = np.float32([[10, 12], [12, 10], [54, 52], [52, 54]])

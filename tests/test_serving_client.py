@@ -204,6 +204,14 @@ def test_no_server_no_model_no_files(client, server, folder, tmp_path, capsys, m
     assert not (tmp_path / "out/results.json").exists()
 
 
+@pytest.mark.parametrize("words", ["--concurrency 0", "--score nan", "--score 50", "--timeout -1", "--retries 1000"])
+def test_numbers_that_cannot_be_are_refused(client, folder, tmp_path, capsys, words):
+    arguments = ["http://127.0.0.1:9/v1/models/x", str(folder / "a.png"), "--out", str(tmp_path / "out"), *words.split()]
+    assert client.main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {words}: a number from ") and not (tmp_path / "out").exists()
+
+
 def test_the_test_server_speaks_as_tf_serving_does(server):
     """Rows and columns, status, metadata and errors, as TF Serving's documentation and sources have them."""
     name, rest, _ = server

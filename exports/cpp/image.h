@@ -11,6 +11,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 using Error = std::runtime_error;
@@ -18,7 +19,11 @@ using Error = std::runtime_error;
 inline std::string read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw Error(path + ": " + std::strerror(errno));
-  return {std::istreambuf_iterator<char>(file), {}};
+  try {
+    return {std::istreambuf_iterator<char>(file), {}};
+  } catch (const std::system_error& error) {  // a directory opens like a file
+    throw Error(path + ": " + error.code().message());
+  }
 }
 
 struct Image {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <cstdint>
@@ -304,8 +305,8 @@ int main(int argc, char** argv) try {
     const auto [rest, problem] = std::from_chars(value.data(), value.data() + value.size(), set);
     good = (&set != &digits || option == "--digits") && problem == std::errc() && !*rest && set >= 0;
   }
-  if (!good || !(threads >= 1 && threads <= 64 && digits >= 0 && digits <= 9)) {
-    throw Error("usage: polarmask MODEL.tflite IMAGE.ppm [--score X (default: the model's own, or 0.3)]"
+  if (!good || !(score <= 1.5 && threads >= 1 && threads <= 64 && digits >= 0 && digits <= 9)) {
+    throw Error("usage: polarmask MODEL.tflite IMAGE.ppm [--score X (0 to 1.5; default: the model's own, or 0.3)]"
                 " [--threads 1 (to 64)] [--digits 1 (0 to 9)] [--accelerator cpu|gpu]");
   }
   const int output = dup(1);
@@ -327,6 +328,9 @@ int main(int argc, char** argv) try {
     std::printf(" polygon");
     for (size_t i = 0; i < one.polygon.size(); ++i) print(i % 2 ? ',' : ' ', one.polygon[i], 0);
     std::printf("\n");
+  }
+  if (std::fflush(stdout) || std::ferror(stdout)) {
+    throw Error(std::string("the output cannot be written: ") + std::strerror(errno));
   }
 } catch (const std::exception& error) {
   std::fprintf(stderr, "error: %s\n", error.what());

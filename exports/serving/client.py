@@ -195,6 +195,9 @@ def main(argv=None):
     args = arguments(argv)
     url, files = args.url.rstrip("/"), [args.images]
     try:
+        for name, least, most in (("score", 0, 1.5), ("concurrency", 1, 1000), ("timeout", 0.001, 86400), ("retries", 0, 20)):
+            if not least <= (number := getattr(args, name)) <= most:  # NaN is neither
+                raise ValueError(f"--{name} {number:g}: a number from {least:g} to {most:g} is needed")
         if args.images.is_dir():
             files = sorted(path for path in args.images.iterdir() if path.is_file() and not path.name.startswith("."))
         if not files or not files[0].is_file():  # of a pipe there might be no end

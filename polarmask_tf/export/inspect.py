@@ -24,10 +24,12 @@ def describe(path: Path) -> str:
     path = Path(path)
     if path.is_dir():
         return "\n".join([str(path), *_known(saved_model_metadata(path))])
-    from ai_edge_litert.interpreter import Interpreter
-
     try:
+        from ai_edge_litert.interpreter import Interpreter
+
         metadata = lite.PolarMaskLite(path).metadata
+    except ImportError:
+        raise InputError(f"{path}: running it needs ai-edge-litert: pip install ai-edge-litert") from None
     except ValueError as error:
         raise InputError(str(error)) from None
     signature = Interpreter(model_path=str(path)).get_signature_runner("serving_default")

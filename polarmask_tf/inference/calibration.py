@@ -13,6 +13,7 @@ import numpy as np
 
 from polarmask_tf.errors import InputError
 from polarmask_tf.files import check_writable
+from polarmask_tf.inference import thresholds
 from polarmask_tf.inference.coco_metrics import expected_calibration_error
 from polarmask_tf.ops.postprocess import recalibrated
 from polarmask_tf.weights import runs
@@ -75,12 +76,16 @@ class Calibration(typing.NamedTuple):
     score_threshold: float  # what postprocess.score_threshold is now
 
 
-def check_calibratable(run: Path) -> str:
-    """runs.checkpoint_digest; InputError for what is no run directory, or has the released code's scores (up to 1.5)."""
+def check_calibratable(run: Path, data=None) -> str:
+    """runs.checkpoint_digest; InputError for what is no run directory, or has the released code's scores (up to 1.5), and for
+    `data` that it was trained on, of which it knows more than its scores will promise of others."""
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: --calibrate is for a run directory; exports made of it then are calibrated")
-    if runs.read_run(run)[0].conventions == "released":
+    config = runs.read_run(run)[0]
+    if data and thresholds.trained_on(config, data):
+        raise InputError(f"{data}: these are the pictures that it was trained on: --calibrate needs others")
+    if config.conventions == "released":
         raise InputError(f"{run}: conventions: released has scores up to 1.5; --calibrate is for those in [0, 1]")
     check_writable(run / runs.CALIBRATION)
     return runs.checkpoint_digest(run)

@@ -109,6 +109,11 @@ def subject_of(run: Path, config) -> Subject:
     return Subject(run, runs.checkpoint_digest(run), config.postprocess.temperature, config.postprocess.score_bias)
 
 
+def trained_on(config, data) -> bool:
+    """Whether `data` are what a run of this config learned from."""
+    return bool(config.data.train) and Path(config.data.train).resolve() == Path(data).resolve()
+
+
 def store(subject: Subject, metrics: Metrics, data) -> str:
     """Stores what is `shown` in a run directory, for all that is made of it, and says in a line whether, and why not.
 
@@ -116,7 +121,7 @@ def store(subject: Subject, metrics: Metrics, data) -> str:
     """
     config, classes = runs.read_run(subject.run)
     found = shown(metrics, [entry["category_id"] for entry in classes])
-    if config.data.train and Path(config.data.train).resolve() == Path(data).resolve():
+    if trained_on(config, data):
         return "Not stored: these are the pictures that it was trained on."
     if found is None:
         return f"Not stored: it takes at least {LEAST} objects, and one that is found; there are {len(metrics.objects)}."

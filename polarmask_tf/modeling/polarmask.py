@@ -307,14 +307,18 @@ class PolarMask(tf_keras.Model):
 def _named_classes(classes) -> list[dict]:
     if isinstance(classes, int):
         classes = [f"class {number}" for number in range(1, classes + 1)]
-    named = [
-        {"name": str(entry["name"]), "category_id": int(entry["category_id"])}
-        if isinstance(entry, typing.Mapping)
-        else {"name": str(entry), "category_id": number}
-        for number, entry in enumerate(classes, 1)
-    ]
+    if isinstance(classes, (str, bytes, typing.Mapping)):  # whose letters, or keys, would be names
+        raise InputError(f"classes is {classes!r}: a list is needed, also of a single name")
+    named = []
+    for number, entry in enumerate(classes, 1):
+        if isinstance(entry, typing.Mapping) and not {"name", "category_id"} <= set(entry):
+            raise InputError(f'classes: "name" and "category_id" of each are needed, and {dict(entry)} has not both')
+        known = entry if isinstance(entry, typing.Mapping) else {"name": entry, "category_id": number}
+        named.append({"name": str(known["name"]), "category_id": int(known["category_id"])})
     if not named:
         raise InputError("classes: at least one is needed: a number, names, or the classes of a data set")
+    if len({entry["category_id"] for entry in named}) < len(named):  # which no export could be read with
+        raise InputError("classes: two of them have one category_id")
     return named
 
 

@@ -40,6 +40,11 @@ def initialize(backbone: tf_keras.Model, config: ModelConfig) -> None:
     suffix = Path(weights).suffix
     if suffix in (".h5", ".pth", ".pt", ".npz") and not Path(weights).exists():
         raise InputError(f"model.backbone.weights: {weights}: no such file")
+    if weights.endswith(".weights.h5"):  # Keras' own name for them; else a ResNet's settings would be asked for
+        raise InputError(
+            f"{weights}: weights of save_weights, which do not say of what model: load_weights takes them, into one like it; "
+            "--start takes its run directory, or the .keras file that model.save writes"
+        )
     if kind == "EfficientNetLite0":
         require(config, weights, imagenet.LITE0_NEEDS)
         path = imagenet.lite0_file() if weights == "imagenet" else weights

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from polarmask_tf.errors import InputError
+from polarmask_tf.errors import InputError, one_line
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.weights import pretrained, released, runs, shipped
 from polarmask_tf.weights.state_dict import summarize
 
 STATE_DICTS = (".pth", ".pt", ".npz")
 # What weights mean depends on these; where they differ from a run's it is said, since training can make up for it.
-_MEANING = ("normalization", "mean", "std", "rays")
+_MEANING = ("normalization", "mean", "std", "rays", "backbone.stride_in", "head.centerness_tower", "head.ray_unit")
+MOST_CLASSES = 10  # that are named
 
 
 def start_from(model: PolarMask, path: Path, chief: bool = True) -> None:
@@ -48,10 +50,13 @@ def _take_run(model: PolarMask, mine: dict, path: Path) -> tuple[set[int], str]:
     _need_some(fitting, path)
     for name, variable in fitting.items():  # in one order on all workers, who together assign BatchNorm's moving statistics
         variable.assign(values[name])
-    ours, other = model.config.model, theirs.config.model
-    differing = [
-        f"model.{name}={_plain(getattr(other, name))}" for name in _MEANING if getattr(ours, name) != getattr(other, name)
-    ]
+    differing = []
+    for name in _MEANING:
+        ours, other = (attrgetter(name)(each.config.model) for each in (model, theirs))
+        differing += [f"model.{name}={_plain(other)}"] * (ours != other)
+    ours, other = ([entry["name"] for entry in each.classes] for each in (model, theirs))
+    if ours != other and len(ours) == len(other):  # whose class scores were taken; of another number they begin anew
+        differing.append(f"the classes {one_line(', '.join(other[:MOST_CLASSES]))}{', ...' * (len(other) > MOST_CLASSES)}")
     return {id(variable) for variable in fitting.values()}, f"; it was trained with {', '.join(differing)}" if differing else ""
 
 
