@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_keras
+from PIL import Image
 
 import polarmask_tf as pm
+from helpers import training
 from helpers.networks import marked
+from polarmask_tf import cli
 from polarmask_tf import config as configs
 from polarmask_tf.config import BackboneConfig, FPNConfig, HeadConfig
 from polarmask_tf.errors import InputError
@@ -331,6 +334,56 @@ def test_what_fit_trains_is_compute_loss():
     ]
     one, two = (np.concatenate([pair[i].ravel() for pair in moved]) for i in (0, 1))
     np.testing.assert_allclose(two, 2 * one, atol=1e-3 * np.abs(one).max())
+
+
+def test_thresholds_of_the_weights_before_are_forgotten():
+    model = make()
+    model.compile("sgd")
+    model.set_thresholds({"overall": 0.5, "classes": [0.5] * model.num_classes})
+    assert "thresholds" in model.get_config()
+    model.fit(dataset(repeat=1), verbose=0)
+    assert model.thresholds is None and "thresholds" not in model.get_config()
+
+
+def test_pictures_are_read_with_the_bit_depth_of_the_training(tmp_path):
+    """In each form that the model takes; 12 bits of gray read as 16 are nearly black, and find nothing."""
+    (tmp_path / "pictures").mkdir()
+    gray = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / "pictures" / "a.tif")
+    box = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [[8, 8, 40, 8, 40, 40, 8, 40]]}
+    truth = {
+        "images": [{"id": 1, "file_name": "a.tif", "width": 64, "height": 64}],
+        "annotations": [{**box, "area": 1024, "bbox": [8, 8, 32, 32]}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    run, data, out = tmp_path / "run", tmp_path / "data", tmp_path / "exported"
+    words = [word for setting in (*training.TINIEST, "train.steps=1") for word in ("--set", setting)]
+    for command in (
+        ["convert", tmp_path / "a.json", tmp_path / "pictures", data, "--bit-depth", "12", "--processes", "1"],
+        ["train", "--config", "shapes", "--data", data, "--out", run, *words],
+        ["export", run, "--out", out],
+    ):
+        assert cli.main([str(word) for word in command]) == 0
+    model = pm.load_model(run)
+    model.save(tmp_path / "a.keras")
+    for path in (run, tmp_path / "a.keras", out / "saved_model", out / "model.tflite"):
+        predictor = pm.load_predictor(path)
+        assert predictor.bit_depth == 12
+        found, expected = (
+            predictor(tmp_path / "pictures" / "a.tif"),
+            predictor(np.repeat(gray[..., None] >> 4, 3, -1).astype(np.uint8)),
+        )
+        np.testing.assert_array_equal(found.scores, expected.scores)
+    trained = PolarMask(model.config, model.classes)
+    trained.compile("sgd")
+    trained.fit(pm.training_data(data, model.config), verbose=0)
+    assert trained.bit_depth == 12
+
+    about = json.loads((run / "dataset.json").read_text())
+    (run / "dataset.json").write_text(json.dumps({**about, "bit_depth": 99}))
+    with pytest.raises(InputError, match=r"dataset\.json: damaged \(bit_depth is 99, not 8 to 16\)"):
+        pm.load_model(run)
 
 
 def test_evaluate_reports_compute_loss():

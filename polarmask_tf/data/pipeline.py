@@ -118,8 +118,8 @@ def validation_data(directory, config: Config) -> tf.data.Dataset:
 
 
 def _explained(batches: tf.data.Dataset, info: DatasetInfo, config: Config, seed: int = 0) -> tf.data.Dataset:
-    """The same batches, which tell PolarMask.fit of what classes they are, and what of the data an error came from."""
-    batches.classes = info.classes
+    """The same batches, which tell PolarMask.fit their classes and bit depth, and what of the data an error came from."""
+    batches.classes, batches.bit_depth = info.classes, info.bit_depth
     batches.explain = functools.partial(explain, info=info, config=config, seed=seed)
     return batches
 

@@ -196,8 +196,8 @@ def run_predictor(model, fit=None, strategy=None, devices=1, **overrides):
     def run(images):
         return _by_shape(detect, images, *zip(*(network_input(image, data, fit) for image in images), strict=True))
 
-    known = {"rays": model.config.model.rays, "thresholds": getattr(model, "thresholds", None)}
-    return Predictor("run", model.classes, size, 8 * devices, run, **known)
+    known = {name: getattr(model, name, None) for name in ("thresholds", "bit_depth")}
+    return Predictor("run", model.classes, size, 8 * devices, run, rays=model.config.model.rays, **known)
 
 
 def _on_all(detect, strategy, devices):

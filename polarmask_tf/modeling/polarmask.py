@@ -56,6 +56,7 @@ class PolarMask(tf_keras.Model):
         self.config = config
         self._classes = _Untracked(_named_classes(classes))
         self._thresholds = _Untracked(None)
+        self.bit_depth: int | None = None  # that deep gray pictures of its training were converted with, see lite.read_image
         self.num_classes = len(self.classes)
         self._own_backbone = backbone is not None
         if backbone is None:
@@ -188,6 +189,9 @@ class PolarMask(tf_keras.Model):
         told = getattr(x, "classes", None) if isinstance(x, tf.data.Dataset) else None  # a Sequence's may be anything
         if told and [entry["category_id"] for entry in self.classes] == list(range(1, self.num_classes + 1)):  # of names alone
             self._classes = _Untracked(told)
+        if isinstance(x, tf.data.Dataset):
+            self.bit_depth = getattr(x, "bit_depth", self.bit_depth)
+        self.set_thresholds(None)  # which were found on the weights as they are now
         first = self.optimizer.iterations.numpy() if self.optimizer else 0
         try:
             return super().fit(x, y, *args, **kwargs)
@@ -283,6 +287,8 @@ class PolarMask(tf_keras.Model):
         }
         if self.thresholds:
             values["thresholds"] = self.thresholds
+        if self.bit_depth:
+            values["bit_depth"] = self.bit_depth
         if self._own_backbone:
             if not isinstance(self.backbone, tf_keras.layers.Layer):
                 raise InputError(
@@ -298,9 +304,10 @@ class PolarMask(tf_keras.Model):
         values["config"] = configs.from_dict(Config, values["config"], "saved model")
         if values.get("backbone"):
             values["backbone"] = tf_keras.saving.deserialize_keras_object(values["backbone"], custom_objects)
-        thresholds = values.pop("thresholds", None)
+        thresholds, bit_depth = values.pop("thresholds", None), values.pop("bit_depth", None)
         model = cls(**values)
         model.set_thresholds(thresholds)
+        model.bit_depth = bit_depth
         return model
 
 

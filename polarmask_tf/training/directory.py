@@ -94,6 +94,7 @@ def create_or_check(config: Config, info, run: Path, restart: bool) -> None:
     for each in (run, run / "best"):  # of what a kill left
         runs.tidy(each / "checkpoints", runs.checkpoints(each))
     about = {"classes": info.classes, "name": info.name, "num_images": info.num_images, "id": info.id, "val_id": val}
+    about["bit_depth"] = info.bit_depth
     runs.write_run(run, config, about)
 
 

@@ -52,6 +52,7 @@ def load_run(run: str | os.PathLike, **overrides) -> PolarMask:
     elif not restore(model, run):
         raise InputError(f"{run}: no checkpoint yet; train it first (polarmask train --out {run}){kept_aside(run)}")
     model.set_thresholds(read_thresholds(run, len(classes), config.postprocess))
+    model.bit_depth = _read_about(run).get("bit_depth")
     return model
 
 
@@ -86,15 +87,22 @@ def read_run(run: Path) -> tuple[Config, list]:
     """Config and classes of a run directory, without loading weights."""
     if not os.path.isfile(run / "config.yaml") or not os.path.isfile(run / "dataset.json"):  # unlike Path's, without errors
         raise InputError(f"{run}: not a run directory (config.yaml and dataset.json are expected in it)")
+    return configs.load_saved(run / "config.yaml"), _read_about(run)["classes"]
+
+
+def _read_about(run: Path) -> dict:
+    """What run/dataset.json says of the training data: "classes", as PolarMask takes them, and more."""
     file = run / "dataset.json"
     try:
         content = json.loads(read_file(file, 2**20 * 100))
         classes = dataset.parse_classes(content.get("classes") if isinstance(content, dict) else None)
+        if content.get("bit_depth") not in (None, *range(8, 17)):
+            raise ValueError(f"bit_depth is {content['bit_depth']!r}, not 8 to 16")
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {io_error_text(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: damaged ({error}); copy dataset.json from the training data") from None
-    return configs.load_saved(run / "config.yaml"), classes
+    return {**content, "classes": classes}
 
 
 def with_calibration(config: Config, run: Path) -> Config:
