@@ -143,6 +143,10 @@ def evaluate(args):
             raise InputError("--calibrate needs all detections: leave --score-threshold out")
         checkpoint = check_calibratable(Path(args.model), args.data)
     data = dataset.load(args.data or default_data(args.model))  # once: all below is of one conversion
+    objects = max(data.instances_per_image, default=0)
+    if args.calibrate and objects > args.max_detections:
+        counted = f"of an image of {objects} objects {args.max_detections} would count"
+        raise InputError(f"--calibrate needs all detections: {counted}; --max-detections {2 * objects}")
     most = args.max_detections if args.max_detections != 100 else None
     options = {**_options(args, "score_threshold", "accelerator"), "max_detections": most}
     predictor = load_predictor(args.model, **options)

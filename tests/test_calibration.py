@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from polarmask_tf import cli, lite
@@ -167,5 +168,22 @@ def test_what_cannot_be_calibrated_is_said(run, tmp_path, capsys):
     assert "these are the pictures that it was trained on: --calibrate needs others" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--data", "x", "--calibrate", "--score-threshold", "0.5"]) == 2
     assert "leave --score-threshold out" in capsys.readouterr().err
+    boxes = [[x, y, 8, 8] for y in (0, 10, 20) for x in (0, 10, 20, 30)]
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [x, y, w, h], "area": 64}
+            | {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+            for n, (x, y, w, h) in enumerate(boxes, 1)
+        ],
+        "categories": [{"id": entry["category_id"], "name": entry["name"]} for entry in classes],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(truth))
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    words = [str(tmp_path / name) for name in ("a.json", "", "val")]
+    assert cli.main(["convert", *words, "--processes", "1"]) == 0
+    words = ["evaluate", str(run), "--data", str(tmp_path / "val"), "--calibrate", "--max-detections", "11"]
+    assert cli.main(words) == 2
+    assert "of an image of 12 objects 11 would count; --max-detections 24" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"postprocess\.temperature"):
         configs.load("released_r50_1x", ["postprocess.temperature=0.5"])

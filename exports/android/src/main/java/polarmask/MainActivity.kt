@@ -190,7 +190,7 @@ class MainActivity : ComponentActivity() {
   private fun read(uri: Uri): Bitmap =
     ImageDecoder.decodeBitmap(ImageDecoder.createSource(contentResolver, uri)) { decoder, info, _ ->
       decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE // whose pixels can be read
-      decoder.setTargetSampleSize(maxOf(1, maxOf(info.size.width, info.size.height) / LONGEST))
+      decoder.setTargetSampleSize((maxOf(info.size.width, info.size.height) - 1) / LONGEST + 1)
     }
 
   private fun show(bitmap: Bitmap) {
