@@ -33,7 +33,7 @@ def metadata(model: PolarMask, resize: str | None = None) -> dict:
             "width": width,
             "layout": "NHWC, RGB, uint8, 0..255, pixels as decoded (no EXIF rotation)",
             "resize": resize or config.data.fit,
-            **({"bit_depth": model.bit_depth} if model.bit_depth else {}),
+            **({"bit_depth": depth} if (depth := getattr(model, "bit_depth", None)) else {}),
         },
         "output": "detection_boxes are ymin, xmin, ymax, xmax and detection_polygons x, y, relative to the image passed in",
         "rays": config.model.rays,
