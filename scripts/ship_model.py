@@ -23,7 +23,7 @@ def ship(run: Path, out: Path) -> None:
     shipped.write_weights(out / shipped.WEIGHTS, runs.named_weights(model))
     atomic_write(out / "config.yaml", configs.dump(config))
     about = json.loads((run / "dataset.json").read_text())
-    atomic_write(out / "dataset.json", json.dumps({key: about[key] for key in ("classes", "name")}, indent=1))
+    atomic_write(out / "dataset.json", json.dumps({key: about.get(key) for key in ("classes", "name", "bit_depth")}, indent=1))
     if (run / runs.THRESHOLDS).is_file():
         found = runs.read_thresholds(run, len(model.classes), config.postprocess)
         calibration = {name: getattr(config.postprocess, name) for name in ("temperature", "score_bias")}
