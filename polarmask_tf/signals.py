@@ -20,20 +20,29 @@ class Ended(SystemExit):
 def unwinding() -> typing.Iterator[None]:
     """Within it, the first of these signals raises Ended, and a second one ends the process at once.
 
-    A signal that was ignored before (nohup), or that somebody else takes, stays so. Does nothing outside the main thread.
+    Whatever a library makes of that exception (NumPy, a TypeError while it reads a mask of pycocotools), and of
+    KeyboardInterrupt, which of them it was is what leaves here. A signal that was ignored before (nohup), or that somebody
+    else takes, stays so. Does nothing outside the main thread.
     """
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    names = ("SIGTERM", "SIGHUP", "SIGINT") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    usual = {number: signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL for number in numbers}
+    taken = [number for number in numbers if signal.getsignal(number) is usual[number]]
+    reasons: list[BaseException] = []
 
     def end(number, _):
-        signal.signal(number, signal.SIG_DFL)
-        raise Ended(number)
+        signal.signal(number, usual[number])
+        reasons.append(KeyboardInterrupt() if number == signal.SIGINT else Ended(number))
+        raise reasons[-1]
 
     for number in taken:
         signal.signal(number, end)
     try:
         yield
+    except Exception:
+        if reasons:
+            raise reasons[0] from None
+        raise
     finally:
         for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, usual[number])

@@ -244,6 +244,20 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, name, request):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_what_runs_also_where_a_library_hides_its_exception(name, request):
+    """As NumPy does now and then, where it reads a mask of pycocotools: a TypeError about its arguments is what comes of it."""
+    usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(signal.Signals[name], usual)
+    request.addfinalizer(lambda: signal.signal(signal.Signals[name], before))
+    with pytest.raises(KeyboardInterrupt if name == "SIGINT" else signals.Ended), signals.unwinding():
+        try:
+            signal.raise_signal(signal.Signals[name])
+        except BaseException:
+            raise TypeError("__array__() got an unexpected keyword argument 'copy'") from None
+    assert signal.getsignal(signal.Signals[name]) is usual
+
+
 def test_a_signal_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -317,7 +317,7 @@ def records(monkeypatch):
             rings = [polygon.ravel().tolist()]
             entry = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": 3, "segmentation": rings}
             truth["annotations"].append({**entry, "area": 900.0, "iscrowd": 0, "bbox": [0, 0, 1, 1]})
-    monkeypatch.setattr(evaluation.dataset, "load", lambda path: SimpleNamespace(directory=path))
+    monkeypatch.setattr(evaluation.dataset, "load", lambda path: SimpleNamespace(directory=path, instances_per_image={}))
     monkeypatch.setattr(evaluation.records, "read_ground_truth", lambda info: truth)
     monkeypatch.setattr(evaluation.records, "iter_images", lambda path: ((i["id"], encoded(i)) for i in truth["images"]))
     return truth
