@@ -125,8 +125,7 @@ def open_image(file):
     if not getattr(file, "seekable", lambda: True)():
         file = io.BytesIO(file.read(MAX_IMAGE_BYTES))
     image = Image.open(check_blocks(file), formats=FORMATS)
-    pixels = image.width * image.height
-    if pixels > MAX_SLOW_PIXELS and any(part[0] in Image.DECODERS for part in image.tile):
+    if (pixels := image.width * image.height) > MAX_SLOW_PIXELS and any(part[0] in Image.DECODERS for part in image.tile):
         limit = f"the limit of this slow kind is {MAX_SLOW_PIXELS:,}"
         raise ValueError(f"{image.format} of {pixels:,} pixels, and {limit}; save it as PNG")
     if image.format in ("JPEG", "MPO"):
@@ -539,15 +538,14 @@ def _compiled(path, accelerator, threads):
 
     def load(on):
         # In float32: left to itself a GPU may compute in halves, to which far corners and classes apart for NMS are lost.
-        options = Options(on, CpuOptions(num_threads=threads), GpuOptions(enforce_f32=True))
-        return CompiledModel.from_file(str(path), options=options)
+        return CompiledModel.from_file(str(path), options=Options(on, CpuOptions(threads), GpuOptions(enforce_f32=True)))
 
     cpu, gpu = HardwareAccelerator.CPU, HardwareAccelerator.GPU
     with _kept_log() as log:
         try:
             model = load(cpu | gpu if accelerator == "gpu" else cpu)
         except RuntimeError:
-            model = load(cpu)  # if it is the file that is wrong, this fails too
+            model = load(cpu)  # if it is the file that is wrong, this fails, too
         outputs = model.get_signature_list()["serving_default"]["outputs"]
         takes = model.get_input_tensor_details("serving_default")["images"]
         gives = model.get_output_tensor_details("serving_default")
@@ -555,6 +553,8 @@ def _compiled(path, accelerator, threads):
             raise ValueError(f"the network takes {takes['dtype']}, and an image is uint8")
         given, made = model.create_input_buffers(0), model.create_output_buffers(0)
         given[0].write(np.zeros(takes["shape"], np.uint8))  # which says something at first, too
+        with contextlib.suppress(RuntimeError if accelerator == "gpu" else ()):  # which its log tells, and what raises nothing
+            model.run_by_index(0, given, made)
         log.seek(0)
         said = log.read().decode(errors="replace")
 
@@ -563,27 +563,27 @@ def _compiled(path, accelerator, threads):
         model.run_by_index(0, given, made)
         arrays = {}
         for name, buffer in zip(outputs, made, strict=True):
-            shape = gives[name]["shape"]
-            arrays[name] = buffer.read(int(np.prod(shape)), np.dtype(gives[name]["dtype"])).reshape(shape)
+            shape, dtype = gives[name]["shape"], np.dtype(gives[name]["dtype"])
+            arrays[name] = buffer.read(int(np.prod(shape)), dtype).reshape(shape)
         return arrays
 
     return run, list(takes["shape"]), _place_of(model, said) if accelerator == "gpu" else "network on the CPU"
 
 
 def _place_of(model, said):
-    """Where a CompiledModel that was to run on the GPU runs, of which LiteRT's API knows little; `said` is its log."""
+    """Where a CompiledModel that was to run on the GPU runs, of which LiteRT knows little; `said` is its log."""
     share = re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said)
-    # The one trace there: from which memory the input is taken. 1 is the host's, from which an int8 file's input
-    # is taken also where hundreds of its operations run on the GPU.
+    # The one trace there: from which memory the input is taken. 1 is the host's; an int8 file's is always that.
     if not share and set(model.get_input_buffer_requirements(0)["supported_types"]) == {1}:
         reason = re.search(r"Couldn't load .*|GPU accelerator could not be .*|No adapters.*", said)
         why = f" ({one_line(reason[0], 150)})" if reason else ""
         raise NoAccelerator(f"LiteRT finds no GPU that it can use{why}; run it without --accelerator gpu")
+    if wrong := re.search(r"Validation error: .*|Failed to invoke", said):
+        raise NoAccelerator(f"LiteRT's GPU does not compute it ({one_line(wrong[0], 150)}); run it without --accelerator gpu")
     adapter = re.search(r"adapter: (.*?), ", said)
     where = f"network on the GPU{f' ({one_line(adapter[1], 60)})' if adapter else ''}: "
-    if share:
-        return f"{where}{share[1]} of {int(share[1]) + int(share[2])} operations, the others on the CPU"
-    return where + ("every operation" if model.is_fully_accelerated() else "not every operation, the others on the CPU")
+    part = f"{share[1]} of {int(share[1]) + int(share[2])} operations" if share else "not every operation"
+    return where + ("every operation" if not share and model.is_fully_accelerated() else f"{part}, the others on the CPU")
 
 
 class PolarMaskLite:

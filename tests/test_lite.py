@@ -734,6 +734,12 @@ def test_a_file_whose_input_stays_with_the_host_still_runs_on_the_gpu():
     assert lite._place_of(Model(), said) == "network on the GPU (Some GPU): 205 of 240 operations, the others on the CPU"
     with pytest.raises(lite.NoAccelerator, match="No adapters found"):
         lite._place_of(Model(), "No adapters found")
+    for wrong in (
+        "Validation error: Error while parsing WGSL: :50:12 error: ...",
+        "ERROR: [litert_compiled_model.cc:164] Failed to invoke",
+    ):
+        with pytest.raises(lite.NoAccelerator, match="does not compute it"):
+            lite._place_of(Model(), f"{said}\n{wrong}")
 
 
 def test_a_png_of_nonsense_between_its_header_and_its_end_is_refused():

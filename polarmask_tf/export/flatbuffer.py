@@ -54,6 +54,58 @@ def prune(model: schema.ModelT) -> None:
             each.tensorIndex = number[each.tensorIndex]
 
 
+def constant(model: schema.ModelT, tensor: int) -> np.ndarray | None:
+    """A constant; None for what is computed."""
+    described = model.subgraphs[0].tensors[tensor]
+    data = model.buffers[described.buffer].data
+    kinds = {schema.TensorType.FLOAT32: np.float32, schema.TensorType.INT32: np.int32, schema.TensorType.INT8: np.int8}
+    if data is None or described.type not in kinds:
+        return None
+    return np.frombuffer(bytes(data), kinds[described.type]).reshape([] if described.shape is None else described.shape)
+
+
+def scaled(scales, zero: int = 0) -> schema.QuantizationParametersT:
+    """Of what is quantised: a number q stands for scale * (q - zero), of weights with a scale for each output channel."""
+    made = schema.QuantizationParametersT()
+    made.scale, made.zeroPoint = np.float32(scales), np.full(len(scales), zero, np.int64)
+    made.quantizedDimension = 0
+    return made
+
+
+def add_tensor(model, name: str, shape, kind: int, data: np.ndarray | None = None, quantization=None) -> int:
+    """A new tensor's number; with `data` a constant."""
+    tensor = schema.TensorT()
+    tensor.name, tensor.shape, tensor.type, tensor.buffer = name.encode(), np.array(shape, np.int32), kind, 0
+    tensor.quantization = quantization
+    if data is not None:
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(data.tobytes(), np.uint8)
+        model.buffers.append(buffer)
+        tensor.buffer = len(model.buffers) - 1
+    tensors = model.subgraphs[0].tensors
+    tensors.append(tensor)
+    return len(tensors) - 1
+
+
+def make_operation(model, kind: str, version: int, inputs: list[int], output: int, options=None) -> schema.OperatorT:
+    """A new operation, not yet in the graph."""
+    number = getattr(schema.BuiltinOperator, kind)
+    codes = [(code.builtinCode, code.version) for code in model.operatorCodes]
+    if (number, version) not in codes:
+        code = schema.OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = number
+        code.version = version
+        model.operatorCodes.append(code)
+        codes.append((number, version))
+    op = schema.OperatorT()
+    op.opcodeIndex = codes.index((number, version))
+    op.inputs, op.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
+    if options is not None:
+        op.builtinOptions = options
+        op.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+    return op
+
+
 def operations(content: bytes) -> list[tuple[str, list[int], list[int], list[str]]]:
     """Of a .tflite file's operations, in order: kind, the tensors it takes, those it gives, and the names of these.
 

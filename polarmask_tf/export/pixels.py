@@ -8,6 +8,7 @@ import numpy as np
 from tensorflow.lite.python import schema_py_generated as schema
 
 from polarmask_tf.export import flatbuffer
+from polarmask_tf.export.flatbuffer import add_tensor, make_operation, scaled
 
 ARITHMETIC = {"SUB": np.subtract, "ADD": np.add, "MUL": np.multiply, "DIV": np.divide}
 ZERO = -128  # what stands for a pixel of 0 in int8; a step is one
@@ -38,7 +39,7 @@ def fold(content: bytes, exact: bytes) -> bytes:
     graph, conv = model.subgraphs[0], start.conv
     image = graph.inputs[0]
     height, width = graph.tensors[image].shape[1:3]
-    weights, bias = (_data(source, i) for i in original.conv.inputs[1:3])
+    weights, bias = (flatbuffer.constant(source, i) for i in original.conv.inputs[1:3])
     weights = weights * original.factor
     pads, pairs = _pairs(start, weights.shape[2], width)
     weights = np.pad(weights, [(0, 0), (0, 0), (0, weights.shape[2] % 2 if pairs else 0), (0, 0)])
@@ -47,11 +48,11 @@ def fold(content: bytes, exact: bytes) -> bytes:
     # With the weights as they are rounded, so that an image of the mean still gives the bias alone.
     shift = bias / scales - (rounded * original.mean).sum(axis=(1, 2, 3))
 
-    graph.tensors[image].quantization = _quantization([1.0], 0)
-    pixels = _tensor(model, "pixels", [1, height, width, 3], schema.TensorType.FLOAT32)
-    reads = [_operation(model, "DEQUANTIZE", 1, [image], pixels)]
-    made = _tensor(model, "pixels_8_bits", [1, height, width, 3], quantized=True)
-    reads.append(_operation(model, "QUANTIZE", 1, [pixels], made))
+    graph.tensors[image].quantization = scaled([1.0])
+    pixels = add_tensor(model, "pixels", [1, height, width, 3], schema.TensorType.FLOAT32)
+    reads = [make_operation(model, "DEQUANTIZE", 1, [image], pixels)]
+    made = _pixels(model, "pixels_8_bits", [1, height, width, 3])
+    reads.append(make_operation(model, "QUANTIZE", 1, [pixels], made))
     shape = np.array([height, width])
     for axis, (first, last) in enumerate(pads):
         sides = []
@@ -59,34 +60,34 @@ def fold(content: bytes, exact: bytes) -> bytes:
             size = shape.copy()
             size[axis] = rows
             values = np.broadcast_to(np.round(original.mean) + ZERO, [1, *size, 3]).astype(np.int8)
-            sides.append([_tensor(model, f"border_{axis}", values.shape, data=values, quantized=True)] if rows else [])
+            sides.append([_pixels(model, f"border_{axis}", values.shape, values)] if rows else [])
         if first + last:
             shape[axis] += first + last
-            wider = _tensor(model, f"padded_{axis}", [1, *shape, 3], quantized=True)
+            wider = _pixels(model, f"padded_{axis}", [1, *shape, 3])
             options = schema.ConcatenationOptionsT()
             options.axis, options.fusedActivationFunction = 1 + axis, 0
-            reads.append(_operation(model, "CONCATENATION", 2, [*sides[0], made, *sides[1]], wider, options))
+            reads.append(make_operation(model, "CONCATENATION", 2, [*sides[0], made, *sides[1]], wider, options))
             made = wider
     if pairs:
         options, dimensions = schema.ReshapeOptionsT(), np.array([1, shape[0], shape[1] // 2, 6], np.int32)
         options.newShape = dimensions
-        by_two = _tensor(model, "pairs_of_pixels", dimensions, quantized=True)
-        described = _tensor(model, "pairs_shape", [4], schema.TensorType.INT32, dimensions)
-        reads.append(_operation(model, "RESHAPE", 1, [made, described], by_two, options))
+        by_two = _pixels(model, "pairs_of_pixels", dimensions)
+        described = add_tensor(model, "pairs_shape", [4], schema.TensorType.INT32, dimensions)
+        reads.append(make_operation(model, "RESHAPE", 1, [made, described], by_two, options))
         made, rounded = by_two, rounded.reshape(*rounded.shape[:2], -1, 6)
         conv.builtinOptions.strideW //= 2
-    conv.inputs = np.array(
-        [
-            made,
-            _tensor(model, "stem_weights", rounded.shape, data=rounded.astype(np.int8), scales=scales),
-            _tensor(model, "stem_bias", shift.shape, schema.TensorType.INT32, np.round(shift).astype(np.int32), scales),
-        ],
-        np.int32,
-    )
+    weights, bias, by_channel = rounded.astype(np.int8), np.round(shift).astype(np.int32), scaled(scales)
+    weights = add_tensor(model, "stem_weights", weights.shape, schema.TensorType.INT8, weights, by_channel)
+    bias = add_tensor(model, "stem_bias", bias.shape, schema.TensorType.INT32, bias, by_channel)
+    conv.inputs = np.array([made, weights, bias], np.int32)
     conv.builtinOptions.padding = schema.Padding.VALID
     graph.operators = [*reads, *(op for op in graph.operators if not any(op is each for each in start.before))]
     flatbuffer.prune(model)
     return flatbuffer.pack(model)
+
+
+def _pixels(model: schema.ModelT, name: str, shape, data: np.ndarray | None = None) -> int:
+    return add_tensor(model, name, shape, schema.TensorType.INT8, data, scaled([1.0], ZERO))
 
 
 def _pairs(start: _Start, columns: int, width: int) -> tuple[list[tuple[int, int]], bool]:
@@ -112,7 +113,7 @@ def _start(model: schema.ModelT) -> _Start | None:
     factor, offset, pads = np.ones(3), np.zeros(3), np.zeros([4, 2], int)
     while len(users.get(at, ())) == 1:
         [op] = users[at]
-        kind, others = flatbuffer.kind_of(model, op), [_data(model, i) for i in op.inputs[1:]]
+        kind, others = flatbuffer.kind_of(model, op), [flatbuffer.constant(model, i) for i in op.inputs[1:]]
         if op.inputs[0] != at or any(each is None for each in others):
             return None
         if kind == "CONV_2D":
@@ -152,51 +153,3 @@ def _used(graph: schema.SubGraphT, conv: schema.OperatorT, weights: tuple, pads:
 
 def _type(model: schema.ModelT, tensor: int) -> int:
     return model.subgraphs[0].tensors[tensor].type
-
-
-def _data(model: schema.ModelT, tensor: int) -> np.ndarray | None:
-    """A constant; None for what is computed."""
-    described = model.subgraphs[0].tensors[tensor]
-    data = model.buffers[described.buffer].data
-    kinds = {schema.TensorType.FLOAT32: np.float32, schema.TensorType.INT32: np.int32, schema.TensorType.INT8: np.int8}
-    if data is None or described.type not in kinds:
-        return None
-    return np.frombuffer(bytes(data), kinds[described.type]).reshape([] if described.shape is None else described.shape)
-
-
-def _quantization(scales, zero: int) -> schema.QuantizationParametersT:
-    made = schema.QuantizationParametersT()
-    made.scale, made.zeroPoint = np.float32(scales), np.full(len(scales), zero, np.int64)
-    made.quantizedDimension = 0
-    return made
-
-
-def _tensor(model, name: str, shape, kind=schema.TensorType.INT8, data=None, scales=None, *, quantized=False) -> int:
-    """A new tensor's number; with `data` a constant, `quantized` as pixels are."""
-    tensor = schema.TensorT()
-    tensor.name, tensor.shape, tensor.type, tensor.buffer = name.encode(), np.array(shape, np.int32), kind, 0
-    if data is not None:
-        buffer = schema.BufferT()
-        buffer.data = np.frombuffer(data.tobytes(), np.uint8)
-        model.buffers.append(buffer)
-        tensor.buffer = len(model.buffers) - 1
-    if quantized or scales is not None:
-        tensor.quantization = _quantization([1.0], ZERO) if quantized else _quantization(scales, 0)
-    tensors = model.subgraphs[0].tensors
-    tensors.append(tensor)
-    return len(tensors) - 1
-
-
-def _operation(model, kind: str, version: int, inputs: list[int], output: int, options=None) -> schema.OperatorT:
-    """A new operation, not yet in the graph."""
-    code = schema.OperatorCodeT()
-    code.builtinCode, code.version = getattr(schema.BuiltinOperator, kind), version
-    code.deprecatedBuiltinCode = code.builtinCode
-    model.operatorCodes.append(code)
-    op = schema.OperatorT()
-    op.opcodeIndex = len(model.operatorCodes) - 1
-    op.inputs, op.outputs = np.array(inputs, np.int32), np.array([output], np.int32)
-    if options is not None:
-        op.builtinOptions = options
-        op.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
-    return op

@@ -1,4 +1,4 @@
-"""Weights of 8 bits, and .tflite files that compute in 8 bits where that does no harm."""
+"""Weights of 16 and of 8 bits, and .tflite files that compute in 8 bits where that does no harm."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.lite.python import schema_py_generated as schema
 
 from polarmask_tf.export import flatbuffer, pixels
 
+FLOAT16 = schema.TensorType.FLOAT16
 # What copies or compares values, which 8 bits do as exactly, and move a quarter of the bytes.
 EXACT = ("RESHAPE", "GATHER", "REDUCE_MAX", "ARG_MAX", "CONCATENATION", "SLICE", "TILE")
 
@@ -31,6 +33,34 @@ def float_nodes(content: bytes) -> list[str]:
         if part != "network" and kind != "PAD":
             found += names
     return found
+
+
+def half(folder: str) -> bytes:
+    """The SavedModel in `folder` as .tflite: what convolutions multiply by and add, in 16 bits and made float32 as it runs.
+
+    TensorFlow's converter halves every constant, the places of locations and the cosines of rays, too, and those that LiteRT's
+    WebGPU joins with other tensors: on a GPU that has 16-bit numbers these do not compile where it computes in float32, and
+    the file fails (seen on an H200; not on a software Vulkan, which has none).
+    """
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    model = flatbuffer.unpack(converter.convert())
+    graph = model.subgraphs[0]
+    halved = {}  # what makes float32 of them, by the tensor that it makes
+    for op in graph.operators:
+        if not flatbuffer.kind_of(model, op).endswith("CONV_2D"):
+            continue
+        for number in map(int, op.inputs[1:3]):
+            values = flatbuffer.constant(model, number)
+            # Levels share weights. A number beyond what 16 bits hold would become infinity.
+            if number not in halved and values is not None and np.abs(values).max() <= np.finfo(np.float16).max:
+                name = graph.tensors[number].name.decode()
+                small = flatbuffer.add_tensor(model, f"{name}/half", values.shape, FLOAT16, values.astype(np.float16))
+                graph.tensors[number].buffer = 0
+                halved[number] = flatbuffer.make_operation(model, "DEQUANTIZE", 3, [small], number)
+    graph.operators = [*halved.values(), *graph.operators]
+    flatbuffer.prune(model)
+    return flatbuffer.pack(model)
 
 
 def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:

@@ -85,11 +85,10 @@ def convert(
             return quantize.int8(folder, images)
         if precision == "dynamic":
             return quantize.dynamic(folder)
+        if precision == "fp16":
+            return quantize.half(folder)
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-        if precision == "fp16":
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            converter.target_spec.supported_types = [tf.float16]
         return converter.convert()
 
 
