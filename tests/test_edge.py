@@ -239,7 +239,7 @@ def own_stem(size, stride):
     return PolarMask(config, 3, backbone=tf_keras.Model(image, levels))
 
 
-@pytest.mark.parametrize("size_and_stride", [(5, 2), (4, 4), (6, 4), (3, 1), None])
+@pytest.mark.parametrize("size_and_stride", [(5, 2), (6, 4), (3, 1), None])
 def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
     """Of an int8 file, which pads pixels with the mean where Keras pads what is normalised with zeros."""
     contents = [files[precision, True].read_bytes() for precision in ("fp32", "int8")]
@@ -258,7 +258,8 @@ def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
 
 
 @pytest.mark.parametrize(
-    ("stem", "kernel", "padded"), [("3x3", (3, 2), (65, 98)), ("6x6", (6, 3), (66, 98)), ("7x7", (7, 4), (69, 102))]
+    ("stem", "kernel", "padded"),
+    [("6x6", (6, 3), (66, 98)), ("7x7", (7, 4), (69, 102))],  # of 3x3 all other files here are
 )
 def test_pairs_of_pixels_change_no_number(stem, kernel, padded, monkeypatch):
     """The first convolution of an int8 file, as of 6 channels, gives the very bytes that it gives of 3."""

@@ -60,12 +60,13 @@ def losses(run):
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-@pytest.mark.parametrize("kind", ["group", "frozen", "sync"])
+@pytest.mark.parametrize("kind", ["frozen", "sync"])  # GroupNorm, of which a layout makes as little, is in the heads of both
 def test_the_layout_changes_nothing(data, tmp_path, kind):
     quality = training.QUALITY if kind == "frozen" else ()  # a run of its own for these losses costs 2 minutes
-    settings = (*SGD, f"model.backbone.norm={kind}", *quality)
+    part = ("train.backbone_lr_multiplier=0.3", "train.freeze_backbone_steps=3") if kind == "sync" else ()
+    settings = (*SGD, f"model.backbone.norm={kind}", *quality, *part)
     start = ("--start", start_run(data / f"start_{kind}", settings))
-    validate = (f"data.val={data / 'val'}", "train.evaluate_every=20") if kind == "group" else ()
+    validate = (f"data.val={data / 'val'}", "train.evaluate_every=20") if kind == "frozen" else ()
     done = {}
     for name, arguments in (("one", ("--strategy", "none")), ("mirrored", ("--strategy", "mirrored", "--devices", 2))):
         done[name] = tmp_path / name

@@ -353,6 +353,10 @@ def test_bad_files_are_named_and_cost_nothing_else(page, folder, tmp_path):
     compare(after, before)
 
 
+def test_an_accelerator_that_is_none_is_told(page):
+    assert page(open=f"{page.url}?accelerator=npu")["message"].endswith("accelerator is npu: gpu or cpu")
+
+
 def test_a_page_without_a_model_says_so_and_waits_for_one(page, folder):
     state = page(open=f"{page.url}?model=nowhere.tflite")
     assert "nowhere.tflite: 404" in state["message"] and "drop" in state["message"]

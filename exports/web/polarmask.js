@@ -183,6 +183,7 @@ export class PolarMask {
   // bytes: a Uint8Array, the whole file. accelerator: "gpu" or "cpu"; otherwise the GPU where there is a real one. What runs is
   // in model.accelerator, and why it is not the GPU in model.reason. detect may change both, see `find`.
   static async load(bytes, accelerator) {
+    if (![null, undefined, "gpu", "cpu"].includes(accelerator)) throw new Error(`accelerator is ${accelerator}: gpu or cpu`);
     const model = new PolarMask();
     let reason;
     try {

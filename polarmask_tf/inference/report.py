@@ -123,8 +123,8 @@ def _page(predictor, data, metrics, found, model) -> str:
         f"up to {counted(metrics.max_detections, 'detection')} an image. Masks by pycocotools.</p>",
         html.table(head, map(thresholds.shown_row, rows)),
         "<p>Precision: how much of what is shown is right, at mask IoU 0.5. Recall: how many of the objects are found. F1 "
-        "counts both alike; <code>predict</code> goes by the score where it is best, of classes with fewer than "
-        f"{thresholds.LEAST} objects by that of all. AP averages over all scores, and "
+        "counts both alike; <code>predict</code> with a run that was evaluated on all pictures goes by the score where it is "
+        f"best, of classes with fewer than {thresholds.LEAST} objects by that of all. AP averages over all scores, and "
         "over IoU 0.5 to 0.95.</p>",
         "<h2>Scores</h2>",
         _curves(metrics, best),
