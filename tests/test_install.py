@@ -87,7 +87,7 @@ def annotations(tmp_path_factory):
 @pytest.mark.parametrize(
     "package, command, extra",
     [
-        ("official", ["summary", "edge_mobilenetv4"], "garden"),
+        ("official", ["summary", "edge", "--set", "model.backbone.type=MobileNetV4ConvSmall"], "garden"),
         ("matplotlib", ["upper-bound", "ANNOTATIONS", "--out", "OUT"], "plots"),
     ],
 )

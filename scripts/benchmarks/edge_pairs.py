@@ -22,7 +22,7 @@ from polarmask_tf.tools import benchmark
 
 # What one would build without polar masks: MobileNetV2, FPN-lite and a separable head of 4 x 128 channels, boxes alone.
 BOXES = (
-    "edge_mobilenetv4",
+    "edge",
     "model.backbone.type=MobileNetV2",
     "model.rays=4",
     "model.fpn.channels=128",

@@ -21,7 +21,7 @@ from polarmask_tf.files import atomic_write, format_csv
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.tools import benchmark, summary
 
-CONFIGS = "edge,edge_fast,edge_small,edge_lite0,edge_mobilenetv4"
+CONFIGS = "edge,edge_fast,edge_small,edge_lite0"
 CLASSES = 80
 EXPORTS = Path(__file__).resolve().parents[2] / "exports"
 
