@@ -1,11 +1,9 @@
-"""Files for phones and boards: precisions, --raw, the gate on AP, what a file says of itself, and what it must survive."""
+"""Files for phones and boards: precisions, --raw, what a file says of itself, and what it must survive."""
 
 import csv
 import ctypes
-import dataclasses
 import hashlib
 import json
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -14,38 +12,20 @@ import flatbuffers
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.lite.python import schema_py_generated as schema
 
-from helpers import training
+from helpers.edge import images, make_model
 from polarmask_tf import cli, lite
-from polarmask_tf import config as configs
 from polarmask_tf.errors import InputError
-from polarmask_tf.export import flatbuffer, graph, pixels, quantize, tflite
-from polarmask_tf.export.export import export_model
-from polarmask_tf.files import lock
-from polarmask_tf.inference import evaluate
+from polarmask_tf.export import flatbuffer, graph, quantize, tflite
 from polarmask_tf.inference.predictor import load_predictor, run_predictor
-from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.ops import postprocess
 from polarmask_tf.tools import benchmark, operations, summary
-from polarmask_tf.weights import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = (
-    *training.TINY,
-    "model.head.norm=batch",
-    "model.head.conv=separable",
-    "model.head.kernel=1",
-    "model.fpn.conv=separable",
-    "data.size=[64,96]",
-    "postprocess.pre_nms_top_k=50",
-    "postprocess.multi_label=false",
-    "postprocess.score_threshold=0.02",
-)
 # Builtins that LiteRT and LiteRT.js run on a CPU without anything beside them; a new one is to be looked at first.
 ALLOWED = {
     "ADD",
@@ -84,31 +64,6 @@ ALLOWED = {
     "TRANSPOSE",
 }
 VOTING = {"ABS", "ATAN2", "FLOOR", "GREATER", "LOGICAL_AND", "SELECT", "SELECT_V2", "SPLIT", "SUM", "UNPACK"}
-
-
-def images(number, height, width, seed=0):
-    """Blocks of colors with noise."""
-    rng = np.random.default_rng(seed)
-    for _ in range(number):
-        blocks = np.kron(rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3)), np.ones((8, 8, 1)))[:height, :width]
-        yield np.clip(blocks + rng.normal(0, 5, blocks.shape), 0, 255).astype(np.uint8)
-
-
-def make_model(*overrides, classes=3):
-    """Of chance, but with BatchNorms that fit their inputs and scores that differ."""
-    tf_keras.utils.set_random_seed(0)
-    names = [{"name": f"kind {i}", "category_id": i + 1} for i in range(classes)]
-    model = PolarMask(configs.load("shapes", [*SMALL, *overrides]), names)
-    rng = np.random.default_rng(3)
-    for variable in model.head.trainable_variables:
-        if variable.shape.rank == 4:
-            variable.assign(variable + rng.normal(0, 0.3, variable.shape))
-    model.head.classes.conv.bias.assign(tf.fill([classes], -2.0))
-    norms = [layer for layer in model.submodules if isinstance(layer, tf_keras.layers.BatchNormalization)]
-    for layer in norms:
-        layer.momentum = 0.0
-    model(np.stack(list(images(8, 64, 96))), training=True)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -213,71 +168,6 @@ def test_an_image_of_more_pixels_than_a_number_of_16_bits_is_normalised_as_in_ke
     logits = found(**{name: image})
     for level, maps in model(image).items():
         assert np.abs(logits[f"P{level}_classes"] - maps["class_logits"]).mean() < 0.05
-
-
-def first_convolution(content, image):
-    """What it gives, and the step of its 8 bits (0 of a float file)."""
-    plain = {"experimental_op_resolver_type": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES}
-    interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True, **plain)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image)
-    interpreter.invoke()
-    made = next(outputs[0] for kind, _, outputs, _ in flatbuffer.operations(content) if kind == "CONV_2D")
-    step, zero = next(d["quantization"] for d in interpreter.get_tensor_details() if d["index"] == made)
-    values = interpreter.get_tensor(made)
-    return ((values - np.float32(zero)) * step if step else values), step
-
-
-def own_stem(size, stride):
-    """A model whose first convolution pads by itself, and pixels have another mean and deviation in each channel."""
-    tf_keras.utils.set_random_seed(0)
-    image = tf_keras.Input((64, 96, 3))
-    x = tf_keras.layers.Conv2D(8, size, stride, padding="same", activation="relu")(image)
-    x = tf_keras.layers.Conv2D(8, 3, 8 // stride, padding="same", activation="relu")(x)
-    levels = {"3": x, "4": tf_keras.layers.Conv2D(8, 3, 2, padding="same")(x)}
-    config = configs.load("shapes", [*SMALL, "model.mean=[10.4,120.0,230.5]", "model.std=[20,60,90]"])
-    return PolarMask(config, 3, backbone=tf_keras.Model(image, levels))
-
-
-@pytest.mark.parametrize("size_and_stride", [(5, 2), (6, 4), (3, 1), None])
-def test_mean_and_deviation_in_the_first_convolution(size_and_stride, files):
-    """Of an int8 file, which pads pixels with the mean where Keras pads what is normalised with zeros."""
-    contents = [files[precision, True].read_bytes() for precision in ("fp32", "int8")]
-    if size_and_stride:
-        model = own_stem(*size_and_stride)
-        contents = [tflite.convert(model, p, raw=True, images=lambda: images(8, 64, 96)) for p in ("fp32", "int8")]
-    assert "CAST" not in [kind for kind, *_ in flatbuffer.operations(contents[1])] and flatbuffer.reads_pixels(contents[1])
-    border = np.zeros([1, 64, 96, 3], np.uint8)
-    border[:, 1:-1, 1:-1] = 255  # what lies at the border, and around it, differs from the mean
-    for image in (next(images(1, 64, 96, seed=9))[None], border, 255 - border, np.full_like(border, 90)):
-        (expected, _), (found, step) = (first_convolution(content, image) for content in contents)
-        assert 0 < step < 0.2 * np.ptp(expected) or (image == 90).all()
-        expected = np.clip(expected, found.min(), found.max())  # 8 bits end where the calibration images did
-        assert np.abs(found - expected).max() < 4 * step  # black around the image, not the mean, makes that dozens
-        assert np.abs(found - expected).mean() < 0.6 * step
-
-
-@pytest.mark.parametrize(
-    ("stem", "kernel", "padded"),
-    [("6x6", (6, 3), (66, 98)), ("7x7", (7, 4), (69, 102))],  # of 3x3 all other files here are
-)
-def test_pairs_of_pixels_change_no_number(stem, kernel, padded, monkeypatch):
-    """The first convolution of an int8 file, as of 6 channels, gives the very bytes that it gives of 3."""
-    model, contents = make_model(f"model.backbone.stem={stem}", "model.backbone.stem_width=0"), []
-    for _ in range(2):
-        contents.append(tflite.convert(model, "int8", raw=True, images=lambda: images(4, 64, 96)))
-        monkeypatch.setattr(pixels, "_pairs", lambda start, columns, width: (start.pads, False))
-    shapes = []
-    for content in contents:
-        tensors = {d["index"]: d["shape"] for d in Interpreter(model_content=content).get_tensor_details()}
-        inputs = next(inputs for kind, inputs, *_ in flatbuffer.operations(content) if kind == "CONV_2D")
-        shapes.append([tuple(map(int, tensors[i])) for i in inputs[:2]])
-    (image, weights), (as_it_is, _) = shapes
-    assert weights[1:] == (*kernel, 6) and image == (1, padded[0], padded[1] // 2, 6) and as_it_is[3] == 3
-    for image in images(2, 64, 96, seed=5):
-        (found, step), (expected, _) = (first_convolution(content, image[None]) for content in contents)
-        assert step > 0 and np.ptp(found) > 50 * step
-        np.testing.assert_array_equal(found, expected)
 
 
 def test_detections_at_the_border_in_8_bits(files):
@@ -435,188 +325,6 @@ def test_two_thousand_images(files):
 
 
 # ---- the command
-
-
-@pytest.fixture(scope="module")
-def run_and_data(model, tmp_path_factory):
-    """The model of chance as a run, and data whose truth is what it finds itself: its AP there is 1 or nearly so."""
-    folder = tmp_path_factory.mktemp("gate")
-    assert cli.main(["shapes", str(folder / "shapes"), "--train", "2", "--val", "12", "--size", "64"]) == 0
-    file = folder / "shapes" / "val" / "annotations.json"
-    truth = json.loads(file.read_text())
-    truth["categories"] = [{"id": entry["category_id"], "name": entry["name"]} for entry in model.classes]
-    truth["annotations"] = []
-    keras = run_predictor(model)
-    for image in truth["images"]:
-        (found,) = keras([lite.read_image(folder / "shapes" / "val" / "images" / image["file_name"])])
-        for polygon, label in list(zip(found.polygons, found.classes, strict=True))[:6]:
-            low, high = polygon.min(0), polygon.max(0)
-            truth["annotations"].append(
-                {
-                    "id": len(truth["annotations"]) + 1,
-                    "image_id": image["id"],
-                    "category_id": int(label) + 1,
-                    "iscrowd": 0,
-                    "segmentation": [polygon.ravel().tolist()],
-                    "area": 1.0,
-                    "bbox": [*low.tolist(), *(high - low).tolist()],
-                }
-            )
-    file.write_text(json.dumps(truth))
-    words = ["convert", file, folder / "shapes" / "val" / "images", folder / "val", "--processes", "1"]
-    assert cli.main([str(word) for word in words]) == 0
-    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, train=str(folder / "val")))
-    runs.write_run(folder / "run", config, {"classes": model.classes, "name": "x", "num_images": 0})
-    runs.save(model, folder / "run", 1, weights_only=True)
-    return folder / "run", folder / "val"
-
-
-def test_the_command_writes_all_and_measures_them(run_and_data, tmp_path, capsys):
-    run, data = run_and_data
-    words = ["export", run, "--out", tmp_path, "--precision", "fp32,int8", "--raw", "--data", data, "--max-ap-drop", "0.5"]
-    assert cli.main([str(word) for word in words]) == 0
-    names = {"model.tflite", "model_raw.tflite", "model_int8.tflite", "model_int8_raw.tflite", "saved_model", "lite.py"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    lines = capsys.readouterr().out.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.startswith("against Keras"))
-    table = {line.split()[0]: line.split() for line in lines[head + 1 : head + 6]}
-    assert set(table) == names - {"lite.py"}
-    expected = evaluate.evaluate(load_predictor(run), data).values["AP"]
-    assert expected > 0.5
-    for name, row in table.items():
-        assert float(row[-1]) == pytest.approx(expected, abs=1e-4)
-        assert abs(float(row[-2]) - expected) < (0.3 if "int8" in name else 0.02), name
-    measured = evaluate.evaluate(load_predictor(tmp_path / "model_int8.tflite"), data).values["AP"]
-    assert float(table["model_int8.tflite"][-2]) == pytest.approx(measured, abs=1e-4)
-
-    assert cli.main(["inspect", str(tmp_path / "model_int8_raw.tflite")]) == 0
-    told = capsys.readouterr().out
-    assert "input   images: uint8 [1, 64, 96, 3]" in told and "output  P4_rays: float32 [1, 4, 6, 12]" in told
-    assert '"precision": "int8"' in told and "3 classes: kind 0, kind 1, kind 2" in told
-    assert cli.main(["inspect", str(tmp_path / "saved_model")]) == 0 and "kind 2" in capsys.readouterr().out
-
-
-def test_the_gate_closes(run_and_data, tmp_path, capsys, monkeypatch):
-    run, data = run_and_data
-    worse = tflite.export_tflite
-
-    def blind(model, *args, **kwargs):
-        changed = dataclasses.replace(model.config.postprocess, max_detections=1)
-        model.config, kept = dataclasses.replace(model.config, postprocess=changed), model.config
-        try:
-            return worse(model, *args, **kwargs)
-        finally:
-            model.config = kept
-
-    monkeypatch.setattr(tflite, "export_tflite", blind)
-    assert cli.main(["export", str(run), "--out", str(tmp_path), "--data", str(data)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("polarmask: error: model.tflite: mask AP 0.") and "--max-ap-drop 0.01" in error
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--precision", "int4"], "precision int4: choose of fp32, fp16, dynamic, int8"),
-        (["--data", "nowhere"], "nowhere: not a directory of converted data"),
-    ],
-)
-def test_bad_arguments_are_one_line(run_and_data, tmp_path, capsys, words, message):
-    assert cli.main(["export", str(run_and_data[0]), "--out", str(tmp_path / "out"), *words]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_8_bits_need_images(run_and_data, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(run_and_data[0], run)
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace(str(run_and_data[1]), str(tmp_path / "gone")))
-    assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), "--precision", "int8"]) == 2
-    assert "give --images DATA" in capsys.readouterr().err
-
-
-def never(*_, **__):
-    raise AssertionError("something was converted")
-
-
-def listing(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--out", "out[1]"], "out[1]/saved_model: TensorFlow loads no SavedModel from a path with [ or \\ in it"),
-        (["--out", "a\\b"], "TensorFlow loads no SavedModel"),
-        (["--out", "out[1]", "--serving"], "TensorFlow loads no SavedModel"),
-        (["--out", "a_file"], "a_file: cannot be written: "),
-        (["--out", "taken"], "taken/saved_model: in the way, and no SavedModel that could be replaced"),
-        (["--out", "out", "--data", "empty"], "empty"),
-        (["--out", "out", "--images", "empty"], "empty"),
-        (["--out", "locked"], "locked: in use by polarmask export"),
-    ],
-)
-def test_what_can_be_known_is_found_before_anything_is_converted(run_and_data, tmp_path, capsys, monkeypatch, words, message):
-    (tmp_path / "a_file").write_text("mine")
-    (tmp_path / "taken" / "saved_model").mkdir(parents=True)
-    (tmp_path / "taken" / "saved_model" / "notes.txt").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tf.saved_model, "save", never)
-    with lock(tmp_path / "locked", "export"):
-        before = listing(tmp_path)
-        assert cli.main(["export", str(run_and_data[0]), *words]) == 2
-        assert listing(tmp_path) == before
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
-
-
-def test_a_directory_with_spaces(run_and_data, tmp_path):
-    out = tmp_path / "with some spaces"
-    assert cli.main(["export", str(run_and_data[0]), "--out", str(out)]) == 0
-    image = next(images(1, 64, 96))
-    one, other = (load_predictor(out / name)(image) for name in ("saved_model", "model.tflite"))
-    np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
-
-
-def test_what_tensorflow_cannot_convert_is_one_line(run_and_data, tmp_path, capsys, monkeypatch):
-    run, _ = run_and_data
-    assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 0
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    detect = PolarMask.detect
-
-    def strange(model, images_, **options):  # TensorFlow Lite has no such function
-        found = detect(model, images_, **options)
-        text = tf.strings.as_string(found["detection_scores"])
-        return {**found, "detection_scores": tf.strings.to_number(text)}
-
-    monkeypatch.setattr(PolarMask, "detect", strange)
-    capsys.readouterr()
-    assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert (
-        error.startswith(f"polarmask: error: {tmp_path}/model.tflite: TensorFlow cannot make it: ") and error.count("\n") == 1
-    )
-    assert (tmp_path / "model.tflite").read_bytes() == before[tmp_path / "model.tflite"]
-    monkeypatch.undo()
-
-    def full_disk(*_, **__):
-        raise tf.errors.ResourceExhaustedError(None, None, "{{node SaveV2}} x/y; No space left on device")
-
-    monkeypatch.setattr(tf.saved_model, "save", full_disk)
-    (tmp_path / "saved_model" / "mine").write_text("still the older one")
-    assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"polarmask: error: {tmp_path}: cannot be written: No space left on device\n"
-    assert (tmp_path / "saved_model" / "mine").read_text() and not [n for n in listing(tmp_path) if n.startswith(".export-")]
-
-
-def test_a_model_is_exported_as_its_run_is(model, run_and_data, tmp_path):
-    rows = export_model(model, str(tmp_path), images=str(run_and_data[1]), precisions=["int8"])
-    assert set(rows) == {"saved_model", "model_int8.tflite"} and rows["saved_model"]["detections"] > 10
-    with pytest.raises(InputError, match=r"^max_detections: of a model, set it in config\.postprocess"):
-        export_model(model, tmp_path, max_detections=7)
-    with pytest.raises(InputError, match="--max-ap-drop nan"):
-        export_model(model, tmp_path, max_ap_drop=float("nan"))
 
 
 def test_a_file_knows_its_checksum(files):
