@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("data.size=[64,64]", "model.fpn.channels=16", "model.head.channels=16", "model.head.convs=1", "model.rays=8")
 NARROW = (*SMALL, "model.backbone.width=16")
 PAPER = (*NARROW, "data.fit=letterbox", "model.backbone.blocks=[1,1,2,1]", "model.backbone.weights=''")
-GARDEN = (*SMALL, "model.fpn.conv=separable", "model.head.conv=separable")  # as phones have them
 FAMILIES = {
     "shapes": ("shapes", NARROW),
     "shapes, box branch": ("shapes", (*NARROW, "model.head.box=true")),
@@ -46,9 +45,7 @@ FAMILIES = {
     "ResNeXt": ("table1e_x101", (*PAPER, "model.backbone.groups=4", "model.backbone.group_width=4")),
     "GroupNorm, sync": ("shapes", (*NARROW, "model.backbone.norm=group", "model.normalization=image")),
     "EfficientNetLite0": ("edge", (*SMALL, "model.backbone.type=EfficientNetLite0")),
-    "MobileNetV2": ("edge", (*GARDEN, "model.backbone.type=MobileNetV2", "model.backbone.multiplier=0.35")),
-    "MobileNetV4": ("edge", (*GARDEN, "model.backbone.type=MobileNetV4ConvSmall")),
-    "EfficientNet": ("edge", (*GARDEN, "model.backbone.type=EfficientNetB0")),
+    "MobileNetV2": ("edge", (*SMALL, "model.backbone.type=MobileNetV2", "model.backbone.multiplier=0.35")),
 }
 CLASSES = ["a", "b", "c"]
 
