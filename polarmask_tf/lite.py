@@ -553,7 +553,7 @@ def _compiled(path, accelerator, threads):
             raise ValueError(f"the network takes {takes['dtype']}, and an image is uint8")
         given, made = model.create_input_buffers(0), model.create_output_buffers(0)
         given[0].write(np.zeros(takes["shape"], np.uint8))  # which says something at first, too
-        with contextlib.suppress(RuntimeError if accelerator == "gpu" else ()):  # which its log tells, and what raises nothing
+        with contextlib.suppress(RuntimeError if accelerator == "gpu" else ()):  # the log says so, error or not
             model.run_by_index(0, given, made)
         log.seek(0)
         said = log.read().decode(errors="replace")
