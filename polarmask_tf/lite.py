@@ -545,7 +545,7 @@ def _compiled(path, accelerator, threads):
         try:
             model = load(cpu | gpu if accelerator == "gpu" else cpu)
         except RuntimeError:
-            model = load(cpu)  # if it is the file that is wrong, this fails, too
+            model = load(cpu)  # if it is the file that is wrong, this fails too
         outputs = model.get_signature_list()["serving_default"]["outputs"]
         takes = model.get_input_tensor_details("serving_default")["images"]
         gives = model.get_output_tensor_details("serving_default")
@@ -553,7 +553,7 @@ def _compiled(path, accelerator, threads):
             raise ValueError(f"the network takes {takes['dtype']}, and an image is uint8")
         given, made = model.create_input_buffers(0), model.create_output_buffers(0)
         given[0].write(np.zeros(takes["shape"], np.uint8))  # which says something at first, too
-        with contextlib.suppress(RuntimeError if accelerator == "gpu" else ()):  # the log says so, error or not
+        with contextlib.suppress(RuntimeError):  # the log has what a GPU does not compute, error or not; a CPU's comes again
             model.run_by_index(0, given, made)
         log.seek(0)
         said = log.read().decode(errors="replace")
@@ -573,7 +573,7 @@ def _compiled(path, accelerator, threads):
 def _place_of(model, said):
     """Where a CompiledModel that was to run on the GPU runs, of which LiteRT knows little; `said` is its log."""
     share = re.search(r"(\d+) operations will run on the GPU, and the remaining (\d+)", said)
-    # The one trace there: from which memory the input is taken. 1 is the host's; an int8 file's is always that.
+    # The one trace there: from which memory the input is taken. 1 is the host's, also for int8 files that run on the GPU.
     if not share and set(model.get_input_buffer_requirements(0)["supported_types"]) == {1}:
         reason = re.search(r"Couldn't load .*|GPU accelerator could not be .*|No adapters.*", said)
         why = f" ({one_line(reason[0], 150)})" if reason else ""

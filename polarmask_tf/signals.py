@@ -20,8 +20,8 @@ class Ended(SystemExit):
 def unwinding() -> typing.Iterator[None]:
     """Within it, the first of these signals raises Ended, and a second one ends the process at once.
 
-    Whatever a library makes of that exception (NumPy, a TypeError while it reads a mask of pycocotools), and of
-    KeyboardInterrupt, which of them it was is what leaves here. A signal that was ignored before (nohup), or that somebody
+    That is what leaves here also where a library makes another exception of it, or of KeyboardInterrupt (NumPy, a TypeError
+    while it reads a mask of pycocotools). A signal that was ignored before (nohup), or that somebody
     else takes, stays so. Does nothing outside the main thread.
     """
     names = ("SIGTERM", "SIGHUP", "SIGINT") if threading.current_thread() is threading.main_thread() else ()

@@ -113,7 +113,7 @@ def test_every_edge_config(name, both, tmp_path):
         expected, found = both(export(model, tmp_path, precision))
         assert_equal_detections(expected, found, 30)
         assert len(set(expected["detection_classes"][0].tolist())) > 3
-    assert_equal_logits(*both(export(model, tmp_path, raw=True)))
+        assert_equal_logits(*both(export(model, tmp_path, precision, raw=True)))
 
 
 OTHERWISE = {
