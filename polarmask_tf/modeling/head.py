@@ -54,6 +54,11 @@ class PolarHead(tf_keras.layers.Layer):
             self.boxes = Conv(4, init=_init(), bias_init=bias, name="boxes", **options)
             self.box_scales = self._scales("box_scale")
 
+    @property
+    def predictions(self) -> list:
+        """The last convolutions."""
+        return [self.classes, self.centerness, self.rays, *([self.boxes] if self.config.box else [])]
+
     def _scales(self, name):
         options = {"shape": (), "dtype": tf.float32, "initializer": "ones", "experimental_autocast": False}
         return {str(level): self.add_weight(name=f"{name}{level}", **options) for level in self.levels}

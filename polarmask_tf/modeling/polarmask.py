@@ -167,6 +167,8 @@ class PolarMask(tf_keras.Model):
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of one that scales the loss
         if hasattr(optimizer, "set_backbone"):  # ours, which may train it at a rate of its own
             optimizer.set_backbone(getattr(self.backbone, "trainable_variables", ()))
+        if hasattr(optimizer, "set_predictions"):
+            optimizer.set_predictions([v for layer in self.head.predictions for v in layer.trainable_variables])
 
     def get_compile_config(self):
         compiled = super().get_compile_config()

@@ -1,4 +1,4 @@
-"""The two recipes: AdamW (or SGD) with decoupled decay for training from scratch, and the paper's SGD."""
+"""The recipes: Muon, AdamW or SGD with decoupled decay, and the paper's SGD."""
 
 from __future__ import annotations
 
@@ -121,6 +121,70 @@ class AdamW(_BackboneRate, _EarlyAverages, _KernelDecay, tf_keras.optimizers.Ada
 
 
 @tf_keras.saving.register_keras_serializable(PACKAGE)
+class Muon(AdamW):
+    """Kernels of convolutions move along the orthogonal matrix that is nearest to their momentum, all else by AdamW.
+
+    Every direction in which a kernel could learn is gone as far, not only the few that dominate its gradient. A kernel [h, w,
+    i, o] is taken for a matrix [h * w * i, o]. AdamW are left biases, norms, what `set_predictions` was given, and kernels with
+    fewer than 16 rows or columns, as of depthwise convolutions. Of a kernel's update the elements are MUON_SCALE times the
+    learning rate large (root mean square): rates and decays of AdamW fit. `momentum` is of the gradients of kernels.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); sizes by the longer side as in
+    Liu et al., "Muon is Scalable for LLM Training" (2025), section 2.2.
+    """
+
+    _predictions: frozenset = frozenset()
+
+    def __init__(self, *args, momentum: float = 0.9, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.momentum = momentum
+
+    def set_predictions(self, variables) -> None:
+        """Says which variables are the last layers', of which each output stands for itself."""
+        self._predictions = frozenset(self._var_key(variable) for variable in variables)
+
+    def update_step(self, gradient, variable):
+        if not self._is_matrix(variable):
+            super().update_step(gradient, variable)
+            return
+        velocity = self._momentums[self._index_dict[self._var_key(variable)]]
+        velocity.assign(self.momentum * velocity + gradient)
+        ahead = tf.reshape(gradient + self.momentum * velocity, [-1, variable.shape[-1]])  # Nesterov's
+        size = MUON_SCALE * max(ahead.shape) ** 0.5  # of n orthonormal vectors of length m, elements are m ** -0.5 large
+        rate = tf.cast(self.learning_rate, variable.dtype)
+        variable.assign_sub(rate * size * tf.reshape(orthogonalize(ahead), variable.shape))
+
+    def _is_matrix(self, variable):
+        shape = variable.shape
+        large = shape.rank == 4 and min(shape[-1], shape.num_elements() // shape[-1]) >= 16
+        return large and self._var_key(variable) not in self._predictions
+
+    def get_config(self):
+        return {**super().get_config(), "momentum": self.momentum}
+
+
+MUON_SCALE = 0.8
+
+
+def orthogonalize(matrix: tf.Tensor) -> tf.Tensor:
+    """U V' of a float32 [m, n] matrix U S V', roughly: its singular values become .7 to 1.2, but for those below a thousandth
+    of its norm, which become less.
+
+    Five iterations of Newton and Schulz by Jordan's polynomial. They all are polynomials of the smaller of the two Gram
+    matrices, so that the larger side is met twice only.
+    """
+    wide = matrix.shape[0] < matrix.shape[1]
+    matrix /= tf.norm(matrix) + 1e-7
+    gram = tf.matmul(matrix, matrix, transpose_a=not wide, transpose_b=wide)
+    product = identity = tf.eye(gram.shape[0], dtype=matrix.dtype)
+    for _ in range(5):
+        step = 3.4445 * identity - 4.7750 * gram + 2.0315 * tf.matmul(gram, gram)
+        product = tf.matmul(product, step)
+        gram = tf.matmul(tf.matmul(step, gram), step)
+    return tf.matmul(product, matrix) if wide else tf.matmul(matrix, product)
+
+
+@tf_keras.saving.register_keras_serializable(PACKAGE)
 class SGD(_BackboneRate, _EarlyAverages, _KernelDecay, tf_keras.optimizers.SGD):
     """SGD with decoupled decay of the kernels."""
 
@@ -169,4 +233,6 @@ def make(config: Config) -> tf_keras.optimizers.Optimizer:
         options = {"l2": train.weight_decay, "bias_lr_multiplier": train.bias_lr_multiplier, "momentum": train.momentum}
         return PaperSGD(**options, **common)
     common["weight_decay"] = train.weight_decay
-    return AdamW(**common) if train.optimizer == "adamw" else SGD(momentum=train.momentum, **common)
+    if train.optimizer == "adamw":
+        return AdamW(**common)
+    return (Muon if train.optimizer == "muon" else SGD)(momentum=train.momentum, **common)
