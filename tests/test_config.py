@@ -210,7 +210,7 @@ def test_an_unknown_key_like_no_other_is_still_named(write):
         ("data.size=[64, x]", "whole number"),
         ("model.fpn.levels='3, 4'", "a list"),
         ("model.head.norm=layer", "group, batch, none"),
-        ("train.optimizer=[adamw]", "adamw, sgd"),
+        ("train.optimizer=[adamw]", "adamw, muon, sgd"),
         ("train=5", "section"),
         ("model.head=[]", "section"),
         ("train.steps.x=3", "whole number"),

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +158,38 @@ def test_a_saved_model_goes_on_as_if_it_had_not_stopped(tmp_path):
         each.fit(data(), verbose=0)
     for mine, other in zip(model.trainable_variables, copy.trainable_variables, strict=True):
         np.testing.assert_allclose(mine, other, atol=1e-6)
+
+
+TWO_REPLICAS = """
+import sys
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import test_muon
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = test_muon.model_of()
+model.fit(test_muon.data(), verbose=0)
+for variable in model.trainable_variables:
+    first, second = (value.numpy() for value in variable.values)
+    np.testing.assert_array_equal(first, second)
+np.savez(sys.argv[1], *[v.numpy() for v in model.trainable_variables])
+"""
+
+
+def test_two_replicas_take_the_steps_of_one_device(tmp_path):
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", TWO_REPLICAS, tmp_path / "two.npz"], env=environment, check=True, timeout=300)
+    model = model_of()
+    start = [variable.numpy() for variable in model.trainable_variables]
+    model.fit(data(), verbose=0)
+    two, kernels = np.load(tmp_path / "two.npz"), 0
+    for value, variable, found in zip(start, model.trainable_variables, two.values(), strict=True):
+        if model.optimizer._is_matrix(variable):  # AdamW's first steps are of the size of the rate however small a gradient is
+            moved = np.abs(variable.numpy() - value).max()
+            np.testing.assert_allclose(found, variable, atol=0.01 * moved, err_msg=variable.name)
+            kernels += moved > 1e-3
+    assert kernels > 5
 
 
 def test_configs_choose_it():
