@@ -72,6 +72,17 @@ def test_scores_that_say_nothing_or_all_keep_their_order():
     assert after[scores > 0.75].min() > 0.8 and after[scores < 0.65].max() < 0.2
 
 
+def test_a_model_that_hardly_errs_is_calibrated_too():
+    """Scores of .3 to .8, all but 6 of 206 right: 20 misses were asked for."""
+    rng = np.random.default_rng(0)
+    scores, hits = rng.uniform(0.3, 0.8, 206), np.arange(206) >= 6
+    scores[~hits] -= 0.2
+    after = postprocess.recalibrated(scores, now=calibration.fit(scores, hits))
+    assert after.mean() == pytest.approx(200 / 206, abs=0.01) and after[~hits].mean() < 0.8
+    with pytest.raises(InputError, match="200 hits and 4 misses"):
+        calibration.fit(scores[2:], hits[2:])
+
+
 def test_calibrated_and_back():
     scores = np.float32([1e-4, 0.05, 0.3, 0.5, 0.9, 0.999])
     odds = np.log(scores / (1 - scores))
@@ -150,7 +161,7 @@ def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys
 
 
 def test_what_cannot_be_calibrated_is_said(run, tmp_path, capsys):
-    with pytest.raises(InputError, match=r"hits and .* misses are too few, 20 of each are needed"):
+    with pytest.raises(InputError, match=r"hits and .* misses in every second image are too few, 20 and 5 are needed"):
         calibration.calibrate(run, flat_matches(1.0, 30), "")
     for content in ("{", "[]", '{"temperature": "a"}', '{"temperature": -1, "score_threshold": 0.1, "checkpoint": "STEP"}'):
         (run / runs.CALIBRATION).write_text(content.replace("STEP", runs.checkpoint_digest(run)))

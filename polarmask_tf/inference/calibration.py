@@ -18,7 +18,7 @@ from polarmask_tf.inference.coco_metrics import expected_calibration_error
 from polarmask_tf.ops.postprocess import recalibrated
 from polarmask_tf.weights import runs
 
-LEAST = 20  # hits, and misses, that are fitted to
+LEAST_HITS, LEAST_MISSES = 20, 5  # that are fitted to; a good model has few misses, and Platt's targets allow for it
 STEEPEST, FLATTEST = 0.1, 5.0  # temperatures
 
 
@@ -28,8 +28,9 @@ def fit(scores: np.ndarray, hits: np.ndarray) -> tuple[float, float]:
     Platt's scaling (1999), with his targets a little inside of 0 and 1. Raises InputError for too few hits or misses.
     """
     right, wrong = int(hits.sum()), int((~hits).sum())
-    if min(right, wrong) < LEAST:
-        raise InputError(f"--calibrate: {right} hits and {wrong} misses are too few, {LEAST} of each are needed")
+    if right < LEAST_HITS or wrong < LEAST_MISSES:
+        needed = f"{LEAST_HITS} and {LEAST_MISSES} are needed"
+        raise InputError(f"--calibrate: {right} hits and {wrong} misses in every second image are too few, {needed}: give more")
     scores = np.clip(scores, 1e-6, 1 - 1e-6)
     logits, targets = np.log(scores) - np.log1p(-scores), np.where(hits, (right + 1) / (right + 2), 1 / (wrong + 2))
     slope, bias = _logistic(np.stack([logits, np.ones_like(logits)], 1), targets)

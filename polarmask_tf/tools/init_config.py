@@ -182,7 +182,7 @@ def _sections(info: DatasetInfo, seen: Survey, pretrained: bool, judged: bool) -
     rate = 0.002 if pretrained else 0.004
     train = [
         ("steps", steps, f"{steps * batch / info.num_images:.0f} epochs: the fewer images, the more often each is seen"),
-        ("learning_rate", rate, "of AdamW; halve it if the loss jumps"),
+        ("learning_rate", rate, "halve it if the loss jumps"),
         ("checkpoint_every", max(50, 50 * round(steps / 4 / 50)), ""),
     ]
     sections = {"model": model, "data": data, "train": train}
