@@ -174,7 +174,7 @@ def orthogonalize(matrix: tf.Tensor) -> tf.Tensor:
     matrices, so that the larger side is met twice only.
     """
     wide = matrix.shape[0] < matrix.shape[1]
-    matrix /= tf.norm(matrix) + 1e-7
+    matrix /= tf.norm(matrix) + 1e-12
     gram = tf.matmul(matrix, matrix, transpose_a=not wide, transpose_b=wide)
     product = identity = tf.eye(gram.shape[0], dtype=matrix.dtype)
     for _ in range(5):
