@@ -38,6 +38,22 @@ def test_a_square_with_its_corners_cut(tmp_path):
     np.testing.assert_allclose(kinds["rectangle"], [4, 4 / 2**0.5, 4 / 2**0.5], atol=0.006)
 
 
+def test_what_cannot_be_measured_is_said_in_a_line(tmp_path):
+    truth = {"categories": [], "annotations": [{"image_id": 1, "category_id": 1, "segmentation": [list(range(60))]}]}
+    square = [{"image_id": 7, "segmentation": {"size": [9, 9], "counts": "a"}}]
+    for name, document in (("round.json", truth), ("rle.json", square)):
+        (tmp_path / name).write_text(json.dumps(document))
+    for words, wanted in (
+        (("round.json", "36"), "no object of 12 corners or fewer"),
+        (("round.json", "0"), "0 rays: 4 to 720"),
+        (("round.json", "rle.json"), "image 7 has no polygon"),
+        (("round.json", "nothing.json"), "No such file"),
+    ):
+        paths = [str(tmp_path / word) if word.endswith("json") else word for word in words]
+        done = subprocess.run([sys.executable, SCRIPT, *paths], capture_output=True, text=True)
+        assert done.returncode != 0 and wanted in done.stderr and "Traceback" not in done.stderr
+
+
 def test_more_rays_come_nearer(tmp_path):
     make_shapes(tmp_path, train=1, val=8, progress=False)
     truth = tmp_path / "val" / "annotations.json"

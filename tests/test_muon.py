@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from helpers import training
 from helpers.networks import CLASSES, instances_of, random_images, random_scenes, tiny_config
 from polarmask_tf.config import Config, TrainConfig
+from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.training import optimizers
 
@@ -66,7 +67,7 @@ def newton_schulz(matrix):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(16, 90), st.integers(16, 90), st.integers(0, 2**32 - 1), st.floats(0, 2), st.floats(-6, 6))
+@given(st.integers(16, 90), st.integers(16, 90), st.integers(0, 2**32 - 1), st.floats(0, 2), st.floats(-30, 30))
 def test_singular_vectors_stay_and_singular_values_become_about_one(rows, columns, seed, spread, size):
     rng = np.random.default_rng(seed)
     u, _, v = np.linalg.svd(rng.normal(size=(rows, columns)), full_matrices=False)
@@ -81,6 +82,15 @@ def test_singular_vectors_stay_and_singular_values_become_about_one(rows, column
 
 def test_a_gradient_of_nothing_moves_nothing():
     assert (optimizers.orthogonalize(tf.zeros([20, 30])).numpy() == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1, 1.5, "a", None])
+def test_a_momentum_that_cannot_be_is_refused(momentum):
+    with pytest.raises(InputError, match=r"Muon: momentum is .* from 0 up to 1"):
+        optimizers.Muon(0.01, momentum=momentum)
+    if isinstance(momentum, (int, float)):
+        with pytest.raises(InputError, match=r"train\.momentum is .* from 0 up to 1"):
+            training.load("train.optimizer=muon", f"train.momentum={momentum}")
 
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.1])

@@ -236,7 +236,7 @@ class PostprocessConfig(Section):
 class TrainConfig(Section):
     steps: int = _within(600, 1, 10**9)  # batches to train on
     seed: int = _within(0, 0, 2**32 - 1)  # of the first weights, the order of images, flips and jitter
-    # muon: AdamW but for kernels, the fastest from scratch (docs/recipe.md); sgd: with momentum, as the paper.
+    # muon: AdamW but for kernels, which learn faster (docs/recipe.md); sgd: with momentum, as the paper.
     optimizer: typing.Literal["adamw", "muon", "sgd"] = "adamw"
     learning_rate: float = _within(0.01, 0, 1000)  # the highest, after warm-up
     # The learning rate is for so many images a step, and scaled linearly to data.batch; 0: as it stands.
@@ -253,7 +253,8 @@ class TrainConfig(Section):
     decay: typing.Literal["decoupled", "l2"] = "decoupled"  # l2: added to the gradient, as in the paper; sgd only
     # With l2: times the learning rate for the biases of convolutions, which then do not decay.
     bias_lr_multiplier: float = _within(1.0, 0, 1000)
-    momentum: float = _within(0.9, 0, 1)  # sgd, and muon of kernels
+    # Of sgd, and of muon's kernels.
+    momentum: float = _checked(0.9, lambda momentum: 0 <= momentum < 1, "a number from 0 up to 1, like 0.9, is needed")
     clip_norm: float = _within(10.0, 0, 10**6)  # 0 = off
     checkpoint_every: int = _within(200, 1, 10**9)  # steps between checkpoints
     precision: typing.Literal["float32", "float16", "bfloat16"] = "float32"  # of the network in training; weights stay float32

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tf_keras
 
 from polarmask_tf.config import Config, TrainConfig
+from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.layers import PACKAGE
 
 
@@ -125,18 +126,21 @@ class Muon(AdamW):
     """Kernels of convolutions move along the orthogonal matrix that is nearest to their momentum, all else by AdamW.
 
     Every direction in which a kernel could learn is gone as far, not only the few that dominate its gradient. A kernel [h, w,
-    i, o] is taken for a matrix [h * w * i, o]. AdamW are left biases, norms, what `set_predictions` was given, and kernels with
-    fewer than 16 rows or columns, as of depthwise convolutions. Of a kernel's update the elements are MUON_SCALE times the
-    learning rate large (root mean square): rates and decays of AdamW fit. `momentum` is of the gradients of kernels.
+    i, o] is taken for a matrix [h * w * i, o]; groups of a grouped one count as one. AdamW are left biases, norms, what
+    `set_predictions` was given, and kernels with fewer than 16 rows or columns, as of depthwise convolutions. The elements of
+    a kernel's update are MUON_SCALE times the learning rate large (root mean square): rates and decays of AdamW fit.
+    `momentum` is of the gradients of kernels.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); sizes by the longer side as in
-    Liu et al., "Muon is Scalable for LLM Training" (2025), section 2.2.
+    Liu et al., "Muon is Scalable for LLM Training" (2025), section 2.2. Raises InputError for a momentum outside of [0, 1).
     """
 
     _predictions: frozenset = frozenset()
 
     def __init__(self, *args, momentum: float = 0.9, **kwargs):
         super().__init__(*args, **kwargs)
+        if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+            raise InputError(f"Muon: momentum is {momentum!r}; a number from 0 up to 1, like 0.9, is needed")
         self.momentum = momentum
 
     def set_predictions(self, variables) -> None:
@@ -174,7 +178,8 @@ def orthogonalize(matrix: tf.Tensor) -> tf.Tensor:
     matrices, so that the larger side is met twice only.
     """
     wide = matrix.shape[0] < matrix.shape[1]
-    matrix /= tf.norm(matrix) + 1e-12
+    matrix /= tf.reduce_max(tf.abs(matrix)) + 1e-30  # squares of what is very small or large are 0 or infinite
+    matrix /= tf.norm(matrix) + 1e-30
     gram = tf.matmul(matrix, matrix, transpose_a=not wide, transpose_b=wide)
     product = identity = tf.eye(gram.shape[0], dtype=matrix.dtype)
     for _ in range(5):

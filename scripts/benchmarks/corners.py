@@ -12,6 +12,7 @@ place of RESULTS: polygons of that many true rays from the mass center, the best
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,21 @@ def distances(points: np.ndarray, ring: np.ndarray) -> np.ndarray:
     return np.linalg.norm(nearest - points[:, None], axis=-1).min(axis=1)
 
 
-def ring_of(entry: dict) -> np.ndarray:
-    return np.asarray(entry["segmentation"][0], float).reshape(-1, 2)
+def load(path: str) -> dict | list:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"corners.py: {path}: {error}")
+
+
+def ring_of(entry: dict, path: str) -> np.ndarray:
+    """The first polygon of an annotation or result [V, 2]."""
+    polygons = entry.get("segmentation")
+    if not isinstance(polygons, list) or not polygons or len(polygons[0]) < 6:
+        sys.exit(
+            f"corners.py: {path}: an entry of image {entry.get('image_id')} has no polygon; predict with --segmentation polygon"
+        )
+    return np.asarray(polygons[0], float).reshape(-1, 2)
 
 
 def perfect(ring: np.ndarray, rays: int) -> np.ndarray:
@@ -43,19 +57,21 @@ def perfect(ring: np.ndarray, rays: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("truth", type=Path)
+    parser.add_argument("truth", help="COCO file, its objects polygons of a few corners")
     parser.add_argument("results", help="COCO results with polygons, or a number of rays")
     arguments = parser.parse_args()
-    truth = json.loads(arguments.truth.read_text())
-    names = {category["id"]: category["name"] for category in truth["categories"]}
     rays = int(arguments.results) if arguments.results.isdigit() else None
+    if rays is not None and not 4 <= rays <= 720:
+        parser.error(f"{rays} rays: 4 to 720 are needed")
+    truth = load(arguments.truth)
+    names = {category["id"]: category["name"] for category in truth["categories"]}
     found: dict[int, list] = {}
-    for entry in [] if rays else json.loads(Path(arguments.results).read_text()):
-        found.setdefault(entry["image_id"], []).append(ring_of(entry))
+    for entry in [] if rays else load(arguments.results):
+        found.setdefault(entry["image_id"], []).append(ring_of(entry, arguments.results))
     kinds: dict[str, list] = {}
     missed = 0
     for annotation in truth["annotations"]:
-        ring = ring_of(annotation)
+        ring = ring_of(annotation, arguments.truth)
         if len(ring) > MOST_CORNERS:
             continue
         candidates = [perfect(ring, rays)] if rays else found.get(annotation["image_id"], [])
@@ -64,6 +80,8 @@ def main() -> None:
             missed += 1
             continue
         kinds.setdefault(names[annotation["category_id"]], []).extend(distances(ring, candidates[int(np.argmin(off))]))
+    if not kinds and not missed:
+        sys.exit(f"corners.py: {arguments.truth}: no object of {MOST_CORNERS} corners or fewer")
     print("kind         corners  mean  90 % within (pixels)")
     for name, values in sorted(kinds.items()):
         print(f"{name:12} {len(values):7}  {np.mean(values):4.2f}  {np.quantile(values, 0.9):4.2f}")
