@@ -13,6 +13,8 @@ from polarmask_tf.config import Config, TrainConfig
 from polarmask_tf.errors import InputError
 from polarmask_tf.modeling.layers import PACKAGE
 
+MUON_SCALE = 0.8  # of the learning rate: the size of a kernel's update
+
 
 def schedule(train: TrainConfig):
     """The learning rate by step: linear warm-up from a third of the rate, then cosine to final_lr_fraction of it, or a tenth
@@ -165,9 +167,6 @@ class Muon(AdamW):
 
     def get_config(self):
         return {**super().get_config(), "momentum": self.momentum}
-
-
-MUON_SCALE = 0.8
 
 
 def orthogonalize(matrix: tf.Tensor) -> tf.Tensor:
