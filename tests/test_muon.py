@@ -133,7 +133,7 @@ def model_of(policy="float32", **options):
     train = TrainConfig(optimizer="muon", warmup_steps=0, learning_rate=0.003, ema=0.9, **options)
     tf_keras.utils.set_random_seed(3)
     model = PolarMask(dataclasses.replace(config, train=train), CLASSES, dtype=policy)
-    model.compile(optimizers.make(model.config), jit_compile=options.get("jit_compile"))
+    model.compile(optimizers.make(model.config))
     return model
 
 
@@ -150,9 +150,8 @@ def test_fit_tells_the_optimizer_which_layers_are_the_last():
     assert last == expected and len(last) == 6
 
 
-@pytest.mark.parametrize("policy, jit", [("float32", True), ("mixed_float16", False)])
-def test_fit_learns(policy, jit):
-    model = model_of(policy, jit_compile=jit)
+def test_fit_learns_in_half_precision():
+    model = model_of("mixed_float16")
     losses = model.fit(data(30), verbose=0, steps_per_epoch=1, epochs=30).history["loss"]
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
 
