@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import training
-from helpers.networks import CLASSES, instances_of, random_images, random_scenes, tiny_config
+from helpers.muon import data, model_of
 from polarmask_tf.config import Config, TrainConfig
 from polarmask_tf.errors import InputError
-from polarmask_tf.modeling.polarmask import PolarMask
 from polarmask_tf.training import optimizers
 
 RATE, DECAY = 0.01, 0.05
@@ -128,20 +127,6 @@ def test_the_size_of_a_gradient_does_not_matter_to_kernels():
 # ---- in a model
 
 
-def model_of(policy="float32", **options):
-    config = tiny_config(width=16)
-    train = TrainConfig(optimizer="muon", warmup_steps=0, learning_rate=0.003, ema=0.9, **options)
-    tf_keras.utils.set_random_seed(3)
-    model = PolarMask(dataclasses.replace(config, train=train), CLASSES, dtype=policy)
-    model.compile(optimizers.make(model.config))
-    return model
-
-
-def data(steps=4):
-    batch = random_images(1, 2), instances_of(random_scenes(0, [2, 2]), (64, 64))
-    return tf.data.Dataset.from_tensors(batch).repeat(steps)
-
-
 def test_fit_tells_the_optimizer_which_layers_are_the_last():
     model = model_of()
     by_key = {model.optimizer._var_key(v): v.name for v in model.trainable_variables}
@@ -174,10 +159,10 @@ import sys
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import test_muon
+from helpers import muon
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = test_muon.model_of()
-model.fit(test_muon.data(), verbose=0)
+    model = muon.model_of()
+model.fit(muon.data(), verbose=0)
 for variable in model.trainable_variables:
     first, second = (value.numpy() for value in variable.values)
     np.testing.assert_array_equal(first, second)
