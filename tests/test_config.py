@@ -112,6 +112,19 @@ def test_a_chain_of_bases_merges_section_by_section(write):
     assert config.model.fpn == Config().model.fpn  # what no file names keeps its default
 
 
+def test_of_width_and_widths_the_later_counts(write):
+    write("model: {backbone: {widths: [4, 8, 8, 8]}}", "a.yaml")
+    above = write("base: a.yaml\nmodel: {backbone: {width: 16}}")
+    for config, widths in (
+        (load(write("base: a.yaml\nmodel: {rays: 12}", "b.yaml")), (4, 8, 8, 8)),
+        (load(above), (16, 32, 64, 128)),
+        (load("shapes", ["model.backbone.width=8"]), (8, 16, 32, 64)),
+        (load(above, ["model.backbone.widths=[5,6,7,8]"]), (5, 6, 7, 8)),
+        (load(write("model: {backbone: {width: 16, widths: [4, 8, 8, 8]}}", "both.yaml")), (4, 8, 8, 8)),
+    ):
+        assert config.model.backbone.stage_widths() == widths
+
+
 def test_a_base_is_looked_up_beside_the_file_that_names_it(write, tmp_path):
     (tmp_path / "sub").mkdir()
     write("train: {steps: 5}", "root.yaml")

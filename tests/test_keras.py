@@ -78,7 +78,7 @@ def assert_equal_models(found, expected):
     tf.nest.map_structure(np.testing.assert_array_equal, dict(outputs), dict(wanted))
 
 
-def batch(count=2, size=(64, 64), levels=(3, 4)):
+def batch(count=2, size=(64, 64), levels=(3,)):
     """Images with one square object each."""
     side = np.float32(40)
     corners = np.float32([[10, 10], [10 + side, 10], [10 + side, 10 + side], [10, 10 + side]])

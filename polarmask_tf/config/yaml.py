@@ -230,6 +230,8 @@ def _merge(below: dict, above: dict) -> dict:
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
+    if "width" in above and "widths" not in above:  # of these two the later counts, as whoever sets it expects
+        merged.pop("widths", None)
     return merged
 
 
