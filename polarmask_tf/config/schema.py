@@ -71,7 +71,7 @@ class BackboneConfig(Section):
     blocks: tuple[int, int, int, int] = _each((1, 1, 1, 1), 1, 200)
     # Channels of C2's 3x3 convolutions, doubled at every stage; ResNet-50 has 64. Below 16 see layers.Conv.
     width: int = _within(24, 1, 1024)
-    # Channels of C2's to C5's in place of `width` and its doubles, or () for these. A `width` set over a base's widths undoes them.
+    # Channels of C2's to C5's in place of `width` and its doubles, or () for these; `width` set over them undoes them.
     widths: tuple[int, ...] = _each((), 1, 8192)
     stride_in: typing.Literal["3x3", "1x1"] = "3x3"  # "pytorch" or "caffe" placement of a bottleneck's stride
     groups: int = _within(1, 1, 1024)  # ResNeXt: groups of a bottleneck's 3x3 convolution ...
