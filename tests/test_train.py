@@ -312,7 +312,7 @@ def test_a_wrong_profile_is_one_line(data, tmp_path, capsys, steps):
     assert train(data / "train", tmp_path / "run", "train.steps=8", arguments=(f"--profile={steps}",)) == 2
     error = capsys.readouterr().err
     assert error.startswith("polarmask: error: --profile") and error.count("\n") == 1
-    with pytest.raises(InputError, match="--profile 0,2: give two of the 1800 steps"):
+    with pytest.raises(InputError, match="--profile 0,2: give two of the 1600 steps"):
         train_module.train(config.load("shapes"), tmp_path / "run", profile=(0, 2))
     assert not (tmp_path / "run").exists()
 
