@@ -194,7 +194,7 @@ def test_one_message_names_every_setting_ready_to_paste(tmp_path, monkeypatch):
     assert "ResNet-50; 101 has blocks [3,4,23,3], 152 [3,8,36,3]" in message
     words = shlex.split(message.partition("config's: ")[2].partition(" (ResNet")[0])
     pasted = [after for word, after in itertools.pairwise(words) if word == "--set"]
-    assert len(pasted) == 8 and "model.backbone.stride_in=1x1" in pasted and "model.backbone.norm=frozen" in pasted
+    assert len(pasted) == 9 and "model.backbone.stride_in=1x1" in pasted and "model.backbone.norm=frozen" in pasted
     mended = configs.load("shapes", ["model.backbone.weights=none.h5", "model.backbone.norm=group", *pasted])
     assert error_of(mended.model).startswith("none.h5: ")
     (tmp_path / "none.h5").unlink()
