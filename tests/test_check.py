@@ -168,7 +168,7 @@ def test_sizes_that_help_are_found():
     found.scaled = [4.0] * 38 + [27.0] * 62
     (line,) = warnings_of(found)
     size = "38 % of the objects (38) are under 8 px, the stride of P3, at data.size [320, 320]: --set 'data.size=[640,640]'"
-    assert line.startswith(size) and line.endswith("or --set 'model.fpn.levels=[2,3,4]'")
+    assert line.startswith(size) and line.endswith("or --set 'model.fpn.levels=[2,3]'")
     found.shorter = [1.0] * 38 + [40.0] * 62
     found.scaled = [0.7] * 38 + [27.0] * 62
     assert "they are as small in the images" in warnings_of(found)[0]
