@@ -112,6 +112,14 @@ def test_a_chain_of_bases_merges_section_by_section(write):
     assert config.model.fpn == Config().model.fpn  # what no file names keeps its default
 
 
+@pytest.mark.parametrize(
+    ("levels", "wanted"), [("[3]", r"\[3\] need none: --set 'targets.ranges=\[\]'"), ("[3,4,5]", r"\[3, 4, 5\] need 2 of them")]
+)
+def test_ranges_that_do_not_fit_the_levels(levels, wanted):
+    with pytest.raises(InputError, match=rf"targets.ranges is \[64.0\]: model.fpn.levels {wanted}"):
+        load("shapes", [f"model.fpn.levels={levels}", "targets.ranges=[64]"])
+
+
 def test_of_width_and_widths_the_later_counts(write):
     write("model: {backbone: {widths: [4, 8, 8, 8]}}", "a.yaml")
     above = write("base: a.yaml\nmodel: {backbone: {width: 16}}")

@@ -331,7 +331,8 @@ class Config(Section):
             if self.loss.weight_by == "centerness" and self.targets.centerness != "iou":
                 yield "targets.match: cost needs loss.weight_by: iou, or targets.centerness: iou"
         if ranges and len(ranges) != len(levels) - 1:
-            yield f"targets.ranges needs {len(levels) - 1} numbers for {len(levels)} levels, or none"
+            wanted = f"{len(levels) - 1} of them, or []" if len(levels) > 1 else "none: --set 'targets.ranges=[]'"
+            yield f"targets.ranges is {list(ranges)}: model.fpn.levels {list(levels)} need {wanted}"
 
 
 def needs_mask_iou(config: Config) -> bool:
