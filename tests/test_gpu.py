@@ -123,6 +123,7 @@ OTHERWISE = {
     "all there is": ["postprocess.multi_label=true", "postprocess.pre_nms_top_k=1000"],
     "images normalised by themselves": ["model.normalization=image"],
     "four rays": ["model.rays=4"],
+    "refined": ["model.refine_channels=16"],
     "voting": ["postprocess.voting_iou_threshold=0.3"],
     "voting of few": ["postprocess.voting_iou_threshold=0.1", "postprocess.pre_nms_top_k=7", "model.rays=35"],
 }
@@ -131,9 +132,13 @@ OTHERWISE = {
 @pytest.mark.parametrize("what", OTHERWISE)
 def test_what_users_may_set(what, both, tmp_path):
     model = make("edge_small", SIZE, 20, *OTHERWISE[what], classes=3)
+    if what == "refined":  # it begins as one that changes nothing
+        kernel = model.refiner.convs[-1].kernel
+        kernel.assign(np.random.default_rng(0).normal(0, 0.5, kernel.shape))
     expected, found = both(export(model, tmp_path))
     assert_equal_detections(expected, found, 8)
-    if what.startswith("voting"):
+    if what.startswith(("voting", "refined")):
+        model.refiner = None
         plain = model.detect(picture(), voting_iou_threshold=0.0)
         assert (np.abs(plain["detection_polygons"] - expected["detection_polygons"]).max((0, 2, 3)) > 0.01).sum() > 3
 

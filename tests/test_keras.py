@@ -35,6 +35,7 @@ PAPER = (*NARROW, "data.fit=letterbox", "model.backbone.blocks=[1,1,2,1]", "mode
 FAMILIES = {
     "shapes": ("shapes", NARROW),
     "shapes, box branch": ("shapes", (*NARROW, "model.head.box=true")),
+    "shapes, refined": ("shapes", (*NARROW, "model.refine_channels=8")),
     "shapes, head without norm": ("shapes", (*NARROW, "model.head.norm=none", "model.head.convs=2")),
     "edge": ("edge", (*NARROW, "model.head.convs=2")),
     "edge, box branch": ("edge", (*NARROW, "model.head.box=true", "model.head.conv=separable", "model.fpn.conv=separable")),

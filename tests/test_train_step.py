@@ -39,6 +39,7 @@ BRANCHES = {
     "released": ("loss.mask_weight=0", "conventions=released", "model.head.box=true"),
     "iou": (*training.QUALITY, "targets.match=static", "model.head.box=true"),
     "cost": training.QUALITY,
+    "refined": (*training.QUALITY, "targets.match=static", "model.refine_channels=6"),
     "cost of boxes": (*training.QUALITY, "model.rays=4"),
 }
 
@@ -113,7 +114,7 @@ def test_the_parts_of_a_step_add_up_to_the_whole_batch(branch):
     model = kept(*BRANCHES[branch])
     expected = whole_batch(model, *batch())
     assert expected[0]["ray"] > 0 and ("box" in expected[0]) == (branch in ("released", "iou"))
-    assert ("mask" in expected[0]) == (branch in ("iou", "cost", "cost of boxes"))
+    assert ("mask" in expected[0]) == (branch in ("iou", "cost", "cost of boxes", "refined"))
     assert_same(stepped(model, *batch()), expected, 1e-6)
     for parts in (2, 4) if branch == "plain" else (4,):  # of four, one has no instance at all
         assert_same(stepped(model, *batch(), accumulate=parts), expected, 1e-5)
@@ -155,7 +156,7 @@ def test_targets_of_some_images_are_those_of_a_batch_of_them():
 
 
 def test_padded_rows_change_nothing():
-    for branch in ("plain", "released", "iou", "cost"):
+    for branch in ("plain", "released", "iou", "cost", "refined"):
         model = kept(*BRANCHES[branch])
         images, instances = batch()
         prepared = steps.prepare(model, images, instances)
@@ -203,7 +204,7 @@ def test_no_instance_has_more_positives_than_the_padding_holds(radius):
 # ---- XLA
 
 
-@pytest.mark.parametrize("branch", ["released", "iou", "cost"])
+@pytest.mark.parametrize("branch", ["released", "iou", "cost", "refined"])
 def test_xla_computes_the_same_step(branch):
     model = kept(*BRANCHES[branch], "model.backbone.freeze_at=5")  # its gradient: below
     expected = stepped(model, *batch())
@@ -239,7 +240,7 @@ def test_fit_by_xla_in_parts_on_several_sizes():
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-@pytest.mark.parametrize("branch", ["released", "iou"])
+@pytest.mark.parametrize("branch", ["released", "iou", "refined"])
 def test_half_precision_computes_almost_the_same(precision, branch):
     expected = stepped(kept(*BRANCHES[branch]), *batch())
     model = make(*BRANCHES[branch], f"train.precision={precision}")

@@ -130,6 +130,9 @@ class ModelConfig(Section):
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     fpn: FPNConfig = field(default_factory=FPNConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    # Contour refinement: channels of convolutions along the contours of detections that make their rays more exact, by the
+    # features at their ends (modeling/refiner.py); 0: none, as in the paper. 32 is good.
+    refine_channels: int = _within(0, 0, 1024)
     normalization: typing.Literal["fixed", "image"] = "fixed"  # by mean and std below, or by each image's own
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, subtracted from 0..255 pixels in the graph
     std: tuple[float, float, float] = _each((58.395, 57.12, 57.375), 1e-6, 10**6)  # RGB, what they are then divided by
@@ -138,6 +141,8 @@ class ModelConfig(Section):
         """Widths and depths that are right one by one can make a network that no machine holds."""
         backbone, head = self.backbone, self.head
         stages = sum(count * width**2 for count, width in zip(backbone.blocks, backbone.stage_widths(), strict=False))
+        if self.refine_channels and (head.box or self.rays == 4):
+            yield "model.refine_channels does not go with model.head.box, nor with model.rays: 4"
         about = 18 * stages + 9 * (len(self.fpn.levels) * self.fpn.channels**2 + 3 * (head.convs + 1) * head.channels**2)
         if about > 2 * 10**9:
             yield f"model: about {about:,} weights; at most 2 billion: lower width, channels, blocks or convs"

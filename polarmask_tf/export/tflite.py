@@ -42,6 +42,8 @@ def file_fit(data: DataConfig) -> str:
 def check_raw(model: PolarMask) -> None:
     """InputError for a model whose raw outputs nothing would make polygons of."""
     config = model.config
+    if config.model.refine_channels:
+        raise InputError("--raw: lite.py makes polygons of logits alone, and this model refines them (model.refine_channels)")
     if config.model.head.box or config.conventions != "paper" or config.model.rays == 4:
         raise InputError("--raw: lite.py assembles rays alone; not with model.head.box, conventions: released or model.rays: 4")
 

@@ -18,6 +18,7 @@ from polarmask_tf.modeling.backbones.resnet import ResNet
 from polarmask_tf.modeling.fpn import FPN
 from polarmask_tf.modeling.head import PolarHead
 from polarmask_tf.modeling.layers import PACKAGE
+from polarmask_tf.modeling.refiner import Refiner
 from polarmask_tf.ops import postprocess, targets
 
 # Nothing in the network and its losses branches on tensors, and AutoGraph would take seconds to find that out.
@@ -68,6 +69,9 @@ class PolarMask(tf_keras.Model):
         self.stride = 2 ** max(levels)  # height and width of an image are multiples of it
         self.decoder = FPN(model.fpn, levels, dtype=policy, name="decoder")
         self.head = PolarHead(model.head, model.fpn.levels, self.num_classes, model.rays, dtype=policy, name="head")
+        self._finest = str(min(levels))
+        refiner = {"stride": 2 ** min(levels), "dtype": policy, "name": "refiner"}
+        self.refiner = Refiner(model.refine_channels, **refiner) if model.refine_channels else None
         strided = model.head.ray_unit == "stride"
         self._ray_units = _Untracked({str(level): float(2**level if strided else 1) for level in model.fpn.levels})
         # By the size of whole images, also where training sees crops of them.
@@ -114,11 +118,16 @@ class PolarMask(tf_keras.Model):
         return self._ray_units.value
 
     def call(self, images, training=False):
-        """Head outputs by level, float32 logits; see PolarHead."""
+        """Head outputs by level, float32 logits; see PolarHead. With config.model.refine_channels the lowest level has
+        "contour_features" too, what `Refiner.refine` takes."""
         self._check_shape(images.shape)
         x = tf.cast(self._normalize(tf.cast(images, tf.float32)), self.compute_dtype)
         features = self.backbone(x, training=training) if isinstance(self.backbone, tf_keras.layers.Layer) else self.backbone(x)
-        return self.head(self.decoder(features), training=training)
+        outputs = self.head(self.decoder(features), training=training)
+        if self.refiner is not None:
+            finest = next(feature for level, feature in features.items() if str(level) == self._finest)
+            outputs[min(outputs, key=int)]["contour_features"] = self.refiner(finest)
+        return outputs
 
     def _check_shape(self, shape):
         """InputError, also for `fit` before it builds its graph, for images that the network cannot take."""
@@ -168,7 +177,10 @@ class PolarMask(tf_keras.Model):
         if hasattr(optimizer, "set_backbone"):  # ours, which may train it at a rate of its own
             optimizer.set_backbone(getattr(self.backbone, "trainable_variables", ()))
         if hasattr(optimizer, "set_predictions"):
-            optimizer.set_predictions([v for layer in self.head.predictions for v in layer.trainable_variables])
+            optimizer.set_predictions([v for layer in [*self.head.predictions, *self._last_of_refiner()] for v in layer.trainable_variables])
+
+    def _last_of_refiner(self):
+        return [] if self.refiner is None else [self.refiner.convs[-1]]
 
     def get_compile_config(self):
         compiled = super().get_compile_config()
@@ -270,7 +282,7 @@ class PolarMask(tf_keras.Model):
         size = step.size_of(images)
 
         def of_image(maps):
-            return postprocess.detect(maps, size, self.ray_units, **options)
+            return postprocess.detect(maps, size, self.ray_units, refine=self._refine_in(maps), **options)
 
         if images.shape[0] == 1:  # no loop in the graph of the .tflite
             # Squeezed and expanded: t[0] and t[tf.newaxis] would be slices in that file, and take longer than all the rest.
@@ -279,6 +291,13 @@ class PolarMask(tf_keras.Model):
         floats = {"detection_scores", "detection_boxes", "detection_polygons"}
         names = ("num_detections", "detection_classes", *sorted(floats))
         return tf.map_fn(of_image, outputs, fn_output_signature={n: tf.float32 if n in floats else tf.int32 for n in names})
+
+    def _refine_in(self, maps):
+        """What corrects lengths [N, n] of rays from points [N, 2] in the image of these outputs, or None."""
+        if self.refiner is None:
+            return None
+        features = tf.expand_dims(maps[min(maps, key=int)]["contour_features"], 0)
+        return lambda points, lengths: self.refiner.refine(features, tf.zeros_like(points[:, 0], tf.int32), points, lengths)
 
     def get_config(self):
         values = {

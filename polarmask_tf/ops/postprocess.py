@@ -15,6 +15,7 @@ def detect(
     size,
     ray_units: dict,
     *,
+    refine=None,
     score_threshold: float,
     pre_nms_top_k: int,
     nms_iou_threshold: float,
@@ -39,6 +40,7 @@ def detect(
         2**l. With "ltrb_logits": [h, w, 4] rays are cut at the box ("Box Branch" in section 4.1).
       size: height and width of the image, pixels, ints or tensors; polygons are cut at its border.
       ray_units: {level: pixels}, see geometry.rays_from_logits.
+      refine: from points [N, 2] and lengths [N, n] of kept detections to corrected lengths, see Refiner.refine; or None.
       score_threshold: of the score, class score times centerness, calibrated; detections at or below it are dropped.
       pre_nms_top_k: a level, before NMS.
       nms_iou_threshold: boxes (of polygons) of one class that overlap more are suppressed.
@@ -93,6 +95,9 @@ def detect(
     points, lengths, boxes = tf.gather(centers, chosen), tf.gather(rays, chosen), tf.gather(boxes, chosen)
     if voting_iou_threshold:
         lengths = voting.vote(centers, rays, apart, scores, chosen, voting_iou_threshold)
+    if refine is not None:
+        lengths = refine(points, lengths)
+    if voting_iou_threshold or refine is not None:
         boxes = tf.clip_by_value(geometry.ray_boxes(points, lengths), 0.0, tf.tile(limit, [2]) - pixel)
     boxes = boxes / tf.tile(limit, [2]) * kept
     sides = zip(geometry.vertices(points, lengths), tf.unstack(limit), strict=True)

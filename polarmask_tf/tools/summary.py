@@ -22,7 +22,7 @@ from polarmask_tf.modeling.polarmask import PolarMask
 PICTURE = (480, 640)  # height and width of most COCO images, for configs whose input follows the image's ratio
 # The first letters of what belongs to a tower in the head's scope.
 _TOWERS = {"head, class tower": ("class", "centerness"), "head, ray tower": ("ray", "scale"), "head, box tower": ("box",)}
-PARTS = ("backbone", "FPN", *_TOWERS, "post-processing")
+PARTS = ("backbone", "FPN", *_TOWERS, "refiner", "post-processing")
 # Operations whose outputs take no memory of their own, or belong to the weights.
 _FREE = {"Const", "ReadVariableOp", "Placeholder", "Identity", "IdentityN", "Reshape", "Squeeze", "ExpandDims", "EnsureShape"}
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall", "While", "StatelessWhile", "If", "StatelessIf"}
@@ -63,11 +63,13 @@ def summarize(config: Config, num_classes: int = 80, size: tuple[int, int] | Non
     model = PolarMask(config, num_classes)
     images = tf.TensorSpec([1, *size, 3], tf.uint8)
     graph = tf.function(model.detect, input_signature=[images]).get_concrete_function().graph
-    parts = [part for part in PARTS if part != "head, box tower" or config.model.head.box]
+    absent = {"head, box tower": not config.model.head.box, "refiner": model.refiner is None}
+    parts = [part for part in PARTS if not absent.get(part)]
     rows = {part: collections.Counter() for part in parts}
     trainable = {id(variable) for variable in model.trainable_variables}
-    for part, variables in (("backbone", model.backbone.weights), ("FPN", model.decoder.weights), ("", model.head.weights)):
-        for variable in variables:
+    layers = {"backbone": model.backbone, "FPN": model.decoder, "": model.head, "refiner": model.refiner}
+    for part, layer in layers.items():
+        for variable in layer.weights if layer is not None else ():
             row = rows[part or _tower(variable.name.removeprefix(f"{model.name}/head/"))]
             row["parameters"] += variable.shape.num_elements()
             row["trainable"] += variable.shape.num_elements() * (id(variable) in trainable)
@@ -91,7 +93,7 @@ def _part(op, model_name: str, part_of):
     scope = op.name.split("/")
     if scope[0] != model_name:
         return None if op.type == "Placeholder" else "post-processing"
-    known = {"backbone": "backbone", "decoder": "FPN"}.get(scope[1]) if len(scope) > 2 else None
+    known = {"backbone": "backbone", "decoder": "FPN", "refiner": "refiner"}.get(scope[1]) if len(scope) > 2 else None
     if known or len(scope) < 3:
         return known
     # A ReLU or a scale stands in the head's own scope; what it is applied to says in which tower.
