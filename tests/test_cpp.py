@@ -70,7 +70,7 @@ def models(tmp_path_factory):
 
     tf_keras.utils.set_random_seed(0)
     options = ["model.backbone.width=8", "model.fpn.channels=16", "model.head.channels=16", f"data.size=[{HEIGHT},{WIDTH}]"]
-    options += ["model.fpn.levels=[3,4]", "targets.ranges=[64]", "model.head.convs=2"]
+    options += ["model.fpn.levels=[3,4]", "targets.ranges=[64]", "model.head.convs=2", "model.refine_channels=0"]
     options += ["postprocess.score_threshold=0.05", "postprocess.pre_nms_top_k=60", "postprocess.nms_iou_threshold=0.6"]
     classes = [{"name": name, "category_id": number} for number, name in enumerate(LABELS)]
     model = PolarMask(config.load("shapes", [*options, "postprocess.max_detections=40"]), classes)

@@ -34,8 +34,8 @@ NARROW = (*SMALL, "model.backbone.width=16")
 PAPER = (*NARROW, "data.fit=letterbox", "model.backbone.blocks=[1,1,2,1]", "model.backbone.weights=''")
 FAMILIES = {
     "shapes": ("shapes", NARROW),
-    "shapes, box branch": ("shapes", (*NARROW, "model.head.box=true")),
-    "shapes, refined": ("shapes", (*NARROW, "model.refine_channels=8")),
+    "shapes, box branch": ("shapes", (*NARROW, "model.refine_channels=0", "model.head.box=true")),
+    "shapes, not refined": ("shapes", (*NARROW, "model.refine_channels=0")),
     "shapes, head without norm": ("shapes", (*NARROW, "model.head.norm=none", "model.head.convs=2")),
     "edge": ("edge", (*NARROW, "model.head.convs=2")),
     "edge, box branch": ("edge", (*NARROW, "model.head.box=true", "model.head.conv=separable", "model.fpn.conv=separable")),
@@ -296,7 +296,7 @@ def test_compile_by_xla_is_the_same_switch_as_the_configs():
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", tf_keras.mixed_precision.Policy("mixed_bfloat16")])
 def test_a_policy_reaches_every_layer_and_the_global_one_stays(dtype):
-    model = make("shapes", (*NARROW, "model.head.box=true"), dtype=dtype)
+    model = make("shapes", (*NARROW, "model.refine_channels=0", "model.head.box=true"), dtype=dtype)
     wanted = getattr(dtype, "name", dtype)
     policies = {layer.dtype_policy.name for layer in model.submodules if isinstance(layer, Conv | SeparableConv)}
     policies |= {layer.dtype_policy.name for layer in model.submodules if isinstance(layer, tf_keras.layers.Conv2D)}

@@ -62,7 +62,8 @@ def losses(run):
 
 @pytest.mark.parametrize("kind", ["frozen", "sync"])  # GroupNorm, of which a layout makes as little, is in the heads of both
 def test_the_layout_changes_nothing(data, tmp_path, kind):
-    quality = (*training.QUALITY, "model.refine_channels=8") if kind == "frozen" else ()  # a run of its own for these losses costs 2 minutes
+    # A run of its own for these losses costs 2 minutes.
+    quality = (*training.QUALITY, "model.refine_channels=8") if kind == "frozen" else ()
     part = ("train.backbone_lr_multiplier=0.3", "train.freeze_backbone_steps=3") if kind == "sync" else ()
     settings = (*SGD, f"model.backbone.norm={kind}", *quality, *part)
     start = ("--start", start_run(data / f"start_{kind}", settings))

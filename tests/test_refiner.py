@@ -52,10 +52,7 @@ def slow_refine(layer, features, image, points, lengths):
             kernel, bias = conv.kernel.numpy()[0], conv.bias.numpy()
             reach = len(kernel) // 2
             y_ = np.array([bias + sum(z[(k + d - reach) % n] @ kernel[d] for d in range(len(kernel))) for k in range(n)])
-            if number == len(KERNELS) - 1:
-                z = y_
-            else:
-                z = np.maximum(y_, 0) + (z if number else 0)
+            z = y_ if number == len(KERNELS) - 1 else np.maximum(y_, 0) + (z if number else 0)
         result[row] = lengths[row] * np.exp(np.clip(0.1 * z[:, 0], -1, 1))
     return result
 
@@ -143,8 +140,8 @@ def test_losses_are_of_both_polygons_and_the_iou_is_of_the_refined():
 
 
 def test_rays_do_not_learn_from_what_becomes_of_them():
-    model = randomized("loss.class_weight=0", "loss.centerness_weight=0", "loss.mask_weight=0")
-    plain = build(configs.load("shapes", [*training.TINY, *("loss.class_weight=0", "loss.centerness_weight=0", "loss.mask_weight=0")]), 3)
+    rays_alone = ("loss.class_weight=0", "loss.centerness_weight=0", "loss.mask_weight=0")
+    model, plain = randomized(*rays_alone), build(configs.load("shapes", [*training.TINY, *rays_alone]), 3)
     for mine, theirs in zip(plain.head.variables, model.head.variables, strict=True):
         mine.assign(theirs)
     for mine, theirs in zip(
@@ -246,8 +243,9 @@ def test_a_file_refines_as_keras_does(precision, tmp_path):
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path):
+    told = r"model\.refine_channels does not go with model\.head\.box, nor with model\.rays: 4; --set model\.refine_channels=0"
     for setting in ("model.head.box=true", "model.rays=4"):
-        with pytest.raises(InputError, match=r"model\.refine_channels does not go with model\.head\.box, nor with model\.rays: 4"):
+        with pytest.raises(InputError, match=told):
             configs.load("shapes", ["model.refine_channels=8", setting])
     with pytest.raises(InputError, match=r"--raw: .*model\.refine_channels"):
         tflite.check_raw(PolarMask(configs.load("shapes", SETTINGS), 2))

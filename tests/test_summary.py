@@ -14,6 +14,7 @@ from polarmask_tf.tools import summary
 
 TINY = [
     "model.rays=4",
+    "model.refine_channels=0",
     "model.backbone.width=8",
     "model.backbone.stem=3x3",
     "model.fpn.channels=16",
@@ -74,6 +75,21 @@ def test_every_part_of_a_tiny_network_by_hand():
     for key in ("parameters", "trainable", "multiply_adds", "weights_mb", "activations_mb"):
         assert total[key] == pytest.approx(sum(row[key] for row in rows.values()))
     assert total["weights_mb"] == pytest.approx(4 * total["parameters"] / 1e6)
+
+
+def test_the_refiner_is_a_part_of_its_own():
+    """One 1x1 convolution of C2, then of every detection's contour: 5 samples of 4 features and 2 places a ray."""
+    tiny = [setting for setting in TINY if "box" not in setting and "rays" not in setting]
+    settings = [*tiny, "model.rays=12", "model.refine_channels=6", "postprocess.max_detections=9"]
+    rows = by_part(summary.summarize(config.load("shapes", settings), 3, (64, 96)))
+    weights = 5 * 5 * (4 + 2) * 6 + 2 * 3 * 6 * 6 + 3 * 6
+    assert rows["refiner"]["multiply_adds"] == 16 * 24 * 8 * 4 + 9 * 12 * weights
+    assert rows["refiner"]["parameters"] == rows["refiner"]["trainable"] == 8 * 4 + 4 + weights + 3 * 6 + 1
+    plain = by_part(summary.summarize(config.load("shapes", [*settings, "model.refine_channels=0"]), 3, (64, 96)))
+    assert "refiner" not in plain
+    for part, row in plain.items():
+        if part not in ("total", "post-processing"):  # whose sums are more
+            assert row == rows[part]
 
 
 def test_activations_of_a_convolution_its_bias_and_its_relu_by_hand():

@@ -44,7 +44,8 @@ def test_class_scores_learn_one_or_the_iou(classification):
 
 def test_levels_are_in_the_order_of_their_numbers():
     """As text, 10 comes before 3: a model with P10 learned what belongs to other locations."""
-    outputs = {str(level): {"ray_logits": tf.fill([2, size, size, 4], float(level))} for level, size in ((10, 1), (3, 4), (9, 2))}
+    sizes = {10: 1, 3: 4, 9: 2}
+    outputs = {str(level): {"ray_logits": tf.fill([2, size, size, 4], float(level))} for level, size in sizes.items()}
     assert terms._flat(outputs, "ray_logits")[1, :, 0].numpy().tolist() == [3] * 16 + [9] * 4 + [10]
     found = terms._locations(outputs).numpy()
     assert found[[0, 1, 16, 20]].tolist() == [[4, 4], [12, 4], [256, 256], [512, 512]]

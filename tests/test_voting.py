@@ -90,7 +90,7 @@ def test_a_detection_without_neighbours_keeps_its_polygon():
         np.testing.assert_allclose(voted[name], expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("name, other", [("released_r50_1x", []), ("shapes", ["model.rays=4"])])
+@pytest.mark.parametrize("name, other", [("released_r50_1x", []), ("shapes", ["model.refine_channels=0", "model.rays=4"])])
 def test_where_it_makes_no_sense_it_is_refused(name, other):
     with pytest.raises(InputError, match="voting_iou_threshold goes with"):
         load(name, [*other, "postprocess.voting_iou_threshold=0.7"])

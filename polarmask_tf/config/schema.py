@@ -142,7 +142,7 @@ class ModelConfig(Section):
         backbone, head = self.backbone, self.head
         stages = sum(count * width**2 for count, width in zip(backbone.blocks, backbone.stage_widths(), strict=False))
         if self.refine_channels and (head.box or self.rays == 4):
-            yield "model.refine_channels does not go with model.head.box, nor with model.rays: 4"
+            yield "model.refine_channels does not go with model.head.box, nor with model.rays: 4; --set model.refine_channels=0"
         about = 18 * stages + 9 * (len(self.fpn.levels) * self.fpn.channels**2 + 3 * (head.convs + 1) * head.channels**2)
         if about > 2 * 10**9:
             yield f"model: about {about:,} weights; at most 2 billion: lower width, channels, blocks or convs"

@@ -43,7 +43,7 @@ def check_raw(model: PolarMask) -> None:
     """InputError for a model whose raw outputs nothing would make polygons of."""
     config = model.config
     if config.model.refine_channels:
-        raise InputError("--raw: lite.py makes polygons of logits alone, and this model refines them (model.refine_channels)")
+        raise InputError("--raw: nothing would refine the polygons; only of a model trained with --set model.refine_channels=0")
     if config.model.head.box or config.conventions != "paper" or config.model.rays == 4:
         raise InputError("--raw: lite.py assembles rays alone; not with model.head.box, conventions: released or model.rays: 4")
 

@@ -177,10 +177,8 @@ class PolarMask(tf_keras.Model):
         if hasattr(optimizer, "set_backbone"):  # ours, which may train it at a rate of its own
             optimizer.set_backbone(getattr(self.backbone, "trainable_variables", ()))
         if hasattr(optimizer, "set_predictions"):
-            optimizer.set_predictions([v for layer in [*self.head.predictions, *self._last_of_refiner()] for v in layer.trainable_variables])
-
-    def _last_of_refiner(self):
-        return [] if self.refiner is None else [self.refiner.convs[-1]]
+            last = [*self.head.predictions, *([] if self.refiner is None else [self.refiner.convs[-1]])]
+            optimizer.set_predictions([v for layer in last for v in layer.trainable_variables])
 
     def get_compile_config(self):
         compiled = super().get_compile_config()

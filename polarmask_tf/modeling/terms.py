@@ -47,7 +47,8 @@ def losses_of(model, outputs: dict, encoded: targets.Targets, normalizers: list)
         iou = tf.stop_gradient(overlap.iou(areas[-1])) * real
         centerness = centerness * iou if model.config.targets.centerness == "iou" else centerness
         weight = iou if config.weight_by == "iou" else centerness
-    sums = {"class": losses.focal_loss(class_logits, encoded.labels, **focal), "ray": tf.reduce_sum(tf.add_n(ray_losses) * weight)}
+    sums = {"class": losses.focal_loss(class_logits, encoded.labels, **focal)}
+    sums["ray"] = tf.reduce_sum(tf.add_n(ray_losses) * weight)
     if model.config.targets.classification == "iou":
         change = losses.quality_focal_loss(of_class, iou, **focal) - losses.positive_focal_loss(of_class, **focal)
         sums["class"] += tf.reduce_sum(change * real)

@@ -18,6 +18,7 @@ SMALL = (
     "postprocess.pre_nms_top_k=50",
     "postprocess.multi_label=false",
     "postprocess.score_threshold=0.02",
+    "model.refine_channels=0",
 )
 
 

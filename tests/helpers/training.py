@@ -15,6 +15,7 @@ from polarmask_tf import config as configs
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "model.rays=12",
+    "model.refine_channels=0",
     "model.backbone.width=8",
     "model.fpn.channels=16",
     "model.fpn.levels=[3,4]",
