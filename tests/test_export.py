@@ -246,7 +246,10 @@ def test_a_file_says_whether_a_gpu_would_do_it_wrong(box, tmp_path, monkeypatch)
     from polarmask_tf.modeling.polarmask import PolarMask
 
     monkeypatch.setattr(tflite, "convert", lambda *args, **options: b"TFL3")
-    model = PolarMask(configs.load("shapes", [f"model.head.box={json.dumps(box)}", "model.refine_channels=0"]), [{"name": "cat", "category_id": 17}])
+    model = PolarMask(
+        configs.load("shapes", ["model.refine_channels=0", f"model.head.box={json.dumps(box)}"]),
+        [{"name": "cat", "category_id": 17}],
+    )
     path = tflite.export_tflite(model, tmp_path / "a.tflite")
     assert lite.read_metadata(path).get("cpu_only", False) is box
 

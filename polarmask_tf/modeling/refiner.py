@@ -81,7 +81,7 @@ class Refiner(tf_keras.layers.Layer):
             return lengths * tf.exp(tf.clip_by_value(CHANGE * change, -1.0, 1.0))
 
     def _look_up(self, features, image, points, lengths):
-        """Of every sample the features of its cell [P, n, SAMPLES * FEATURES], and where in the cell it is, x and y from -.5 to .5
+        """Of every sample the features of its cell [P, n, SAMPLES * FEATURES], and where in the cell it is, x and y, -.5 to .5
         of the cell [P, n, SAMPLES]: one look-up where bilinear interpolation takes four, and as good."""
         n = lengths.shape[1]
         steps = np.arange(SAMPLES, dtype=np.float32) - SAMPLES // 2

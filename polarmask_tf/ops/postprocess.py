@@ -61,7 +61,7 @@ def detect(
     pixel = float(whole_pixels)
     score_threshold = uncalibrated(score_threshold, temperature, score_bias)
     levels = []
-    for level, maps in sorted(outputs.items()):  # levels are text or numbers
+    for level, maps in sorted(outputs.items(), key=lambda item: int(item[0])):  # levels are text or numbers
         if class_threshold:
             scores, classes, where = _above(maps, pre_nms_top_k, score_threshold, centerness_offset)
         else:
