@@ -87,26 +87,50 @@ def int8(folder: str, images: Callable[[], Iterable[np.ndarray]]) -> bytes:
 
 
 def dynamic(folder: str) -> bytes:
-    """The SavedModel in `folder` as .tflite: weights of 8 bits, but those of depthwise convolutions in float.
+    """The SavedModel in `folder` as .tflite: weights of dense convolutions in 8 bits, everything else in float.
 
     With a float image and 8-bit weights LiteRT has fast kernels (XNNPACK's) for dense convolutions alone; depthwise ones took
-    most of the time, and have few weights.
+    most of the time, and have few weights. And the converter takes every large table for weights, that of the locations, too:
+    in 8 bits they are pixels off, and small objects miss theirs.
     """
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    exact = converter.convert()
+    source = flatbuffer.unpack(converter.convert())
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    content = converter.convert()
-    weights = {names[0]: inputs[1] for kind, inputs, _, names in flatbuffer.operations(exact) if kind == "DEPTHWISE_CONV_2D"}
-    if not weights:
-        return content
-    source, model = flatbuffer.unpack(exact), flatbuffer.unpack(content)
-    tensors = model.subgraphs[0].tensors
-    for kind, inputs, _, names in flatbuffer.operations(content):
-        if kind != "DEPTHWISE_CONV_2D":
-            continue
-        tensor, other = tensors[inputs[1]], source.subgraphs[0].tensors[weights[names[0]]]
-        if tensor.type != other.type:  # levels share weights
-            model.buffers[tensor.buffer].data = source.buffers[other.buffer].data
-            tensor.type, tensor.quantization = other.type, None
+    model = flatbuffer.unpack(converter.convert())
+    graph = model.subgraphs[0]
+    weights = {int(op.inputs[1]) for op in graph.operators if flatbuffer.kind_of(model, op) == "CONV_2D"}
+    floats = set()  # tensors that were 8 bits
+    for number, tensor in enumerate(graph.tensors):
+        values = flatbuffer.constant(model, number) if tensor.type == schema.TensorType.INT8 else None
+        if values is not None and number not in weights:
+            model.buffers[tensor.buffer].data = np.frombuffer(_original(source, tensor, values).tobytes(), np.uint8)
+            floats.add(number)
+    instead = {}  # of what made float of them
+    for op in graph.operators:
+        taken, made = int(op.inputs[0]), int(op.outputs[0])
+        if taken in floats and flatbuffer.kind_of(model, op) == "DEQUANTIZE":
+            instead[made] = taken
+        elif taken in floats and graph.tensors[made].type == schema.TensorType.INT8:  # a look-up in a table
+            floats.add(made)
+    for number in floats:
+        graph.tensors[number].type, graph.tensors[number].quantization = schema.TensorType.FLOAT32, None
+    graph.operators = [op for op in graph.operators if int(op.outputs[0]) not in instead]
+    for op in graph.operators:
+        op.inputs = np.array([instead.get(int(number), int(number)) for number in op.inputs], np.int32)
+    flatbuffer.prune(model)
     return flatbuffer.pack(model)
+
+
+def _original(source: schema.ModelT, tensor: schema.TensorT, values: np.ndarray) -> np.ndarray:
+    """The constant of `source` that these 8-bit `values` of `tensor` were made of: the one of their shape that is closest."""
+    made = tensor.quantization
+    scales, zeros = np.float32(made.scale), np.float32(made.zeroPoint)
+    if len(scales) > 1:
+        along = [-1 if axis == made.quantizedDimension else 1 for axis in range(values.ndim)]
+        scales, zeros = scales.reshape(along), zeros.reshape(along)
+    about = (values - zeros) * scales
+    numbers = range(len(source.subgraphs[0].tensors))
+    constants = (flatbuffer.constant(source, number) for number in numbers)
+    floats = [each for each in constants if each is not None and each.dtype == np.float32 and each.shape == values.shape]
+    return min(floats, key=lambda each: np.abs(each - about).max())
