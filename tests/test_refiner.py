@@ -1,5 +1,7 @@
 """Contour refinement against look-ups and convolutions written out in loops, and its place in the model, losses and files."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -16,6 +18,7 @@ from polarmask_tf.modeling import step, terms
 from polarmask_tf.modeling.refiner import FEATURES, KERNELS, SAMPLES, Refiner
 from polarmask_tf.ops import geometry, losses, overlap
 from polarmask_tf.training.train import build
+from polarmask_tf.weights import runs, start
 
 SETTINGS = (*training.TINY, "model.refine_channels=8")
 
@@ -258,3 +261,30 @@ def test_a_backbone_of_ones_own_is_looked_up_at_its_finest_level():
     model = PolarMask(configs.load("shapes", SETTINGS), 2, backbone=tf_keras.Model(images, {3: c3, 4: c4}))
     assert model.refiner.stride == 8
     assert model(tf.zeros([1, 64, 64, 3]))["3"]["contour_features"].shape == (1, 8, 8, FEATURES)
+
+
+def test_a_checkpoint_holds_it(tmp_path):
+    """It did not: what --start and a training that was interrupted went on from had the weights of the beginning."""
+    model = randomized("train.ema=0", "model.backbone.norm=group")
+    runs.write_run(tmp_path, model.config, {"classes": model.classes, "name": "some", "num_images": 0})
+    for weights_only in (True, False):
+        runs.save(model, tmp_path, 1, weights_only=weights_only)
+        again = build(model.config, 3)
+        assert runs.restore(again, tmp_path, training=not weights_only)
+        saved = {id(variable) for variable in runs.named_weights(again).values()}
+        assert {id(variable) for variable in again.trainable_variables} <= saved  # whatever parts a model gets
+        for name, variable in runs.named_weights(model).items():
+            np.testing.assert_array_equal(runs.named_weights(again)[name], variable, err_msg=name)
+
+
+def test_a_start_says_that_the_refiner_begins_anew(tmp_path, capsys):
+    plain = PolarMask(configs.load("shapes", training.TINY), 3)
+    plain.save(tmp_path / "plain.keras")
+    model, other = randomized(), PolarMask(configs.load("shapes", SETTINGS), 3)
+    start.start_from(other, tmp_path / "plain.keras")
+    assert re.search(r"anew: refiner/.*conv1", capsys.readouterr().out)
+    model.save(tmp_path / "refined.keras")
+    start.start_from(other, tmp_path / "refined.keras")
+    assert "anew" not in capsys.readouterr().out
+    for mine, theirs in zip(other.refiner.variables, model.refiner.variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)

@@ -108,6 +108,12 @@ class PolarMask(tf_keras.Model):
         self._thresholds = _Untracked(thresholds)
 
     @property
+    def parts(self) -> dict[str, tf_keras.layers.Layer]:
+        """What holds its weights, by the names that checkpoints have for it."""
+        refiner = {} if self.refiner is None else {"refiner": self.refiner}
+        return {"backbone": self.backbone, "decoder": self.decoder, "head": self.head, **refiner}
+
+    @property
     def input_size(self) -> tuple[int, int]:
         """Height and width of the network's input for whole images."""
         return configs.input_size(self.config.data)

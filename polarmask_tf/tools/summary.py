@@ -67,10 +67,10 @@ def summarize(config: Config, num_classes: int = 80, size: tuple[int, int] | Non
     parts = [part for part in PARTS if not absent.get(part)]
     rows = {part: collections.Counter() for part in parts}
     trainable = {id(variable) for variable in model.trainable_variables}
-    layers = {"backbone": model.backbone, "FPN": model.decoder, "": model.head, "refiner": model.refiner}
-    for part, layer in layers.items():
-        for variable in layer.weights if layer is not None else ():
-            row = rows[part or _tower(variable.name.removeprefix(f"{model.name}/head/"))]
+    names = {"backbone": "backbone", "decoder": "FPN", "refiner": "refiner"}
+    for name, layer in model.parts.items():
+        for variable in layer.weights:
+            row = rows[names.get(name) or _tower(variable.name.removeprefix(f"{model.name}/head/"))]
             row["parameters"] += variable.shape.num_elements()
             row["trainable"] += variable.shape.num_elements() * (id(variable) in trainable)
     part_of = functools.cache(lambda op: _part(op, model.name, part_of))

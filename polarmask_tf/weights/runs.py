@@ -345,13 +345,13 @@ def variable_names(model: PolarMask, variables) -> list[str]:
 
 def named_weights(model: PolarMask) -> dict[str, tf.Variable]:
     """Name -> variable of a model, without the metrics' state."""
-    variables = [*model.backbone.variables, *model.decoder.variables, *model.head.variables]
+    variables = [variable for part in model.parts.values() for variable in part.variables]
     return dict(zip(variable_names(model, variables), variables, strict=True))
 
 
 def _checkpoint(model, weights_only, parts=None):
     # Not the model as a whole: its metrics and its optimizer belong to it too. The names are Model Garden's.
-    parts = parts or {"backbone": model.backbone, "decoder": model.decoder, "head": model.head}
+    parts = parts or model.parts
     if not weights_only:
         parts |= {"optimizer": model.optimizer, "average": ema_weights(model), "losses": model.loss_metrics}
     return tf.train.Checkpoint(**parts)
