@@ -23,6 +23,7 @@ from polarmask_tf.weights import runs
 # Evaluations come with checkpoints and between them; an epoch, 25 images of 4 a step, ends within a step.
 SETTINGS = (
     *training.QUALITY,
+    "model.refine_channels=8",
     "train.deterministic=true",
     "train.ema=0.9",
     "model.backbone.norm=sync",
