@@ -209,6 +209,23 @@ def test_dynamic_leaves_the_places_of_locations_in_float():
     assert np.median(closest) < 1.0
 
 
+def test_dynamic_tells_tensors_of_equal_8_bits_apart(tmp_path):
+    """Weights and their double are the same 8 bits with two scales, and the converter keeps one buffer for both."""
+    weights = tf.constant(np.random.default_rng(0).normal(size=(64, 64)), tf.float32)
+
+    class Module(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([2, 64], tf.float32, "x")])
+        def run(self, x):
+            return {"once": tf.nn.relu(x @ weights), "twice": tf.nn.relu(x @ (2 * weights))}
+
+    module = Module()
+    tf.saved_model.save(module, str(tmp_path), signatures={"serving_default": module.run})
+    x = np.random.default_rng(1).normal(size=(2, 64)).astype(np.float32)
+    found = Interpreter(model_content=quantize.dynamic(str(tmp_path))).get_signature_runner()(x=x)
+    for name, expected in module.run(x).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_dynamic_leaves_depthwise_weights_in_float():
     """With 8 bits in a float network LiteRT is slow at them. The converter would make those of 1024 values or more 8 bits."""
     wide = make_model("model.fpn.channels=128", "model.head.channels=128", "model.head.kernel=3")

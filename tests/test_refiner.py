@@ -102,6 +102,14 @@ def test_no_length_changes_without_end():
     np.testing.assert_allclose(found, 5 * np.e * np.ones([1, 12]), rtol=1e-5)
 
 
+def test_a_length_that_is_no_number_stays_that_and_stops_no_look_up():
+    """A training that diverges is told by its loss, in one line (training/log.py)."""
+    layer, lengths = made(), np.full((2, 12), 5.0, np.float32)
+    lengths[0] = np.nan
+    found = layer.refine(tf.zeros([1, 8, 8, FEATURES]), tf.zeros([2], tf.int32), tf.fill([2, 2], 16.0), tf.constant(lengths))
+    assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
+
+
 def randomized(*settings, classes=3):
     model = build(configs.load("shapes", [*SETTINGS, *settings]), classes)
     rng = np.random.default_rng(0)
@@ -230,7 +238,7 @@ def test_it_learns_corners_that_the_rays_do_not_have():
     assert errors[-1] < 0.25 * errors[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", tflite.PRECISIONS)
 def test_a_file_refines_as_keras_does(precision, tmp_path):
     model = randomized("postprocess.max_detections=8", "data.batch=1")
     images, _ = batch(model.config)
@@ -240,9 +248,15 @@ def test_a_file_refines_as_keras_does(precision, tmp_path):
     expected = model.detect(images)
     if precision == "fp32":
         np.testing.assert_allclose(found["detection_polygons"], expected["detection_polygons"], atol=1e-5)
-    else:  # of almost the same polygons
-        closest = np.abs(found["detection_polygons"][0][:, None] - expected["detection_polygons"][0].numpy()[None]).max((2, 3))
-        assert np.median(closest.min(1)) < 0.03
+    else:  # another location may win; polygons without the refiner are farther
+        model.refiner = None
+        plain = model.detect(images)
+
+        def distance(theirs):
+            each = np.abs(found["detection_polygons"][0][:, None] - theirs["detection_polygons"][0].numpy()[None])
+            return np.median(each.mean((2, 3)).min(1))
+
+        assert distance(expected) < 0.5 * distance(plain)
 
 
 def test_what_does_not_go_with_it_is_refused(tmp_path):

@@ -383,6 +383,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(data, tmp_path, capsys, se
         "train.ema=0.5",
         "data.flip=both",
         *QUICK,
+        "model.refine_channels=8",
     )
     assert train(data / "train", run, *settings, arguments=("--profile", "1,8")) == 2
     error = capsys.readouterr().err.splitlines()[-1]

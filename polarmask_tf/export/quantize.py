@@ -101,30 +101,33 @@ def dynamic(folder: str) -> bytes:
     graph = model.subgraphs[0]
     weights = {int(op.inputs[1]) for op in graph.operators if flatbuffer.kind_of(model, op) == "CONV_2D"}
     floats = set()  # tensors that were 8 bits
-    for number, tensor in enumerate(graph.tensors):
-        values = flatbuffer.constant(model, number) if tensor.type == schema.TensorType.INT8 else None
-        if values is not None and number not in weights:
-            model.buffers[tensor.buffer].data = np.frombuffer(_original(source, tensor, values).tobytes(), np.uint8)
+    for number, tensor in enumerate(list(graph.tensors)):
+        if number in weights or tensor.type != schema.TensorType.INT8 or tensor.quantization is None:
+            continue
+        values = flatbuffer.constant(model, number)
+        original = None if values is None else _original(source, tensor.quantization, values)
+        if original is not None:
+            made = flatbuffer.add_tensor(model, tensor.name.decode(), original.shape, schema.TensorType.FLOAT32, original)
+            tensor.buffer = graph.tensors[made].buffer  # one of its own: equal 8 bits of different tensors share theirs
             floats.add(number)
     instead = {}  # of what made float of them
     for op in graph.operators:
-        taken, made = int(op.inputs[0]), int(op.outputs[0])
+        taken, made = (int(side[0]) if len(side) else -1 for side in (op.inputs, op.outputs))
         if taken in floats and flatbuffer.kind_of(model, op) == "DEQUANTIZE":
             instead[made] = taken
         elif taken in floats and graph.tensors[made].type == schema.TensorType.INT8:  # a look-up in a table
             floats.add(made)
     for number in floats:
         graph.tensors[number].type, graph.tensors[number].quantization = schema.TensorType.FLOAT32, None
-    graph.operators = [op for op in graph.operators if int(op.outputs[0]) not in instead]
+    graph.operators = [op for op in graph.operators if not set(map(int, op.outputs)) & set(instead)]
     for op in graph.operators:
         op.inputs = np.array([instead.get(int(number), int(number)) for number in op.inputs], np.int32)
     flatbuffer.prune(model)
     return flatbuffer.pack(model)
 
 
-def _original(source: schema.ModelT, tensor: schema.TensorT, values: np.ndarray) -> np.ndarray:
-    """The constant of `source` that these 8-bit `values` of `tensor` were made of: the one of their shape that is closest."""
-    made = tensor.quantization
+def _original(source: schema.ModelT, made: schema.QuantizationParametersT, values: np.ndarray) -> np.ndarray | None:
+    """The constant of `source` that these 8-bit `values` were made of: of those of their shape the closest; None: of none."""
     scales, zeros = np.float32(made.scale), np.float32(made.zeroPoint)
     if len(scales) > 1:
         along = [-1 if axis == made.quantizedDimension else 1 for axis in range(values.ndim)]
@@ -133,4 +136,4 @@ def _original(source: schema.ModelT, tensor: schema.TensorT, values: np.ndarray)
     numbers = range(len(source.subgraphs[0].tensors))
     constants = (flatbuffer.constant(source, number) for number in numbers)
     floats = [each for each in constants if each is not None and each.dtype == np.float32 and each.shape == values.shape]
-    return min(floats, key=lambda each: np.abs(each - about).max())
+    return min(floats, key=lambda each: np.abs(each - about).max(), default=None)

@@ -94,7 +94,8 @@ class Refiner(tf_keras.layers.Layer):
             place = tf.clip_by_value(place, 0.5, most - 0.5)  # what is outside sees the border's cells
             cell = tf.minimum(tf.floor(place), most - 1)
             within.append(place - cell - 0.5)
-            cells.append(tf.cast(cell, tf.int32))
+            # Once more as integers: a length that is no number has a cell too, and the loss, not the look-up, tells of it.
+            cells.append(tf.clip_by_value(tf.cast(cell, tf.int32), 0, size[2 - axis] - 1))
         height, width = size[1], size[2]
         row = (tf.reshape(image, [-1, 1, 1]) * height + cells[1]) * width + cells[0]
         found = tf.gather(tf.reshape(features, [-1, FEATURES]), row)  # [P, n, SAMPLES, FEATURES]
