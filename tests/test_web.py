@@ -36,6 +36,7 @@ def make_model(path, *overrides, raw=False, precision="fp32"):
             "postprocess.score_threshold=0.05",
             "postprocess.pre_nms_top_k=100",
             "postprocess.multi_label=false",
+            *(["model.refine_channels=0"] if raw else []),
             *overrides,
         ],
     )
