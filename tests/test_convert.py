@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from polarmask_tf import files, lite
-from polarmask_tf.data import contours, convert, dataset, publish, records
+from polarmask_tf.data import contours, convert, dataset, processes, publish, records
 from polarmask_tf.errors import InputError
 
 
@@ -456,6 +456,22 @@ def test_ctrl_c_while_the_workers_start_shows_no_traceback_of_theirs(coco, tmp_p
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=60)[1].decode()
     assert output.count("Traceback") == 1 and "KeyboardInterrupt" in output.splitlines()[-1], output
+
+
+def test_ctrl_c_waits_until_the_pool_is_made(monkeypatch):
+    """Half of it would leave semaphores, of which the resource tracker complains after the traceback."""
+    made = []
+
+    class Pool(processes.ProcessPoolExecutor):
+        def __init__(self, *args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", Pool)
+    with pytest.raises(KeyboardInterrupt):
+        processes.run_tasks(len, [()], 2, None)
+    assert made
 
 
 def group_is_alive(group):

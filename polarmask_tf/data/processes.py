@@ -25,9 +25,9 @@ def run_tasks(work: typing.Callable, tasks: list, processes: int, bar) -> list:
         return [work(task, bar.update) for task in tasks]
     # Spawned, not forked: the caller may have TensorFlow's threads running.
     context = multiprocessing.get_context("spawn")
-    with _ctrl_c_held():  # starts a process too
+    with _ctrl_c_held():  # starts a process too, which complains of semaphores that were made and not yet noted down
         stop, done = context.Event(), context.Value("q", 0)
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(stop, done))
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process, initargs=(stop, done))
     try:
         with _ctrl_c_held():
             futures = [pool.submit(_in_process, work, task) for task in tasks]
