@@ -238,6 +238,17 @@ def test_a_model_fits_at_once_and_summarises(capsys):
     assert model.predict(arrays[0], verbose=0)["3"]["ray_logits"].shape == (2, 8, 8, 8)
 
 
+@pytest.mark.parametrize(("optimizer", "times"), [(tf_keras.optimizers.Adam, 1), (tf_keras.optimizers.legacy.Adam, 2)])
+def test_the_step_is_traced_once(optimizer, times):
+    """Twice, where the optimizer makes its variables in the first step: Keras' legacy optimizers know no other way."""
+    model, traces = make(), []
+    model.compile(optimizer())
+    step = model.train_step
+    model.train_step = lambda data: traces.append(data) or step(data)
+    model.fit(dataset(repeat=2), verbose=0)
+    assert len(traces) == times
+
+
 def test_keras_own_callbacks(tmp_path):
     model = make()
     model.compile("adam")

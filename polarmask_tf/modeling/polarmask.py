@@ -210,6 +210,9 @@ class PolarMask(tf_keras.Model):
         if isinstance(x, tf.data.Dataset):
             self.bit_depth = getattr(x, "bit_depth", self.bit_depth)
         self.set_thresholds(None)  # which were found on the weights as they are now
+        if hasattr(self.optimizer, "build"):  # variables that its first step makes would have TensorFlow trace that step twice
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
         first = self.optimizer.iterations.numpy() if self.optimizer else 0
         try:
             return super().fit(x, y, *args, **kwargs)
