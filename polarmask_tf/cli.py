@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -350,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     # TensorFlow imports a Keras for its own tf.keras, which nothing here uses: let it be the one that is imported anyway,
     # since the other takes 2 CPU seconds of every command.
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+    gc.set_threshold(20_000, 20, 20)  # TensorFlow's objects stay: looking for garbage among them takes a twentieth of a start
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # of retracing and slow callbacks
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a HOME that cannot be written
     with console.tolerant(), console.quiet_tensorflow():

@@ -88,6 +88,7 @@ def model():
 
 
 @pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.slow
 def test_edge_finds_what_it_finds_in_python(decode, model, tmp_path, raw):
     from ai_edge_litert.interpreter import Interpreter
 

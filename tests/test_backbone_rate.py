@@ -108,11 +108,13 @@ def changed(model, fit):
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 @pytest.mark.parametrize("options", [{"backbone_lr_multiplier": 0.0}, {"freeze_backbone_steps": MODEL_STEPS}])
+@pytest.mark.slow
 def test_fit_tells_the_optimizer_which_variables_are_the_backbones(policy, options):
     backbone, rest = changed(model_of(policy, **options), lambda model: model.fit(data(), verbose=0))
     assert backbone == 0 and rest > 1e-3
 
 
+@pytest.mark.slow
 def test_a_saved_model_goes_on_with_its_backbones_rate(tmp_path):
     model = model_of(backbone_lr_multiplier=0.0, weight_decay=0.1)
     model.fit(data(), verbose=0)

@@ -199,6 +199,7 @@ def weights_of(run):
     return [v.numpy() for v in runs.load_run(run).variables]
 
 
+@pytest.mark.slow
 def test_a_restart_that_comes_to_no_checkpoint_keeps_the_run_before(data, run, capsys, monkeypatch):
     before, weights = content(run), weights_of(run)
 
@@ -225,6 +226,7 @@ def test_a_restart_that_comes_to_no_checkpoint_keeps_the_run_before(data, run, c
     assert not aside.exists() and runs.steps(run) == {2, 4} and "0.5" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_restart_from_itself(data, run, capsys, monkeypatch):
     started = {}
     begin = callbacks.Checkpoints.on_train_begin
@@ -377,6 +379,7 @@ def test_what_holds_weights_alone_is_not_resumed(data, run, tmp_path, capsys):
 # ---- an evaluation that fails
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_costs_no_checkpoint(data, tmp_path, capsys, monkeypatch):
     run, settings = tmp_path / "run", (f"data.val={data / 'val'}", "train.evaluate_every=3")
 
@@ -411,6 +414,7 @@ def test_validation_without_objects_is_said(data, tmp_path, capsys):
     assert f"warning: {val}: no object but {crowds} crowd regions in 4 images: every AP will be -1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_objects_beyond_max_instances_are_said(data, tmp_path, capsys):
     most = json.loads((data / "train" / "dataset.json").read_text())["max_instances"]
     assert most > 1
@@ -427,6 +431,7 @@ def test_objects_beyond_max_instances_are_said(data, tmp_path, capsys):
     assert "max_instances" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_that_was_converted_again_is_said(data, run, tmp_path, capsys):
     again = changed_copy(data / "train", tmp_path / "again", lambda values: None)
     shutil.rmtree(run)
@@ -439,6 +444,7 @@ def test_data_that_was_converted_again_is_said(data, run, tmp_path, capsys):
     assert f"warning: {run}: {again} was converted again since" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_validation_data_that_are_converted_again_end_a_training(data, tmp_path, capsys, monkeypatch):
     """Else `best` would be chosen by AP of two sets of pictures, and nobody would know."""
     val = changed_copy(data / "val", tmp_path / "val", lambda values: None)
@@ -461,6 +467,7 @@ def test_validation_data_that_are_converted_again_end_a_training(data, tmp_path,
 # ---- paths that TensorFlow takes for patterns
 
 
+@pytest.mark.slow
 def test_a_run_may_lie_anywhere(data, tmp_path, capsys):
     run = tmp_path / "a[1] b\\c [x]*?" / "run"
     settings = (f"data.val={data / 'val'}", "train.evaluate_every=4")

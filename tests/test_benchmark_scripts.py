@@ -118,6 +118,7 @@ def test_growth_compares_with_the_first_of_a_kind(tmp_path, monkeypatch, capsys)
     assert lines[-1] == "the paper's network with 36 rays relative to 4, in turns: 1.250 of the CPU time"
 
 
+@pytest.mark.slow
 def test_the_ratio_of_rays_is_of_the_second_to_the_first(monkeypatch):
     built = []
     monkeypatch.setattr(growth, "step", lambda settings, instances: built.append((settings.model.rays, instances)))

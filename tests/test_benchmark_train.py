@@ -42,6 +42,7 @@ def check(text, rows, batch, devices):
         assert [float(word) for word in line[14:].split()] == pytest.approx([speed, wall, cpu], abs=0.051)
 
 
+@pytest.mark.slow
 def test_the_three_rows_and_a_verdict(data, tmp_path, capsys):
     table = tmp_path / "rows.csv"
     more = ("train.accumulate=2", "train.ema=0.9")
@@ -120,6 +121,7 @@ def test_a_batch_that_does_not_fit_the_devices_is_refused():
         benchmark_train.benchmark_training(training.load("train.accumulate=4"), strategy)
 
 
+@pytest.mark.slow
 def test_damaged_shards_are_one_line_or_skipped(data, tmp_path, capsys):
     copy = shutil.copytree(data, tmp_path / "train")
     shard = next(copy.glob("*.tfrecord"))

@@ -126,6 +126,7 @@ def test_matches_are_those_of_pycocotools():
     assert nothing.calibration_error is None and nothing.score_iou_correlation is None
 
 
+@pytest.mark.slow
 def test_a_run_and_what_is_made_of_it_have_the_temperature(run, tmp_path, capsys):
     before = load_predictor(run)(list(IMAGES))
     matches = flat_matches(0.4, bias=0.5)

@@ -146,6 +146,7 @@ def compare(program, model, image, path, *options, threads=1):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "fp32_raw", "int8_raw"])
+@pytest.mark.slow
 def test_an_image_of_the_models_size(program, models, tmp_path, precision):
     assert compare(program, models[precision], noise(HEIGHT, WIDTH), tmp_path / "a.ppm") >= 5
     assert compare(program, models[precision], noise(HEIGHT, WIDTH, 7), tmp_path / "a.ppm", "--threads", "2", threads=2) >= 5

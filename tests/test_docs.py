@@ -209,6 +209,7 @@ def test_the_tutorials_first_steps_take_a_coco_file_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.slow
 def test_the_python_pages_examples_run(block, tmp_path, monkeypatch):
     """The first is run by test_end_to_end.py, which has the data that it wants."""
     monkeypatch.chdir(tmp_path)

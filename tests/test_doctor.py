@@ -12,6 +12,7 @@ from polarmask_tf.config import configs_dir
 from polarmask_tf.tools import catalogue, doctor
 
 
+@pytest.mark.slow
 def test_a_sound_machine_gets_a_report_and_status_0(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out

@@ -92,6 +92,7 @@ def kinds(path):
     return [kind for kind, *_ in flatbuffer.operations(path.read_bytes())]
 
 
+@pytest.mark.slow
 def test_only_builtins_that_are_known_to_run(files):
     for (precision, raw), path in files.items():
         found = set(kinds(path))
@@ -281,6 +282,7 @@ def test_every_precision_finds_what_keras_finds(model, files):
     assert_all_find_what_keras_finds(model, files)
 
 
+@pytest.mark.slow
 def test_every_precision_votes_as_keras_does(model, tmp_path):
     voting = make_model("postprocess.voting_iou_threshold=0.3")
     files = {("fp32", "SavedModel"): graph.export_saved_model(voting, tmp_path / "saved_model")}

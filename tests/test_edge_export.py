@@ -59,6 +59,7 @@ def run_and_data(model, tmp_path_factory):
     return folder / "run", folder / "val"
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_and_measures_them(run_and_data, tmp_path, capsys):
     run, data = run_and_data
     words = ["export", run, "--out", tmp_path, "--precision", "fp32,int8", "--raw", "--data", data, "--max-ap-drop", "0.5"]
@@ -167,6 +168,7 @@ def test_a_directory_with_spaces(run_and_data, tmp_path):
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_tensorflow_cannot_convert_is_one_line(run_and_data, tmp_path, capsys, monkeypatch):
     run, _ = run_and_data
     assert cli.main(["export", str(run), "--out", str(tmp_path)]) == 0

@@ -176,6 +176,7 @@ def short_side_export(tmp_path_factory):
     return folder, rows, images
 
 
+@pytest.mark.slow
 def test_a_network_finds_the_same_in_landscape_and_portrait(short_side_export):
     folder, _, images = short_side_export
     run, exported = load_predictor(folder / "run"), load_predictor(folder / "out" / "saved_model")
@@ -193,6 +194,7 @@ def test_a_network_finds_the_same_in_landscape_and_portrait(short_side_export):
         np.testing.assert_allclose(one.scores, run([image])[0].scores, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_compares_each_on_images_resized_as_it_does(short_side_export, capsys):
     from polarmask_tf.weights.runs import load_run
 

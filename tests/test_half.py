@@ -33,6 +33,7 @@ def constants(model):
                     yield (graph.tensors[op.outputs[0]].name, place), (kind, value)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_convolutions_alone_are_rounded(files):
     exact, half = (dict(constants(model)) for model in files)
     assert exact.keys() == half.keys() and len(exact) > 50

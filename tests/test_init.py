@@ -201,6 +201,7 @@ def _check_place(run, train, val):
     directory.check(settings, dataset.load(train), run, restart=False)
 
 
+@pytest.mark.slow
 def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys, monkeypatch):
     make(tmp_path / "a", size=(64, 64), side=20), make(tmp_path / "b", size=(64, 64), side=20)
     (tmp_path / "both").mkdir()
@@ -235,6 +236,7 @@ def test_train_fits_the_settings_itself_and_goes_on_without_any(tmp_path, capsys
     assert "is what the training learns from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_bar_fits_80_columns(tmp_path):
     data = make(tmp_path, size=(64, 64), side=20)
     sets = [word for setting in (*TINY[:3], "data.batch=1", "train.steps=120") for word in ("--set", setting)]

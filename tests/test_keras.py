@@ -48,6 +48,8 @@ FAMILIES = {
     "EfficientNetLite0": ("edge", (*SMALL, "model.backbone.type=EfficientNetLite0")),
     "MobileNetV2": ("edge", (*SMALL, "model.backbone.type=MobileNetV2", "model.backbone.multiplier=0.35")),
 }
+# Keras' SavedModel takes as long as all the others together: of these, which have every kind of layer.
+AS_SAVED_MODEL = ("shapes", "edge, box branch", "released", "ResNeXt", "MobileNetV2")
 CLASSES = ["a", "b", "c"]
 
 
@@ -110,20 +112,22 @@ def dataset(count=2, repeat=3, **options):
 
 @pytest.fixture(scope="module", params=[marked(name, configs.load(*words)) for name, words in FAMILIES.items()])
 def family(request):
-    return randomize(make(*FAMILIES[request.param]))
+    return request.param, randomize(make(*FAMILIES[request.param]))
 
 
 @pytest.mark.slow
 def test_every_way_of_saving_gives_the_same_model_back(family, tmp_path):
+    name, family = family
     family.save(tmp_path / "whole.keras")
     assert_equal_models(tf_keras.models.load_model(tmp_path / "whole.keras"), family)
     other = type(family).from_config(family.get_config())  # one for all that brings weights alone; building takes seconds
-    for name in ("w.weights.h5", "w.h5", "checkpoint"):
-        family.save_weights(tmp_path / name)
-        randomize(other, seed=1).load_weights(tmp_path / name)
+    for file in ("w.weights.h5", "w.h5", "checkpoint"):
+        family.save_weights(tmp_path / file)
+        randomize(other, seed=1).load_weights(tmp_path / file)
         assert_equal_parts(other, family)
-    family.save(tmp_path / "saved_model")
-    assert_equal_models(tf_keras.models.load_model(tmp_path / "saved_model"), family)
+    if name in AS_SAVED_MODEL:
+        family.save(tmp_path / "saved_model")
+        assert_equal_models(tf_keras.models.load_model(tmp_path / "saved_model"), family)
     clone = tf_keras.models.clone_model(family)
     clone.set_weights(family.get_weights())
     assert_equal_models(clone, family)
@@ -222,6 +226,7 @@ def test_another_keras_model_is_refused(tmp_path):
 # ---- compile and fit
 
 
+@pytest.mark.slow
 def test_a_model_fits_at_once_and_summarises(capsys):
     model = make()
     model.summary()
@@ -249,6 +254,7 @@ def test_the_step_is_traced_once(optimizer, times):
     assert len(traces) == times
 
 
+@pytest.mark.slow
 def test_keras_own_callbacks(tmp_path):
     model = make()
     model.compile("adam")
@@ -292,6 +298,7 @@ def test_the_best_weights_are_restored():
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_compile_by_xla_is_the_same_switch_as_the_configs():
     plain, compiled = make(), make()
     compiled.set_weights(plain.get_weights())
@@ -359,6 +366,7 @@ def test_thresholds_of_the_weights_before_are_forgotten():
     assert model.thresholds is None and "thresholds" not in model.get_config()
 
 
+@pytest.mark.slow
 def test_pictures_are_read_with_the_bit_depth_of_the_training(tmp_path):
     """In each form that the model takes; 12 bits of gray read as 16 are nearly black, and find nothing."""
     (tmp_path / "pictures").mkdir()
@@ -488,6 +496,7 @@ def test_classes_of_a_sequence_are_not_taken_for_those_of_converted_data():
     assert [entry["name"] for entry in model.classes] == CLASSES
 
 
+@pytest.mark.slow
 def test_fit_compares_the_classes_of_converted_data_with_the_models(tmp_path, monkeypatch):
     pm.draw_shapes(tmp_path, train=2, val=0, size=64, progress=False)
     document = json.loads((tmp_path / "train/annotations.json").read_text())
@@ -636,7 +645,7 @@ def test_the_example_that_a_keras_person_would_write(tmp_path):
     script = ROOT / "docs" / "examples" / "keras_fit.py"
     assert len(script.read_text().splitlines()) <= 40
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "2"], capture_output=True, text=True, cwd=ROOT, timeout=400
+        [sys.executable, str(script), str(tmp_path), "1"], capture_output=True, text=True, cwd=ROOT, timeout=400
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "detections" in done.stdout and (tmp_path / "result.png").is_file() and (tmp_path / "best.keras").is_file()

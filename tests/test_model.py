@@ -278,6 +278,7 @@ def two_replicas(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.slow
 def test_two_replicas_train_like_one_device(two_replicas, name):
     """Loss and weights after a step of plain SGD are those of one device with the whole batch, its gradients taken here by
     hand: so the number of positives and the sum of centerness are those of all replicas."""

@@ -135,12 +135,14 @@ def test_fit_tells_the_optimizer_which_layers_are_the_last():
     assert last == expected and len(last) == 6
 
 
+@pytest.mark.slow
 def test_fit_learns_in_half_precision():
     model = model_of("mixed_float16")
     losses = model.fit(data(30), verbose=0, steps_per_epoch=1, epochs=30).history["loss"]
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_saved_model_goes_on_as_if_it_had_not_stopped(tmp_path):
     model = model_of()
     model.fit(data(), verbose=0)
@@ -170,6 +172,7 @@ np.savez(sys.argv[1], *[v.numpy() for v in model.trainable_variables])
 """
 
 
+@pytest.mark.slow
 def test_two_replicas_take_the_steps_of_one_device(tmp_path):
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "CUDA_VISIBLE_DEVICES": ""}

@@ -36,6 +36,7 @@ def own_stem(size, stride):
 
 
 @pytest.mark.parametrize("size_and_stride", [(5, 2), (6, 4), (3, 1), None])
+@pytest.mark.slow
 def test_mean_and_deviation_in_the_first_convolution(size_and_stride):
     """Of an int8 file, which pads pixels with the mean where Keras pads what is normalised with zeros."""
     model = own_stem(*size_and_stride) if size_and_stride else make_model()
@@ -55,6 +56,7 @@ def test_mean_and_deviation_in_the_first_convolution(size_and_stride):
     ("stem", "kernel", "padded"),
     [("6x6", (6, 3), (66, 98)), ("7x7", (7, 4), (69, 102))],  # of 3x3 all other files here are
 )
+@pytest.mark.slow
 def test_pairs_of_pixels_change_no_number(stem, kernel, padded, monkeypatch):
     """The first convolution of an int8 file, as of 6 channels, gives the very bytes that it gives of 3."""
     model, contents = make_model(f"model.backbone.stem={stem}", "model.backbone.stem_width=0"), []

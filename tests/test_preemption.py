@@ -212,6 +212,7 @@ def small(data, monkeypatch):
     return state
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_ends_it_since_it_can_be_made_up_for(small, tmp_path, capsys):
     run, settings = tmp_path / "run", ("train.evaluate_every=3", "train.checkpoint_every=6")
     small.stop_after_save = 3
@@ -237,6 +238,7 @@ def test_a_signal_at_the_last_step_leaves_the_evaluation_to_the_next_start(small
     assert runs.steps(run / "best") == {6}
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_can_be_stopped_and_gone_on_with_at_every_step(small, tmp_path):
     """One step a start: each saves once, and the last one ends it."""
     run = tmp_path / "run"

@@ -97,3 +97,20 @@ def test_no_file_of_tests_imports_another():
         assert not re.search(r"^\s*(?:import|from) test_", path.read_text(), re.M), (
             f"{path}: tests/helpers/ is for what is shared"
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "marks"),
+    [([], {}, "-m|not slow|"), ([], {"CI": "true"}, ""), (["-m", ""], {}, "-m||"), (["a.py"], {}, "a.py|")],
+)
+def test_slow_tests_are_left_out_unless_ci_or_an_argument_says_otherwise(arguments, environment, marks, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/test", tmp_path / "scripts")
+    (tmp_path / "scripts/setup").write_text(f"PATH={tmp_path}:$PATH")
+    for name, body in {"ruff": "", "mypy": "", "mkdocs": "", "python": 'printf "%s|" "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**{key: value for key, value in os.environ.items() if key != "CI"}, **environment}
+    out = subprocess.check_output(["bash", tmp_path / "scripts/test", *arguments], env=environment, text=True)
+    assert out.endswith(f"--max-worker-restart|0|{marks}")
+    assert ("Slow tests are left out" in out) == ("not slow" in marks)

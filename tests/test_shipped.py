@@ -36,6 +36,7 @@ def test_each_is_small_and_has_a_card(name):
     assert not config.data.train and not config.data.val and classes
 
 
+@pytest.mark.slow
 def test_nuclei_finds_cells_and_starts_a_training_and_is_exported(tmp_path, capsys):
     picture, discs = cells()
     predictor = pm.load_predictor("nuclei")

@@ -211,6 +211,7 @@ def test_xla_computes_the_same_step(branch):
     assert_same(stepped(model, *batch(), xla=True), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_fit_by_xla_in_parts_on_several_sizes():
     """In a graph as `fit` runs it, one for all of data.sizes: the weights of whole batches without XLA, step by step."""
     recipe = ("train.learning_rate=0.05", "train.momentum=0.9", "train.weight_decay=0.01", "train.clip_norm=1")
