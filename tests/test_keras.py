@@ -48,7 +48,7 @@ FAMILIES = {
     "EfficientNetLite0": ("edge", (*SMALL, "model.backbone.type=EfficientNetLite0")),
     "MobileNetV2": ("edge", (*SMALL, "model.backbone.type=MobileNetV2", "model.backbone.multiplier=0.35")),
 }
-# Keras' SavedModel takes as long as all the others together: of these, which have every kind of layer.
+# Keras' SavedModel takes as long as all the others together: of these, which have every kind of layer of ours.
 AS_SAVED_MODEL = ("shapes", "edge, box branch", "released", "ResNeXt", "MobileNetV2")
 CLASSES = ["a", "b", "c"]
 
